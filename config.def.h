@@ -1,0 +1,138 @@
+/* config.h - the configuration of wssproxy; made from config.def.h by make. Edit it, make again.
+ * wssproxy -t checks what the compiler can't: names, files, keys. Times are in milliseconds
+ * where the name ends in _ms, in seconds where it ends in _s. */
+
+/* Where clients connect. The table costs a descriptor and a poll slot an entry. */
+static const struct listener listeners[] = {
+	/* address      port    kind: WSS (TLS), WS (clear), REDIRECT (308 to https) */
+	{ "::",         "443",  WSS },                  /* "::" takes IPv4 as well */
+};
+
+/* What the proxy shows to clients: a chain in file order and its key, PEM. EC keys (P-256) are
+ * what a small device wants: one RSA-2048 signature costs 5, RSA-4096 40 times a P-256 one. */
+static const struct cert certs[] = {
+	/* server name  chain                           key */
+	{ NULL,         "/etc/wssproxy/cert.pem",       "/etc/wssproxy/key.pem" },
+};
+
+/* Where requests go. All that can be said of one:
+ *   .host, .port    name, IPv4 or IPv6; or "unix:/path" and no port. Names are resolved in the
+ *                   background: one that does not resolve is a backend that is down
+ *   .path           only requests under this path ("/chat": /chat, /chat/x, not /chatty); the
+ *                   longest that fits wins
+ *   .weight         share of the load, 1 to 256 (0 means 1)
+ *   .backup         1: serves when no other can
+ *   .max_conns      sessions at a time, 0: no limit
+ *   .tls            TLS_OFF, TLS_VERIFY, TLS_PIN, TLS_NOVERIFY
+ *   .sni            name to send and to verify, NULL: host
+ *   .ca             PEM: trust anchors (TLS_VERIFY), the one certificate to accept (TLS_PIN)
+ *   .cert, .key     PEM: client certificate chain and key */
+static const struct backend backends[] = {
+	{ .host = "127.0.0.1", .port = "3000" },
+};
+
+/* How a backend is chosen: ROUND_ROBIN, IP_HASH, LEAST_CONN, STICKY_COOKIE. */
+static const enum balance balance = ROUND_ROBIN;
+
+/* Leading bits of the client's address that IP_HASH looks at: 1 to 32, 1 to 128. (nginx: 24, 128.
+ * An IPv6 client has a whole /64 to choose from, so more than 64 spreads one client.) */
+static const unsigned hash_bits4 = 32;
+static const unsigned hash_bits6 = 64;
+
+/* Name of the cookie of STICKY_COOKIE. */
+static const char cookie_name[] = "wssproxy";
+
+/* TLS versions and cipher suites for clients, best first; BR_TLS10 to BR_TLS12 (BearSSL has no
+ * TLS 1.3). Versions below 1.2 need CBC suites in the list; 1.2 alone links no CBC code.
+ * With ciphers_by_cpu the ChaCha20 suites move to the front where the CPU has no AES
+ * instructions (constant-time AES in software is 4 to 8 times slower), to the back elsewhere. */
+static const unsigned tls_min = BR_TLS12;
+static const unsigned tls_max = BR_TLS12;
+static const int ciphers_by_cpu = 1;
+static const uint16_t ciphers[] = {
+	BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+	BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+	BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+	BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+	BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+	BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+};
+
+/* Sessions that can be resumed: 100 bytes each, 0: off. A resumed handshake costs a hundredth of a
+ * full one. */
+#define session_cache   128
+
+/* PEM file: clients must show a certificate signed by one of these; NULL: none is asked for. */
+static const char *const client_ca = NULL;
+
+/* Requests that are no WebSocket upgrade: FORWARD (one a connection) or REFUSE (426). */
+static const enum http http = REFUSE;
+
+/* Origins that may open a WebSocket, like "https://a.example"; "same": that of the Host asked for.
+ * Empty (NULL): any. Others get 403 before a backend is dialled. */
+static const char *const origins[] = { NULL };
+
+/* X-Forwarded-For: APPEND the client's address, REPLACE what came, or OFF (with it go
+ * X-Forwarded-Proto and X-Real-IP: what came passes). */
+static const enum x_forwarded_for x_forwarded_for = APPEND;
+
+/* A 101 of the backend must carry the right Sec-WebSocket-Accept; 0 is for backends that can't. */
+static const int check_accept = 1;
+
+/* How many sessions there can be, and how many of them can be busy at one moment. A session costs
+ * 4.5 KB, a busy one 58 KB more: record buffers (51 KB, while a record is on its way) and a head
+ * buffer (until the tunnel stands). No memory is taken after start; wssproxy -t prints the sum.
+ * When all buffers are lent, sessions wait for one; see stall_ms. */
+#define max_sessions    512
+#define max_busy        64
+
+/* Sessions of one address (IPv4 address or IPv6 /64), 0: no limit. */
+static const unsigned max_per_ip = 128;
+
+/* Bytes of a request or response head, 1024 to 16000; more is 431 (414 when the request line alone
+ * is longer), or 502. */
+#define head_max        8192
+
+/* How long each phase of a session may take, all in all; 0 is not allowed but for idle_ms. */
+static const unsigned handshake_ms = 10000;     /* TLS with the client */
+static const unsigned head_ms      = 10000;     /* the request head: 408 */
+static const unsigned connect_ms   = 3000;      /* one connect to a backend: the next one */
+static const unsigned response_ms  = 30000;     /* the response head: 504 */
+static const unsigned idle_ms      = 3600000;   /* a tunnel without a byte, 0: for ever */
+static const unsigned linger_ms    = 5000;      /* after one side ended, for the other to end */
+
+/* When buffers are scarce, a session that holds one without a byte moving for so long is closed. */
+static const unsigned stall_ms     = 5000;
+
+/* SIGTERM: how long sessions may go on before they are closed. */
+static const unsigned drain_ms     = 10000;
+
+/* A session without a byte for so long waits in an epoll set, where it costs no poll() slot. */
+static const int park              = 1;         /* 0: plain poll() for all */
+static const unsigned park_ms      = 1000;
+
+/* Health: max_fails failures within fail_ms put a backend aside for fail_ms (0: never). check_ms:
+ * a TCP connect to each backend that often, 0: off. */
+static const unsigned max_fails    = 1;
+static const unsigned fail_ms      = 10000;
+static const unsigned check_ms     = 0;
+
+/* A name that did not resolve is tried again that often. */
+static const unsigned resolve_ms   = 5000;
+
+/* Dead peers, on both sides: TCP keepalive (first probe, interval, probes; keepalive_s = 0: off),
+ * and how long sent bytes may stay unacknowledged (0: the system's 15 minutes or so). */
+static const unsigned keepalive_s          = 60;
+static const unsigned keepalive_interval_s = 15;
+static const unsigned keepalive_probes     = 4;
+static const unsigned user_timeout_ms      = 60000;
+
+/* After start: become this user and group (names or numbers, NULL: stay), and see no files but those
+ * under this directory (NULL: none). On SIGHUP, certificates are read as that user, in there. */
+static const char *const user       = NULL;
+static const char *const group      = NULL;
+static const char *const chroot_dir = NULL;
+
+/* STDERR or SYSLOG (facility daemon); log_sessions = 0 leaves the lines open and close out. */
+static const enum log_to log_to   = STDERR;
+static const int log_sessions     = 1;

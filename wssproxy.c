@@ -1,0 +1,4435 @@
+/* wssproxy - a proxy for secure WebSockets that fits on a router. See LICENSE for copyright.
+ *
+ * One process, one thread, one poll() loop. It terminates TLS, checks and rewrites the HTTP/1.1
+ * Upgrade handshake, picks a backend and relays bytes both ways until one side is done.
+ *
+ *                  fill             up
+ *     client ----> [ engine's input buffer ] ----> backend
+ *     client <---- [ engine's output buffer ] <---- backend
+ *                  send             down
+ *
+ * The TLS engine's record buffers are the only relay buffers: plaintext goes to the backend
+ * straight out of the input buffer and comes from it straight into the output buffer. While it
+ * waits there, the engine takes no further record, so the client is not read: backpressure needs
+ * no code. A client in the clear (listener kind WS) uses the same buffers without an engine.
+ *
+ * A session is one slot of a static table. It owns its two descriptors and its TLS context, and
+ * borrows, from static pools, a head buffer (from its first byte until the answer's head is out)
+ * and record buffers (while a byte is on its way). A session at rest owns nothing but its slot;
+ * after park_ms of that it waits in an epoll set instead of poll()'s array.
+ *
+ * A session is in one state; states[] says how to step it, how long it may stay, and what it
+ * ends with when that is over:
+ *
+ *     FREE > HANDSHAKE > HEAD > CONNECT > REQUEST > RESPONSE > RELAY    > DRAIN > FREE
+ *                                                            > EXCHANGE >
+ *                               (any of them)                > REPLY    >
+ *
+ * A step moves what it can without blocking and returns the state to be in; FREE ends the session.
+ * session_run alone enters and closes. What to poll for is derived from state and buffers by
+ * session_watch after each run and kept nowhere else. Nothing in the loop walks all sessions.
+ *
+ * To understand everything else, start reading main(). */
+#include <sys/epoll.h>
+#include <sys/prctl.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+
+#include <bearssl.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <limits.h>
+#include <netdb.h>
+#include <poll.h>
+#include <pwd.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <syslog.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "wssproxy.h"
+#ifndef CONFIG
+#define CONFIG "config.h"
+#endif
+#include CONFIG
+
+#ifndef VERSION
+#define VERSION "0.1"
+#endif
+
+#define LENGTH(a)       (sizeof(a) / sizeof((a)[0]))
+#define OWNER(p, type, member)  ((type *)(void *)((char *)(p) - offsetof(type, member)))
+
+enum {
+	HEAD_EXTRA = 512,       /* what request_render may add to a head */
+	HEAD_ROOM = head_max + HEAD_EXTRA,
+	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring */
+	READS = 4,              /* recv calls for each side in one run, so that no session holds the loop */
+	ACCEPTS = 16,           /* connections taken from a listener in one turn */
+	CHAIN_MAX = 8,          /* certificates of a chain */
+	CHAIN_BYTES = 16384,    /* their DER, in all */
+	ADDRESSES_MAX = 4,      /* of one backend's name */
+	INTERIM_MAX = 8,        /* 1xx answers before the final one */
+	FLOOD_RECORDS = 1000,   /* records in a row without application data */
+	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
+	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory */
+	LOG_LINE = 1024,
+	LISTENERS = LENGTH(listeners),
+	CERTS = LENGTH(certs),
+	BACKENDS = LENGTH(backends),
+};
+
+_Static_assert(LENGTH(backends) <= BACKENDS_MAX, "config.h: backends[]: at most 64 entries");
+_Static_assert(LENGTH(ciphers) <= BR_MAX_CIPHER_SUITES, "config.h: ciphers[]: too many entries");
+_Static_assert(max_sessions >= 1 && max_sessions <= 100000,
+	"config.h: max_sessions: 1 to 100000");
+_Static_assert(max_busy >= 1 && max_busy <= max_sessions,
+	"config.h: max_busy: 1 to max_sessions");
+_Static_assert(head_max >= 1024 && head_max <= 16000, "config.h: head_max: 1024 to 16000");
+_Static_assert(sizeof cookie_name > 1, "config.h: cookie_name: must not be empty");
+
+/* ---- types and statics ---- */
+
+enum party { BY_PROXY, BY_CLIENT, BY_BACKEND };
+
+enum state {
+	FREE,           /* no session; from a step: close it */
+	HANDSHAKE,      /* TLS with the client */
+	HEAD,           /* the request head is being read */
+	CONNECT,        /* a backend is being dialled */
+	REQUEST,        /* the rendered head goes to the backend */
+	RESPONSE,       /* the response head is being read */
+	RELAY,          /* a tunnel, both ways */
+	EXCHANGE,       /* a plain answer, up to its end */
+	REPLY,          /* an answer of our own */
+	DRAIN,          /* one side was told the end; the other finishes */
+	STATES
+};
+
+/* Queues of timers, one for each timeout, so that each is in order of its deadlines: the states'
+ * own, and these. */
+enum {
+	Q_PARK = STATES,        /* resting sessions that still have a poll slot */
+	Q_STALL,                /* sessions that hold a buffer, by their last progress */
+	Q_RESOLVE,              /* backends whose name is to be tried again */
+	QUEUES
+};
+
+struct link {                   /* of a ring; alone when it points to itself */
+	struct link *prev, *next;
+};
+
+struct timer {
+	struct link link;
+	uint64_t due;
+};
+
+struct queue {
+	struct link list;
+	uint64_t ms;            /* 0: never due */
+};
+
+struct address {
+	unsigned char ip[16];   /* IPv4: the first 4 */
+	uint16_t port;
+	uint8_t family;         /* AF_INET, AF_INET6; AF_UNIX: neither ip nor port */
+};
+
+struct pool {
+	char *base;
+	size_t size;            /* of an item; its first member is a pointer, ours while it is free */
+	unsigned count, lent;
+	unsigned fresh;         /* items from here on were never lent, so their pages are untouched */
+	void *free;             /* last in, first out: what is lent again is still in the cache */
+	struct link waiters;    /* sessions, first come, first served */
+};
+
+/* The sessions of one address (IPv6: of one /64). */
+struct source {
+	struct source *next;    /* of the free list, or of its bucket */
+	unsigned char key[8];
+	unsigned sessions;
+	unsigned young;         /* those in HANDSHAKE or HEAD */
+};
+
+/* A certificate chain and its key. */
+struct identity {
+	br_x509_certificate chain[CHAIN_MAX];
+	size_t chain_len;
+	unsigned char der[CHAIN_BYTES];
+	size_t der_len;
+	br_skey_decoder_context key;    /* the key's numbers lie in here */
+};
+
+/* What certs[] names, read from its files. There are two: SIGHUP fills the one not in use. */
+struct keyring {
+	struct identity id[CERTS];
+	unsigned users;         /* handshakes that may still point into it */
+};
+
+/* The server policy of BearSSL's handshake: which certificate, and its key. */
+struct policy {
+	const br_ssl_server_policy_class *vtable;
+	const struct identity *id;
+};
+
+/* Lent while bytes are on their way between a client and its session. */
+struct records {
+	void *next_free;
+	size_t at, end;         /* of ahead: read, but not taken by the engine yet */
+	size_t out_at, out_end; /* of obuf, for a client in the clear: not sent yet */
+	unsigned char ibuf[BR_SSL_BUFSIZE_INPUT];
+	unsigned char obuf[BR_SSL_BUFSIZE_OUTPUT];
+	unsigned char ahead[READ_AHEAD];
+};
+
+/* Lent from the first byte until the answer's head is on its way. Sessions that need both buffers
+ * take this one first, so that none that holds records ever waits for a head. */
+struct head_buffer {
+	void *next_free;
+	size_t len;             /* bytes in use */
+	size_t off;             /* of them, sent */
+	union {
+		struct request request;
+		struct response response;
+	} u;
+	unsigned interim;       /* 1xx answers so far */
+	char accept[29];        /* the Sec-WebSocket-Accept that a 101 must carry */
+	char host[128], path[256];      /* for the log, cut to size */
+	char bytes[HEAD_ROOM];
+};
+
+/* How far the two directions have come. */
+enum {
+	CLIENT_EOF  = 1,        /* the client sends no more */
+	BACKEND_EOF = 2,        /* the backend sends no more, or no more that matters */
+	CLIENT_FIN  = 4,        /* the client was told so: close_notify and FIN are out */
+	BACKEND_FIN = 8,        /* the backend was told so: FIN is out */
+	BROKEN      = 16,       /* reset, or TLS failed: no order any more */
+	ENDED       = CLIENT_EOF | BACKEND_EOF | CLIENT_FIN | BACKEND_FIN,
+};
+
+/* What a run may try: from poll, taken away by a short read or EAGAIN. */
+enum {
+	CLIENT_IN    = 1,
+	CLIENT_GONE  = 2,       /* FIN or RST while nobody reads it */
+	BACKEND_IN   = 4,
+	BACKEND_OUT  = 8,
+	CLIENT_FULL  = 16,      /* its socket takes no more in this run */
+	BACKEND_FULL = 32,
+	EXPIRED      = 64,      /* the state's timeout */
+};
+
+struct session {
+	struct session *next_free;
+	uint32_t id;
+	uint8_t state, why, by; /* enum state, why, party */
+	uint8_t kind;           /* enum listener_kind */
+	uint8_t plain;          /* 1: no TLS with the client */
+	uint8_t tls_up;         /* 1: the engine was started */
+	uint8_t young;          /* 1: counted in source->young */
+	uint8_t opened;         /* 1: has its line `open` in the log */
+	uint8_t rejected;       /* 1: has its line `reject` */
+	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
+	uint8_t framing;        /* enum framing, of the answer */
+	uint8_t resting;        /* 1: in the epoll set */
+	uint8_t in_set;         /* 1: its descriptors are known to the epoll set */
+	uint8_t ended, ready;   /* see above; ready is of one run */
+	uint8_t reads_client, reads_backend;    /* left in this run */
+	uint8_t moved, fed;     /* in this run: bytes, application bytes */
+	uint8_t address;        /* which of the backend's is tried */
+	int8_t server;          /* index of the backend, -1 */
+	uint16_t room;          /* sendapp bytes that an empty output buffer offers */
+	uint16_t empty_records; /* in a row */
+	int client, backend;    /* descriptors, -1 */
+	int slot;               /* in awake[], -1 */
+	uint64_t tried;         /* backends */
+	uint64_t group;         /* backends that its path allows */
+	uint64_t up_left;       /* bytes that may still go to the backend */
+	uint64_t down_left;     /* of BODY_LENGTH */
+	struct chunked chunked;
+	uint64_t rx, tx;        /* application bytes from and for the client */
+	uint64_t born;          /* ms */
+	struct address peer;
+	struct source *source;
+	struct records *rec;
+	struct head_buffer *hd;
+	struct keyring *ring;   /* until the handshake is over */
+	struct link wait;       /* for a buffer, a name, a handshake turn, or in runnable */
+	struct timer timer;     /* the state's */
+	struct timer park;
+	struct timer stall;
+	struct policy policy;
+	br_ssl_server_context tls;
+	uint8_t tls_made;       /* 1: the slot's context is set up; survives the session */
+};
+
+/* A backend at run time. */
+struct server {
+	char name[128];         /* host:port, for the log */
+	uint64_t id;            /* hash of host and port: the same whatever its place in the list */
+	struct address address[ADDRESSES_MAX];
+	uint8_t addresses;
+	uint8_t by_name;        /* 1: the resolver is asked */
+	uint8_t pending;        /* 1: the resolver was asked and has not answered */
+	uint8_t asked_before;   /* 1: it has answered at least once */
+	uint8_t down;           /* 1: has its line `down` in the log */
+	unsigned active;        /* sessions */
+	unsigned fails;         /* since fail_since */
+	uint64_t fail_since, aside_until;
+	uint64_t sessions, failures;    /* totals */
+	struct timer retry;
+};
+
+/* poll()'s array: the resolver, the epoll set, the listeners, and two for each awake session. */
+enum { FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_SESSIONS = FD_LISTEN + LISTENERS };
+
+static struct session sessions[max_sessions];
+static struct records records[max_busy];
+static struct head_buffer heads[max_busy];
+static struct source sources[max_sessions];
+static struct source *buckets[1024];
+static struct keyring keyrings[2], *keyring;
+static struct server servers[BACKENDS];
+static unsigned weights[BACKENDS];
+static int currents[BACKENDS];
+static uint64_t server_ids[BACKENDS];
+static unsigned char cache_store[session_cache * 100 + 1];
+static br_ssl_session_cache_lru cache;
+static uint16_t suites[LENGTH(ciphers)];        /* ciphers[], in this CPU's order */
+
+static struct pool session_pool, records_pool, heads_pool, source_pool;
+static struct queue queues[QUEUES];
+static struct link turns;       /* sessions whose handshake has input: one step each turn */
+static struct link runnable;    /* sessions that were given what they waited for */
+static struct link unnamed;     /* sessions that wait for the first answer of the resolver */
+static struct pollfd fds[FD_SESSIONS + 2 * max_sessions];
+static struct session *awake[max_sessions];
+static unsigned awake_len;
+static unsigned crowds;         /* sources with more than one young session */
+static int epoll_fd = -1, log_fd = -1;
+static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
+static uint64_t accept_after;   /* listeners rest until then */
+static uint64_t drain_until;    /* 0: not draining */
+static uint32_t last_id;
+static struct {
+	uint64_t opened, rejected, rx, tx, log_lost;
+} totals;
+static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, files, what is thrown away */
+static volatile sig_atomic_t caught_hup, caught_term, caught_usr1;
+
+static const struct {
+	const char *text;       /* for the log */
+	unsigned status;        /* 0: no answer is possible */
+} whys[WHY_COUNT] = {
+	[WHY_NONE]              = { "none", 0 },
+	[WHY_MORE]              = { "more", 0 },
+	[WHY_REQUEST_LINE]      = { "request-line", 400 },
+	[WHY_TARGET]            = { "target", 400 },
+	[WHY_FIELD]             = { "field", 400 },
+	[WHY_HOST]              = { "host", 400 },
+	[WHY_FRAMING]           = { "framing", 400 },
+	[WHY_UPGRADE_BODY]      = { "upgrade-body", 400 },
+	[WHY_KEY]               = { "bad-key", 400 },
+	[WHY_PLAIN_HTTP]        = { "plain-http", 400 },
+	[WHY_ORIGIN]            = { "origin", 403 },
+	[WHY_METHOD]            = { "method", 405 },
+	[WHY_HEAD_TIMEOUT]      = { "head-timeout", 408 },
+	[WHY_LENGTH]            = { "length-required", 411 },
+	[WHY_LONG_TARGET]       = { "long-target", 414 },
+	[WHY_NOT_WEBSOCKET]     = { "not-websocket", 426 },
+	[WHY_WS_VERSION]        = { "ws-version", 426 },
+	[WHY_LARGE_HEAD]        = { "large-head", 431 },
+	[WHY_CODING]            = { "coding", 501 },
+	[WHY_HTTP_VERSION]      = { "http-version", 505 },
+	[WHY_REDIRECT]          = { "redirect", 308 },
+	[WHY_NO_BACKEND]        = { "no-backend", 502 },
+	[WHY_BAD_RESPONSE]      = { "bad-response", 502 },
+	[WHY_BAD_ACCEPT]        = { "bad-accept", 502 },
+	[WHY_FULL]              = { "full", 503 },
+	[WHY_RESPONSE_TIMEOUT]  = { "response-timeout", 504 },
+	[WHY_HANDSHAKE_TIMEOUT] = { "handshake-timeout", 0 },
+	[WHY_TLS_VERSION]       = { "tls-version", 0 },
+	[WHY_TLS_CIPHER]        = { "tls-cipher", 0 },
+	[WHY_TLS_ALERT]         = { "tls-alert", 0 },
+	[WHY_TLS_ERROR]         = { "tls-error", 0 },
+	[WHY_PER_IP]            = { "per-ip", 0 },
+	[WHY_DISPLACED]         = { "displaced", 0 },
+	[WHY_NO_RANDOM]         = { "no-random", 0 },
+	[WHY_EOF]               = { "eof", 0 },
+	[WHY_RESET]             = { "reset", 0 },
+	[WHY_TIMEOUT]           = { "timeout", 0 },
+	[WHY_IDLE]              = { "idle", 0 },
+	[WHY_STALL]             = { "stall", 0 },
+	[WHY_FLOOD]             = { "flood", 0 },
+	[WHY_DONE]              = { "done", 0 },
+	[WHY_SHORT]             = { "short", 0 },
+	[WHY_DRAIN]             = { "drain", 0 },
+};
+
+/* ---- diagnostics ---- */
+
+/* Before the loop: says what is wrong and ends. */
+static void
+die(const char *format, ...)
+{
+	va_list ap;
+
+	va_start(ap, format);
+	fputs("wssproxy: ", stderr);
+	vfprintf(stderr, format, ap);
+	fputc('\n', stderr);
+	va_end(ap);
+	exit(1);
+}
+
+/* Ends the loop's wait for a slow reader of the log before it begins: a line that can't be written
+ * at once is counted and dropped. A pipe with POLLOUT takes PIPE_BUF bytes without blocking. */
+static void
+log_write(const char *line, size_t len)
+{
+	struct pollfd p = { .fd = log_fd, .events = POLLOUT };
+
+	if (poll(&p, 1, 0) != 1 || write(log_fd, line, len) < 0)
+		totals.log_lost++;
+}
+
+/* One line to the log. Whatever came from outside must have gone through log_escape. */
+static void
+log_line(int priority, const char *format, ...)
+{
+	char line[LOG_LINE];
+	size_t len = 0;
+	va_list ap;
+	int n;
+
+	if (log_to == SYSLOG)
+		len = (size_t)snprintf(line, sizeof line, "<%d>wssproxy[%ld]: ",
+			LOG_DAEMON | priority, (long)getpid());
+	va_start(ap, format);
+	n = vsnprintf(line + len, sizeof line - len - 1, format, ap);
+	va_end(ap);
+	if (n < 0)
+		return;
+	len += (size_t)n < sizeof line - len - 1 ? (size_t)n : sizeof line - len - 2;
+	if (log_to == STDERR)
+		line[len++] = '\n';
+	log_write(line, len);
+}
+
+/* Copies bytes from outside so that they stay one word of one line: all but visible ASCII, and
+ * the quote, backslash and equals sign, become \xNN. Cut to size. */
+static void
+log_escape(char *out, size_t size, const char *in, size_t len)
+{
+	static const char hex[] = "0123456789abcdef";
+	size_t i, n = 0;
+
+	for (i = 0; i < len && n + 5 <= size; i++) {
+		unsigned char c = (unsigned char)in[i];
+
+		if (c > ' ' && c < 0x7f && c != '"' && c != '\\' && c != '=') {
+			out[n++] = (char)c;
+			continue;
+		}
+		out[n++] = '\\';
+		out[n++] = 'x';
+		out[n++] = hex[c >> 4];
+		out[n++] = hex[c & 15];
+	}
+	out[n] = '\0';
+}
+
+/* Where the log goes. The daemon's socket is opened before chroot; without it, stderr serves. */
+static void
+log_open(void)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
+
+	log_fd = STDERR_FILENO;
+	if (log_to != SYSLOG)
+		return;
+	log_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (log_fd < 0 || connect(log_fd, (struct sockaddr *)&sun, sizeof sun) < 0) {
+		fprintf(stderr, "wssproxy: config.h: log_to = SYSLOG: /dev/log: %s: "
+			"start a syslog daemon; logging to stderr\n", strerror(errno));
+		if (log_fd >= 0)
+			close(log_fd);
+		log_fd = STDERR_FILENO;
+	}
+}
+
+/* ---- lists, hashes, time and timers ---- */
+
+static void
+link_init(struct link *l)
+{
+	l->prev = l->next = l;
+}
+
+static int
+link_alone(const struct link *l)
+{
+	return l->next == l;
+}
+
+static void
+link_drop(struct link *l)
+{
+	l->prev->next = l->next;
+	l->next->prev = l->prev;
+	link_init(l);
+}
+
+/* Moves l from where it is to the end of the list. */
+static void
+link_append(struct link *list, struct link *l)
+{
+	link_drop(l);
+	l->prev = list->prev;
+	l->next = list;
+	list->prev->next = l;
+	list->prev = l;
+}
+
+/* Hashes that tell apart, not ones that protect; the same on every machine. The finish of
+ * splitmix64 spreads what FNV-1a leaves in the low bits. */
+static uint64_t
+hash_mix(uint64_t h)
+{
+	h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9;
+	h = (h ^ (h >> 27)) * 0x94d049bb133111eb;
+	return h ^ (h >> 31);
+}
+
+static uint64_t
+hash_bytes(uint64_t h, const void *data, size_t len)
+{
+	const unsigned char *p = data;
+
+	for (h ^= 0xcbf29ce484222325; len > 0; len--)
+		h = (h ^ *p++) * 0x100000001b3;
+	return hash_mix(h);
+}
+
+static void
+clock_read(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	now = (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+/* Starts or restarts a timer. All of a queue run equally long, so appending keeps its order. */
+static void
+timer_start(struct queue *q, struct timer *t)
+{
+	t->due = now + q->ms;
+	if (q->ms == 0)
+		link_drop(&t->link);
+	else
+		link_append(&q->list, &t->link);
+}
+
+/* The first timer of a queue if it is due, else NULL. */
+static struct timer *
+timer_due(const struct queue *q)
+{
+	struct timer *t = OWNER(q->list.next, struct timer, link);
+
+	return link_alone(&q->list) || t->due > now ? NULL : t;
+}
+
+/* ---- pools ---- */
+
+static void
+pool_init(struct pool *p, void *base, size_t size, unsigned count)
+{
+	p->base = base;
+	p->size = size;
+	p->count = count;
+	link_init(&p->waiters);
+}
+
+static int
+pool_empty(const struct pool *p)
+{
+	return p->lent == p->count;
+}
+
+/* An item, NULL when all are lent. */
+static void *
+pool_lend(struct pool *p)
+{
+	void *item = p->free;
+
+	if (pool_empty(p))
+		return NULL;
+	p->lent++;
+	if (!item)
+		return p->base + p->size * p->fresh++;
+	memcpy(&p->free, item, sizeof p->free);
+	return item;
+}
+
+static void
+pool_return(struct pool *p, void *item)
+{
+	memcpy(item, &p->free, sizeof p->free);
+	p->free = item;
+	p->lent--;
+}
+
+/* ---- addresses ---- */
+
+static void
+address_read(struct address *a, const struct sockaddr *sa)
+{
+	const struct sockaddr_in *in = (const struct sockaddr_in *)(const void *)sa;
+	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)sa;
+
+	memset(a, 0, sizeof *a);
+	a->family = (uint8_t)sa->sa_family;
+	if (sa->sa_family == AF_INET) {
+		memcpy(a->ip, &in->sin_addr, 4);
+		a->port = ntohs(in->sin_port);
+	} else if (sa->sa_family == AF_INET6) {
+		a->port = ntohs(in6->sin6_port);
+		memcpy(a->ip, &in6->sin6_addr, 16);
+		if (!IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr))
+			return;
+		a->family = AF_INET;
+		memmove(a->ip, a->ip + 12, 4);
+		memset(a->ip + 4, 0, 12);
+	}
+}
+
+/* For connect and bind; returns the length. */
+static socklen_t
+address_write(const struct address *a, struct sockaddr_storage *ss)
+{
+	struct sockaddr_in *in = (struct sockaddr_in *)(void *)ss;
+	struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)(void *)ss;
+
+	memset(ss, 0, sizeof *ss);
+	ss->ss_family = a->family;
+	if (a->family == AF_INET) {
+		memcpy(&in->sin_addr, a->ip, 4);
+		in->sin_port = htons(a->port);
+		return sizeof *in;
+	}
+	memcpy(&in6->sin6_addr, a->ip, 16);
+	in6->sin6_port = htons(a->port);
+	return sizeof *in6;
+}
+
+#define ADDRESS_TEXT (INET6_ADDRSTRLEN + 8)
+
+/* "192.0.2.9" or "2001:db8::1"; with a port "192.0.2.9:443" or "[2001:db8::1]:443". */
+static const char *
+address_format(const struct address *a, int with_port, char out[ADDRESS_TEXT])
+{
+	char ip[INET6_ADDRSTRLEN] = "?";
+
+	inet_ntop(a->family, a->ip, ip, sizeof ip);
+	snprintf(out, ADDRESS_TEXT, !with_port ? "%s" : a->family == AF_INET ? "%s:%u" : "[%s]:%u",
+		ip, (unsigned)a->port);
+	return out;
+}
+
+/* A literal and a decimal port. 1 if it is one, 0 if not (then it may be a name). */
+static int
+address_parse(struct address *a, const char *host, const char *port)
+{
+	char *end;
+	unsigned long n = port ? strtoul(port, &end, 10) : 0;
+
+	memset(a, 0, sizeof *a);
+	if (!port || port[0] < '0' || port[0] > '9' || *end || n > 65535)
+		return 0;
+	a->port = (uint16_t)n;
+	a->family = AF_INET;
+	if (inet_pton(AF_INET, host, a->ip) == 1)
+		return 1;
+	a->family = AF_INET6;
+	return inet_pton(AF_INET6, host, a->ip) == 1;
+}
+
+/* ---- PEM and keys ---- */
+
+/* What pem_walk hands on: the DER of one object goes to push piece by piece. */
+struct pem_sink {
+	struct identity *id;
+	const char *error;
+	int keys;
+	size_t start;           /* of the certificate under way */
+};
+
+static void
+pem_push_cert(void *ctx, const void *data, size_t len)
+{
+	struct pem_sink *k = ctx;
+
+	if (len > sizeof k->id->der - k->id->der_len) {
+		k->error = "chain larger than CHAIN_BYTES";
+		return;
+	}
+	memcpy(k->id->der + k->id->der_len, data, len);
+	k->id->der_len += len;
+}
+
+static void
+pem_push_key(void *ctx, const void *data, size_t len)
+{
+	struct pem_sink *k = ctx;
+
+	br_skey_decoder_push(&k->id->key, data, len);
+}
+
+/* A PEM object of this name begins: sets where its bytes go; others are passed over. */
+static void
+pem_begin(br_pem_decoder_context *dc, struct pem_sink *k, int want_keys)
+{
+	const char *name = br_pem_decoder_name(dc);
+	size_t len = strlen(name);
+	int is_key = len >= 11 && strcmp(name + len - 11, "PRIVATE KEY") == 0;
+
+	br_pem_decoder_setdest(dc, NULL, NULL);
+	if (want_keys && strcmp(name, "ENCRYPTED PRIVATE KEY") == 0) {
+		k->error = "the key is encrypted: decrypt it (openssl pkey)";
+	} else if (want_keys && is_key) {
+		if (k->keys++)
+			k->error = "more than one private key";
+		br_skey_decoder_init(&k->id->key);
+		br_pem_decoder_setdest(dc, pem_push_key, k);
+	} else if (!want_keys && (strcmp(name, "CERTIFICATE") == 0 ||
+	    strcmp(name, "X509 CERTIFICATE") == 0)) {
+		if (k->id->chain_len == CHAIN_MAX)
+			k->error = "more than CHAIN_MAX certificates";
+		k->start = k->id->der_len;
+		br_pem_decoder_setdest(dc, pem_push_cert, k);
+	}
+}
+
+/* A PEM object ended. */
+static void
+pem_end(struct pem_sink *k, int want_keys)
+{
+	struct identity *id = k->id;
+
+	if (want_keys || id->der_len == k->start)
+		return;
+	id->chain[id->chain_len].data = id->der + k->start;
+	id->chain[id->chain_len].data_len = id->der_len - k->start;
+	id->chain_len++;
+	k->start = id->der_len;
+}
+
+/* Walks the objects of a PEM text, which it changes: the decoder wants no CR, and the final
+ * newline that editors forget. There must be room for one more byte at text[len]. NULL, or what
+ * is wrong with it. */
+static const char *
+pem_walk(struct pem_sink *k, char *text, size_t len, int want_keys)
+{
+	br_pem_decoder_context dc;
+	size_t i, n = 0;
+	int inside = 0;
+
+	for (i = 0; i < len; i++)
+		if (text[i] != '\r')
+			text[n++] = text[i];
+	text[n++] = '\n';
+	br_pem_decoder_init(&dc);
+	for (i = 0; i < n && !k->error; ) {
+		i += br_pem_decoder_push(&dc, text + i, n - i);
+		switch (br_pem_decoder_event(&dc)) {
+		case BR_PEM_BEGIN_OBJ:
+			pem_begin(&dc, k, want_keys);
+			inside = 1;
+			break;
+		case BR_PEM_END_OBJ:
+			pem_end(k, want_keys);
+			inside = 0;
+			break;
+		case BR_PEM_ERROR:
+			return "not valid PEM";
+		}
+	}
+	br_pem_decoder_init(&dc);       /* may hold bytes of a key */
+	return k->error ? k->error : inside ? "ends inside a PEM object" : NULL;
+}
+
+static const char *
+chain_parse(struct identity *id, char *text, size_t len)
+{
+	struct pem_sink k = { .id = id };
+	const char *error;
+
+	id->chain_len = id->der_len = 0;
+	error = pem_walk(&k, text, len, 0);
+	return error ? error : id->chain_len == 0 ? "no certificate in it" : NULL;
+}
+
+static const char *
+key_parse(struct identity *id, char *text, size_t len)
+{
+	struct pem_sink k = { .id = id };
+	const char *error;
+
+	br_skey_decoder_init(&id->key);
+	error = pem_walk(&k, text, len, 1);
+	if (error)
+		return error;
+	if (k.keys == 0)
+		return "no private key in it";
+	return br_skey_decoder_last_error(&id->key) ? "not an RSA (up to 4096 bits) or EC key" : NULL;
+}
+
+/* Whether the private key belongs to this public one. */
+static int
+key_matches_rsa(const br_rsa_private_key *sk, const br_rsa_public_key *pk)
+{
+	unsigned char n[512];
+	size_t len = br_rsa_compute_modulus_get_default()(NULL, sk), skip = 0;
+
+	if (len == 0 || len > sizeof n)
+		return 0;
+	br_rsa_compute_modulus_get_default()(n, sk);
+	while (skip < pk->nlen && pk->n[skip] == 0)
+		skip++;
+	return pk->nlen - skip == len && memcmp(pk->n + skip, n, len) == 0;
+}
+
+static int
+key_matches_ec(const br_ec_private_key *sk, const br_ec_public_key *pk)
+{
+	unsigned char buf[BR_EC_KBUF_PUB_MAX_SIZE];
+	br_ec_public_key mine;
+
+	return sk->curve == pk->curve &&
+		br_ec_compute_pub(br_ec_get_default(), &mine, buf, sk) != 0 &&
+		mine.qlen == pk->qlen && memcmp(mine.q, pk->q, mine.qlen) == 0;
+}
+
+/* Whether the key is that of the chain's first certificate. NULL, or what is wrong. */
+static const char *
+identity_check(const struct identity *id)
+{
+	br_x509_decoder_context dc;
+	const br_x509_pkey *pk;
+	int match = 0;
+
+	br_x509_decoder_init(&dc, NULL, NULL);
+	br_x509_decoder_push(&dc, id->chain[0].data, id->chain[0].data_len);
+	pk = br_x509_decoder_get_pkey(&dc);
+	if (!pk)
+		return "its first certificate is not valid X.509 with an RSA or EC key";
+	if (pk->key_type == BR_KEYTYPE_RSA && br_skey_decoder_get_rsa(&id->key))
+		match = key_matches_rsa(br_skey_decoder_get_rsa(&id->key), &pk->key.rsa);
+	else if (pk->key_type == BR_KEYTYPE_EC && br_skey_decoder_get_ec(&id->key))
+		match = key_matches_ec(br_skey_decoder_get_ec(&id->key), &pk->key.ec);
+	return match ? NULL : "its first certificate is not that of the key";
+}
+
+/* Overwrites, and is not optimized away. */
+static void
+wipe(void *p, size_t len)
+{
+	volatile unsigned char *v = p;
+
+	while (len-- > 0)
+		*v++ = 0;
+}
+
+/* A whole file into buf, with room for one byte more. Its length, or -1 with *error set. */
+static ssize_t
+file_read(const char *path, char *buf, size_t size, const char **error)
+{
+	size_t len = 0;
+	ssize_t n = 1;
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+
+	if (fd < 0) {
+		*error = strerror(errno);
+		return -1;
+	}
+	while (len < size - 1 && (n = read(fd, buf + len, size - 1 - len)) > 0)
+		len += (size_t)n;
+	if (n < 0)
+		*error = strerror(errno);
+	else if (len == size - 1)
+		*error = "too large for a PEM file";
+	close(fd);
+	return n < 0 || len == size - 1 ? -1 : (ssize_t)len;
+}
+
+/* Reads one PEM file with the given parser. NULL, or what is wrong with it. */
+static const char *
+identity_file(struct identity *id, const char *path,
+	const char *(*parse)(struct identity *, char *, size_t))
+{
+	static char text[65536];
+	const char *error = NULL;
+	ssize_t len = file_read(path, text, sizeof text, &error);
+
+	if (len >= 0)
+		error = parse(id, text, (size_t)len);
+	wipe(text, sizeof text);
+	return error;
+}
+
+/* Fills a keyring with what certs[] names. 1, or 0 with the culprit in `error`. */
+static int
+keyring_load(struct keyring *ring, char *error, size_t size)
+{
+	unsigned i;
+
+	for (i = 0; i < CERTS; i++) {
+		struct identity *id = &ring->id[i];
+		const char *path = certs[i].chain, *what;
+
+		if ((what = identity_file(id, path, chain_parse)) == NULL) {
+			path = certs[i].key;
+			what = identity_file(id, path, key_parse);
+		}
+		if (!what && (what = identity_check(id)) != NULL)
+			path = certs[i].chain;
+		if (what) {
+			snprintf(error, size, "certs[%u]: %s: %s", i, path, what);
+			return 0;
+		}
+	}
+	return 1;
+}
+
+/* ---- sockets ---- */
+
+static int
+would_block(int error)
+{
+	return error == EAGAIN || error == EWOULDBLOCK || error == EINTR;
+}
+
+static void
+socket_option(int fd, int level, int name, unsigned value)
+{
+	int v = (int)value;
+
+	setsockopt(fd, level, name, &v, sizeof v);      /* what the kernel lacks we do without */
+}
+
+/* What both sides' connections have; accepted ones inherit it from their listener. */
+static void
+socket_tune(int fd)
+{
+	socket_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+	if (keepalive_s > 0) {
+		socket_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+		socket_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, keepalive_s);
+		socket_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, keepalive_interval_s);
+		socket_option(fd, IPPROTO_TCP, TCP_KEEPCNT, keepalive_probes);
+	}
+	if (user_timeout_ms > 0)
+		socket_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, user_timeout_ms);
+}
+
+/* Makes close send RST instead of FIN. */
+static void
+socket_abort(int fd)
+{
+	struct linger l = { .l_onoff = 1, .l_linger = 0 };
+
+	setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof l);
+}
+
+static void
+listener_open(unsigned i)
+{
+	static const char *const kind[] = { "WSS", "WS", "REDIRECT" };
+	const struct listener *l = &listeners[i];
+	struct sockaddr_storage ss;
+	struct address a;
+	char text[ADDRESS_TEXT];
+	socklen_t len;
+	int fd;
+
+	if (!address_parse(&a, l->address, l->port))
+		die("config.h: listeners[%u]: \"%s\", \"%s\": give an IPv4 or IPv6 literal and a "
+			"decimal port", i, l->address, l->port);
+	len = address_write(&a, &ss);
+	fd = socket(ss.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0)
+		die("config.h: listeners[%u]: %s: socket: %s", i, l->address, strerror(errno));
+	socket_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+	if (ss.ss_family == AF_INET6)
+		socket_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, strcmp(l->address, "::") != 0);
+	socket_tune(fd);
+	if (bind(fd, (struct sockaddr *)&ss, len) < 0)
+		die("config.h: listeners[%u]: %s port %s: bind: %s", i, l->address, l->port,
+			strerror(errno));
+	if (listen(fd, SOMAXCONN) < 0)
+		die("config.h: listeners[%u]: %s port %s: listen: %s", i, l->address, l->port,
+			strerror(errno));
+	len = sizeof ss;
+	if (getsockname(fd, (struct sockaddr *)&ss, &len) == 0)
+		address_read(&a, (struct sockaddr *)&ss);
+	fds[FD_LISTEN + i].fd = fd;
+	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1, text),
+		kind[l->kind]);
+}
+
+/* ---- privileges ---- */
+
+struct become {
+	uid_t uid;
+	gid_t gid;
+	int set;
+};
+
+/* A user or group by number, for devices without /etc/passwd. */
+static unsigned
+id_parse(const char *entry, const char *text)
+{
+	char *end;
+	unsigned long n = strtoul(text, &end, 10);
+
+	if (text[0] < '0' || text[0] > '9' || *end || n >= UINT_MAX)
+		die("config.h: %s \"%s\": not known here: add it, or give a number", entry, text);
+	return (unsigned)n;
+}
+
+/* Resolves user and group while /etc is in sight. */
+static struct become
+become_find(const char *user_name, const char *group_name)
+{
+	struct become b = { .uid = getuid(), .gid = getgid(), .set = user_name || group_name };
+	const struct passwd *pw = user_name ? getpwnam(user_name) : NULL;
+	const struct group *gr = group_name ? getgrnam(group_name) : NULL;
+
+	if (user_name) {
+		b.uid = pw ? pw->pw_uid : id_parse("user", user_name);
+		b.gid = pw ? pw->pw_gid : (gid_t)b.uid;
+	}
+	if (group_name)
+		b.gid = gr ? gr->gr_gid : id_parse("group", group_name);
+	return b;
+}
+
+/* For good: checks that there is no way back. */
+static void
+become_do(const struct become *b, const char *root)
+{
+	if (root && (chroot(root) < 0 || chdir("/") < 0))
+		die("config.h: chroot_dir \"%s\": %s", root, strerror(errno));
+	if (b->set) {
+		if (setgroups(1, &b->gid) < 0 && errno != EPERM)
+			die("config.h: group: setgroups: %s", strerror(errno));
+		if (setgid(b->gid) < 0)
+			die("config.h: group: setgid %u: %s", (unsigned)b->gid, strerror(errno));
+		if (setuid(b->uid) < 0)
+			die("config.h: user: setuid %u: %s", (unsigned)b->uid, strerror(errno));
+		if (b->uid != 0 && setuid(0) == 0)
+			die("config.h: user: root can be regained");
+	}
+	prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+}
+
+/* Nothing of a key is to be found in a core file. */
+static void
+core_forbid(void)
+{
+	struct rlimit none = { 0, 0 };
+
+	setrlimit(RLIMIT_CORE, &none);
+	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+}
+
+/* Every session needs two descriptors. */
+static void
+descriptors_raise(void)
+{
+	const rlim_t need = 2 * max_sessions + LISTENERS + 16;
+	struct rlimit r;
+
+	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
+		die("getrlimit: %s", strerror(errno));
+	if (r.rlim_cur >= need)
+		return;
+	r.rlim_cur = need;
+	if (r.rlim_max < need)
+		r.rlim_max = need;
+	if (setrlimit(RLIMIT_NOFILE, &r) < 0)
+		die("config.h: max_sessions = %u needs %lu descriptors, which the system does not "
+			"grant (%s): raise the limit (ulimit -n) or lower max_sessions",
+			(unsigned)max_sessions, (unsigned long)need, strerror(errno));
+}
+
+/* ---- HTTP: pure functions, no I/O ----
+ *
+ * A head is parsed line by line as it comes: `at` is where the first unfinished line begins, and
+ * nothing before `scanned` is looked at again, so a head that comes byte by byte costs no more.
+ * Strict in what it takes (RFC 9112: CRLF only, no folding, no white space before the colon, no
+ * control bytes), and what is passed on is rendered anew from the parsed lines: backend and proxy
+ * can't read the same bytes in two ways. */
+
+static int
+is_alnum(unsigned char c)
+{
+	return (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z');
+}
+
+static int
+is_token_char(unsigned char c)          /* RFC 9110 5.6.2 */
+{
+	return c && (is_alnum(c) || strchr("!#$%&'*+-.^_`|~", c));
+}
+
+static char
+lower(char c)
+{
+	return c >= 'A' && c <= 'Z' ? (char)(c | 32) : c;
+}
+
+/* Whether a span is this word, given in lower case. */
+static int
+span_is(const char *buf, struct span s, const char *word)
+{
+	size_t i;
+
+	for (i = 0; i < s.len && word[i]; i++)
+		if (lower(buf[s.at + i]) != word[i])
+			return 0;
+	return i == s.len && !word[i];
+}
+
+/* Takes the next element off a comma-separated list (RFC 9110 5.6.1), white space trimmed. 0: no
+ * more. Empty elements are skipped. */
+static int
+list_next(const char *buf, struct span *list, struct span *out)
+{
+	const char *p = buf + list->at, *end = p + list->len, *comma;
+	size_t len;
+
+	while (p < end && (*p == ',' || *p == ' ' || *p == '\t'))
+		p++;
+	if (p == end)
+		return 0;
+	comma = memchr(p, ',', (size_t)(end - p));
+	len = (size_t)((comma ? comma : end) - p);
+	list->at = (uint16_t)(p - buf + (ptrdiff_t)len);
+	list->len = (uint16_t)(end - p - (ptrdiff_t)len);
+	while (len > 0 && (p[len - 1] == ' ' || p[len - 1] == '\t'))
+		len--;
+	*out = (struct span){ (uint16_t)(p - buf), (uint16_t)len };
+	return 1;
+}
+
+static int
+list_has(const char *buf, struct span list, const char *word)
+{
+	struct span s;
+
+	while (list_next(buf, &list, &s))
+		if (span_is(buf, s, word))
+			return 1;
+	return 0;
+}
+
+/* A header line from `at` up to `end`, without its CRLF. */
+static int
+field_parse(struct head *h, const char *buf, size_t at, size_t end)
+{
+	struct field *f = &h->field[h->nfields];
+	size_t i = at, stop = end;
+
+	while (i < end && is_token_char((unsigned char)buf[i]))
+		i++;
+	if (i == at || i == end || buf[i] != ':')
+		return 0;
+	f->name = (struct span){ (uint16_t)at, (uint16_t)(i - at) };
+	i++;
+	while (i < stop && (buf[i] == ' ' || buf[i] == '\t'))
+		i++;
+	while (stop > i && (buf[stop - 1] == ' ' || buf[stop - 1] == '\t'))
+		stop--;
+	f->value = (struct span){ (uint16_t)i, (uint16_t)(stop - i) };
+	for (; i < stop; i++) {
+		unsigned char c = (unsigned char)buf[i];
+
+		if ((c < ' ' && c != '\t') || c == 0x7f)
+			return 0;
+	}
+	h->nfields++;
+	return 1;
+}
+
+/* Splits the start line at its first two spaces into part[]. 0: fewer than two. */
+static int
+start_split(struct head *h, const char *buf, size_t at, size_t end)
+{
+	unsigned i;
+
+	for (i = 0; i < 2; i++) {
+		const char *space = memchr(buf + at, ' ', end - at);
+
+		if (!space)
+			return 0;
+		h->part[i] = (struct span){ (uint16_t)at, (uint16_t)(space - buf - (ptrdiff_t)at) };
+		at = (size_t)(space - buf) + 1;
+	}
+	h->part[2] = (struct span){ (uint16_t)at, (uint16_t)(end - at) };
+	return 1;
+}
+
+/* "HTTP/x.y" as x * 10 + y, 0 if it is none. */
+static int
+version_parse(const char *buf, struct span s)
+{
+	const char *p = buf + s.at;
+
+	if (s.len != 8 || memcmp(p, "HTTP/", 5) != 0 || p[6] != '.' ||
+	    p[5] < '0' || p[5] > '9' || p[7] < '0' || p[7] > '9')
+		return 0;
+	return (p[5] - '0') * 10 + p[7] - '0';
+}
+
+static enum why
+request_line_parse(struct head *h, const char *buf, size_t end)
+{
+	size_t i;
+	int version;
+
+	if (!start_split(h, buf, 0, end) || h->part[0].len == 0 || h->part[1].len == 0)
+		return WHY_REQUEST_LINE;
+	for (i = 0; i < h->part[0].len; i++)
+		if (!is_token_char((unsigned char)buf[i]))
+			return WHY_REQUEST_LINE;
+	version = version_parse(buf, h->part[2]);
+	if (version == 0)
+		return WHY_REQUEST_LINE;
+	for (i = 0; i < h->part[1].len; i++) {
+		unsigned char c = (unsigned char)buf[h->part[1].at + i];
+
+		if (c <= ' ' || c >= 0x7f || c == '#')
+			return WHY_TARGET;
+	}
+	return version == 11 ? WHY_NONE : WHY_HTTP_VERSION;
+}
+
+static enum why
+status_line_parse(struct head *h, const char *buf, size_t end)
+{
+	const char *code;
+	size_t i;
+	int version;
+
+	/* the reason phrase and even the space before it may be missing */
+	if (!start_split(h, buf, 0, end)) {
+		if (end < 12)
+			return WHY_BAD_RESPONSE;
+		h->part[0] = (struct span){ 0, 8 };
+		h->part[1] = (struct span){ 9, (uint16_t)(end - 9) };
+		h->part[2] = (struct span){ (uint16_t)end, 0 };
+	}
+	version = version_parse(buf, h->part[0]);
+	code = buf + h->part[1].at;
+	if ((version != 10 && version != 11) || buf[8] != ' ' || h->part[1].len != 3 ||
+	    code[0] < '1' || code[0] > '5' || code[1] < '0' || code[1] > '9' ||
+	    code[2] < '0' || code[2] > '9')
+		return WHY_BAD_RESPONSE;
+	for (i = h->part[2].at; i < end; i++)
+		if ((unsigned char)buf[i] < ' ' && buf[i] != '\t')
+			return WHY_BAD_RESPONSE;
+	return WHY_NONE;
+}
+
+/* The common part of both parsers; see wssproxy.h. Of a response every fault is one. */
+static enum why
+head_parse(struct head *h, const char *buf, size_t len,
+	enum why (*start)(struct head *, const char *, size_t))
+{
+	if (len > head_max)
+		len = head_max;
+	for (;;) {
+		const char *lf = memchr(buf + h->scanned, '\n', len - h->scanned);
+		size_t end;
+		enum why why;
+
+		if (!lf) {
+			h->scanned = (uint16_t)len;
+			return len < head_max ? WHY_MORE : h->at == 0 ? WHY_LONG_TARGET : WHY_LARGE_HEAD;
+		}
+		end = (size_t)(lf - buf);
+		if (end == h->at || buf[end - 1] != '\r')
+			return h->at == 0 ? WHY_REQUEST_LINE : WHY_FIELD;
+		if (h->at == 0) {
+			if ((why = start(h, buf, end - 1)) != WHY_NONE)
+				return why;
+		} else if (end - 1 == h->at) {
+			h->size = (uint16_t)(end + 1);
+			return WHY_NONE;
+		} else if (h->nfields == HEAD_FIELDS) {
+			return WHY_LARGE_HEAD;
+		} else if (!field_parse(h, buf, h->at, end - 1)) {
+			return WHY_FIELD;
+		}
+		h->at = h->scanned = (uint16_t)(end + 1);
+	}
+}
+
+static enum why
+request_parse(struct request *r, const char *buf, size_t len)
+{
+	return head_parse(&r->head, buf, len, request_line_parse);
+}
+
+static enum why
+response_parse(struct response *r, const char *buf, size_t len)
+{
+	enum why why = head_parse(&r->head, buf, len, status_line_parse);
+
+	return why == WHY_NONE || why == WHY_MORE ? why : WHY_BAD_RESPONSE;
+}
+
+/* Digits only, at most 18 of them. */
+static int
+number_parse(const char *buf, struct span s, uint64_t *out)
+{
+	size_t i;
+
+	*out = 0;
+	for (i = 0; i < s.len; i++) {
+		if (buf[s.at + i] < '0' || buf[s.at + i] > '9')
+			return 0;
+		*out = *out * 10 + (uint64_t)(buf[s.at + i] - '0');
+	}
+	return s.len > 0 && s.len <= 18;
+}
+
+/* What the fields of a head say of the connection and the body. */
+struct facts {
+	struct span host, key, version, accept, origin, coding;
+	unsigned hosts, keys, versions, accepts, origins, lengths, codings;
+	int upgrade;            /* Connection has it */
+	int websocket;          /* Upgrade has it */
+	int bad_length;         /* Content-Length is no number, or two differ */
+	uint64_t length;
+};
+
+static void
+facts_read(struct facts *f, const struct head *h, const char *buf)
+{
+	const struct { const char *name; struct span *value; unsigned *count; } words[] = {
+		{ "host", &f->host, &f->hosts },
+		{ "origin", &f->origin, &f->origins },
+		{ "sec-websocket-key", &f->key, &f->keys },
+		{ "sec-websocket-version", &f->version, &f->versions },
+		{ "sec-websocket-accept", &f->accept, &f->accepts },
+		{ "transfer-encoding", &f->coding, &f->codings },
+	};
+	unsigned i, k;
+	uint64_t n;
+
+	memset(f, 0, sizeof *f);
+	for (i = 0; i < h->nfields; i++) {
+		struct span name = h->field[i].name, value = h->field[i].value;
+
+		for (k = 0; k < LENGTH(words); k++) {
+			if (span_is(buf, name, words[k].name)) {
+				*words[k].value = value;
+				(*words[k].count)++;
+			}
+		}
+		if (span_is(buf, name, "connection")) {
+			f->upgrade |= list_has(buf, value, "upgrade");
+		} else if (span_is(buf, name, "upgrade")) {
+			f->websocket |= list_has(buf, value, "websocket");
+		} else if (span_is(buf, name, "content-length")) {
+			if (!number_parse(buf, value, &n) || (f->lengths > 0 && n != f->length))
+				f->bad_length = 1;
+			f->length = n;
+			f->lengths++;
+		}
+	}
+}
+
+/* Host or authority: what RFC 3986 allows in reg-name, IP literal and port, and no more. */
+static int
+host_valid(const char *buf, struct span s)
+{
+	size_t i;
+
+	for (i = 0; i < s.len; i++) {
+		unsigned char c = (unsigned char)buf[s.at + i];
+
+		if (!is_alnum(c) && (!c || !strchr("-._~!$&'()*+,;=:[]%", c)))
+			return 0;
+	}
+	return s.len > 0;
+}
+
+/* The target in origin-form, its authority as Host (RFC 9112 3.2). */
+static enum why
+target_parse(struct request *r, const char *buf)
+{
+	static const char *const schemes[] = { "http", "https", "ws", "wss" };
+	struct span t = r->head.part[1], scheme = { t.at, 0 }, host;
+	const char *end = buf + t.at + t.len, *p;
+	unsigned i;
+
+	r->target = t;
+	if (buf[t.at] == '/')
+		return WHY_NONE;
+	if (t.len == 1 && buf[t.at] == '*')
+		return span_is(buf, r->head.part[0], "options") ? WHY_NONE : WHY_TARGET;
+	p = memchr(buf + t.at, ':', t.len);
+	if (!p || end - p < 3 || memcmp(p, "://", 3) != 0)
+		return WHY_TARGET;
+	scheme.len = (uint16_t)(p - (buf + t.at));
+	for (i = 0; i < LENGTH(schemes) && !span_is(buf, scheme, schemes[i]); i++)
+		;
+	if (i == LENGTH(schemes))
+		return WHY_TARGET;
+	p += 3;
+	host.at = (uint16_t)(p - buf);
+	while (p < end && *p != '/' && *p != '?')
+		p++;
+	host.len = (uint16_t)(p - buf - host.at);
+	if (!host_valid(buf, host))
+		return WHY_TARGET;
+	r->host = host;
+	r->target = (struct span){ (uint16_t)(p - buf), (uint16_t)(end - p) };
+	return WHY_NONE;
+}
+
+/* Sec-WebSocket-Key: 16 bytes in base64, so 22 digits and "==". */
+static int
+key_valid(const char *buf, struct span s)
+{
+	size_t i;
+
+	if (s.len != 24 || memcmp(buf + s.at + 22, "==", 2) != 0)
+		return 0;
+	for (i = 0; i < 22; i++) {
+		unsigned char c = (unsigned char)buf[s.at + i];
+
+		if (!is_alnum(c) && c != '+' && c != '/')
+			return 0;
+	}
+	return 1;
+}
+
+/* Whether the value of Origin is one of origins[]; "same" is the Host with http or https. */
+static int
+origin_allowed(const char *buf, const struct facts *f, struct span host)
+{
+	const char *value = buf + f->origin.at;
+	unsigned i;
+
+	if (!origins[0])
+		return 1;
+	for (i = 0; i < LENGTH(origins) && origins[i] && f->origins == 1; i++) {
+		size_t len = strlen(origins[i]), skip = 0;
+
+		if (strcmp(origins[i], "same") != 0) {
+			if (len == f->origin.len && memcmp(origins[i], value, len) == 0)
+				return 1;
+			continue;
+		}
+		if (f->origin.len > 8 && memcmp(value, "https://", 8) == 0)
+			skip = 8;
+		else if (f->origin.len > 7 && memcmp(value, "http://", 7) == 0)
+			skip = 7;
+		if (skip > 0 && f->origin.len - skip == host.len &&
+		    memcmp(value + skip, buf + host.at, host.len) == 0)
+			return 1;
+	}
+	return 0;
+}
+
+static enum why
+upgrade_check(struct request *r, const char *buf, const struct facts *f)
+{
+	if (f->keys != 1 || !key_valid(buf, f->key))
+		return WHY_KEY;
+	if (f->versions != 1 || !span_is(buf, f->version, "13"))
+		return WHY_WS_VERSION;
+	if (f->codings > 0 || f->length > 0)
+		return WHY_UPGRADE_BODY;
+	if (!origin_allowed(buf, f, r->host))
+		return WHY_ORIGIN;
+	r->upgrade = 1;
+	r->key = f->key;
+	return WHY_NONE;
+}
+
+static enum why
+request_check(struct request *r, const char *buf)
+{
+	const struct head *h = &r->head;
+	struct facts f;
+	enum why why;
+
+	facts_read(&f, h, buf);
+	if (h->part[0].len == 7 && memcmp(buf, "CONNECT", 7) == 0)
+		return WHY_METHOD;
+	if (f.hosts != 1 || !host_valid(buf, f.host))
+		return WHY_HOST;
+	r->host = f.host;
+	if ((why = target_parse(r, buf)) != WHY_NONE)
+		return why;
+	if (f.bad_length || (f.lengths > 0 && f.codings > 0))
+		return WHY_FRAMING;
+	r->length = f.length;
+	if (f.upgrade && f.websocket && h->part[0].len == 3 && memcmp(buf, "GET", 3) == 0)
+		return upgrade_check(r, buf, &f);
+	if (f.codings > 0)
+		return f.codings == 1 && span_is(buf, f.coding, "chunked") ? WHY_LENGTH : WHY_CODING;
+	return WHY_NONE;
+}
+
+static enum why
+response_check(struct response *r, const char *buf, int upgrade, int head, const char *accept)
+{
+	const struct head *h = &r->head;
+	const char *code = buf + h->part[1].at;
+	struct facts f;
+
+	facts_read(&f, h, buf);
+	r->status = (unsigned)(code[0] - '0') * 100 + (unsigned)(code[1] - '0') * 10 +
+		(unsigned)(code[2] - '0');
+	r->length = f.length;
+	if (f.bad_length || (f.lengths > 0 && f.codings > 0))
+		return WHY_BAD_RESPONSE;
+	if (r->status == 101) {
+		r->framing = BODY_TUNNEL;
+		if (!upgrade || buf[7] != '1')
+			return WHY_BAD_RESPONSE;
+		if (!f.upgrade || !f.websocket)
+			return WHY_BAD_ACCEPT;
+		if (check_accept && (f.accepts != 1 || f.accept.len != 28 ||
+		    memcmp(buf + f.accept.at, accept, 28) != 0))
+			return WHY_BAD_ACCEPT;
+		return WHY_NONE;
+	}
+	if (r->status < 200 || r->status == 204 || r->status == 304 || head) {
+		r->framing = BODY_LENGTH;
+		r->length = 0;
+	} else if (f.codings > 0) {
+		struct span rest = f.coding, last = f.coding;
+
+		if (buf[7] == '0' || f.codings > 1)
+			return WHY_BAD_RESPONSE;
+		while (list_next(buf, &rest, &last))
+			;
+		r->framing = span_is(buf, last, "chunked") ? BODY_CHUNKED : BODY_EOF;
+	} else {
+		r->framing = f.lengths > 0 ? BODY_LENGTH : BODY_EOF;
+	}
+	return WHY_NONE;
+}
+
+/* Text that grows up to a bound; past it, full is set and nothing more is written. */
+struct text {
+	char *p;
+	size_t len, size;
+	int full;
+};
+
+static void
+text_add(struct text *t, const char *p, size_t len)
+{
+	if (t->full || len > t->size - t->len) {
+		t->full = 1;
+		return;
+	}
+	memcpy(t->p + t->len, p, len);
+	t->len += len;
+}
+
+static void
+text_string(struct text *t, const char *s)
+{
+	text_add(t, s, strlen(s));
+}
+
+static void
+text_span(struct text *t, const char *buf, struct span s)
+{
+	text_add(t, buf + s.at, s.len);
+}
+
+/* "name: value CRLF" */
+static void
+text_field(struct text *t, const char *name, const char *value)
+{
+	text_string(t, name);
+	text_string(t, ": ");
+	text_string(t, value);
+	text_string(t, "\r\n");
+}
+
+/* Whether a name is this one (in lower case), with '_' as good as '-': what CGI and its heirs make
+ * of both is the same variable, so neither may be forged. */
+static int
+name_like(const char *buf, struct span s, const char *word)
+{
+	size_t i;
+
+	for (i = 0; i < s.len && word[i]; i++)
+		if (lower(buf[s.at + i]) != word[i] && !(buf[s.at + i] == '_' && word[i] == '-'))
+			return 0;
+	return i == s.len && !word[i];
+}
+
+/* Ours to write: what the client sent under these names is not believed. */
+static int
+is_forwarded_name(const char *buf, struct span name)
+{
+	return x_forwarded_for != OFF && (name_like(buf, name, "x-forwarded-for") ||
+		name_like(buf, name, "x-forwarded-proto") || name_like(buf, name, "x-real-ip"));
+}
+
+/* Names that a Connection field can't take away: they steer the request, its framing, or say who
+ * the client is. */
+static int
+is_protected(const char *buf, struct span name)
+{
+	struct span prefix = name;
+
+	if (span_is(buf, name, "host") || span_is(buf, name, "content-length") ||
+	    span_is(buf, name, "x-real-ip"))
+		return 1;
+	prefix.len = 12;
+	if (name.len > 12 && name_like(buf, prefix, "x-forwarded-"))
+		return 1;
+	prefix.len = 14;
+	return name.len > 14 && span_is(buf, prefix, "sec-websocket-");
+}
+
+/* Hop-by-hop: RFC 9110 7.6.1, and what the Connection fields list. */
+static int
+is_hop(const struct head *h, const char *buf, struct span name)
+{
+	static const char *const hop[] = {
+		"connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade",
+	};
+	unsigned i;
+
+	for (i = 0; i < LENGTH(hop); i++)
+		if (span_is(buf, name, hop[i]))
+			return 1;
+	if (is_protected(buf, name))
+		return 0;
+	for (i = 0; i < h->nfields; i++) {
+		struct span list = h->field[i].value, s;
+
+		if (!span_is(buf, h->field[i].name, "connection"))
+			continue;
+		while (list_next(buf, &list, &s)) {
+			size_t k = 0;
+
+			while (k < s.len && k < name.len &&
+			    lower(buf[s.at + k]) == lower(buf[name.at + k]))
+				k++;
+			if (k == s.len && k == name.len)
+				return 1;
+		}
+	}
+	return 0;
+}
+
+/* A field as it came, white space around the value normalized. */
+static void
+text_copy(struct text *t, const char *buf, const struct field *f)
+{
+	text_span(t, buf, f->name);
+	text_string(t, ": ");
+	text_span(t, buf, f->value);
+	text_string(t, "\r\n");
+}
+
+static void
+render_forwarded(struct text *t, const struct head *h, const char *buf, const struct forwarded *f)
+{
+	unsigned i;
+
+	text_string(t, "X-Forwarded-For: ");
+	for (i = 0; i < h->nfields && x_forwarded_for == APPEND; i++) {
+		if (h->field[i].value.len == 0 ||
+		    !span_is(buf, h->field[i].name, "x-forwarded-for"))
+			continue;
+		text_span(t, buf, h->field[i].value);
+		text_string(t, ", ");
+	}
+	text_string(t, f->client);
+	text_string(t, "\r\n");
+	text_field(t, "X-Forwarded-Proto", f->proto);
+	text_field(t, "X-Real-IP", f->client);
+}
+
+static size_t
+request_render(const struct request *r, const char *buf, const struct forwarded *f,
+	char *out, size_t size)
+{
+	const struct head *h = &r->head;
+	struct text t = { .p = out, .size = size };
+	unsigned i;
+
+	text_span(&t, buf, h->part[0]);
+	text_string(&t, " ");
+	if (r->target.len == 0 || buf[r->target.at] == '?')
+		text_string(&t, "/");
+	text_span(&t, buf, r->target);
+	text_string(&t, " HTTP/1.1\r\n");
+	for (i = 0; i < h->nfields; i++) {
+		struct field field = h->field[i];
+
+		if (span_is(buf, field.name, "host"))
+			field.value = r->host;
+		if (!is_hop(h, buf, field.name) && !is_forwarded_name(buf, field.name))
+			text_copy(&t, buf, &field);
+	}
+	if (x_forwarded_for != OFF)
+		render_forwarded(&t, h, buf, f);
+	text_string(&t, r->upgrade ? "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" :
+		"Connection: close\r\n\r\n");
+	return t.full ? 0 : t.len;
+}
+
+static size_t
+response_render(const struct response *r, const char *buf, char *out, size_t size)
+{
+	const struct head *h = &r->head;
+	struct text t = { .p = out, .size = size };
+	unsigned i;
+
+	text_string(&t, "HTTP/1.1 ");
+	text_span(&t, buf, h->part[1]);
+	text_string(&t, " ");
+	text_span(&t, buf, h->part[2]);
+	text_string(&t, "\r\n");
+	for (i = 0; i < h->nfields; i++) {
+		struct span name = h->field[i].name;
+
+		if (!is_hop(h, buf, name) || (span_is(buf, name, "transfer-encoding") &&
+		    r->status >= 200 && r->status != 204))
+			text_copy(&t, buf, &h->field[i]);
+	}
+	if (r->framing == BODY_TUNNEL)
+		text_string(&t, "Connection: Upgrade\r\nUpgrade: websocket\r\n");
+	else if (r->status >= 200)
+		text_string(&t, "Connection: close\r\n");
+	text_string(&t, "\r\n");
+	return t.full ? 0 : t.len;
+}
+
+static void
+base64(const unsigned char *in, size_t len, char *out)
+{
+	static const char digit[] =
+		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+	size_t i;
+
+	for (i = 0; i < len; i += 3) {
+		unsigned v = (unsigned)in[i] << 16;
+
+		v |= i + 1 < len ? (unsigned)in[i + 1] << 8 : 0;
+		v |= i + 2 < len ? in[i + 2] : 0;
+		*out++ = digit[v >> 18];
+		*out++ = digit[v >> 12 & 63];
+		*out++ = i + 1 < len ? digit[v >> 6 & 63] : '=';
+		*out++ = i + 2 < len ? digit[v & 63] : '=';
+	}
+	*out = '\0';
+}
+
+static void
+accept_key(const char *key, char out[29])
+{
+	unsigned char hash[br_sha1_SIZE];
+	br_sha1_context c;
+
+	br_sha1_init(&c);
+	br_sha1_update(&c, key, 24);
+	br_sha1_update(&c, "258EAFA5-E914-47DA-95CA-C5AB0DC85B11", 36);
+	br_sha1_out(&c, hash);
+	base64(hash, sizeof hash, out);
+}
+
+/* A chunked body's grammar, a byte at a time but for the data (RFC 9112 7.1). */
+enum { CHUNK_SIZE, CHUNK_EXT, CHUNK_SIZE_LF, CHUNK_DATA, CHUNK_DATA_CR, CHUNK_DATA_LF,
+	CHUNK_TRAILER, CHUNK_TRAILER_LINE, CHUNK_TRAILER_LF, CHUNK_END_LF };
+
+static int
+hex_digit(char c)
+{
+	return c >= '0' && c <= '9' ? c - '0' :
+		lower(c) >= 'a' && lower(c) <= 'f' ? lower(c) - 'a' + 10 : -1;
+}
+
+/* One byte outside of a chunk's data. Returns the next state, -1: not the grammar. */
+static int
+chunked_byte(struct chunked *c, char b)
+{
+	int digit = hex_digit(b);
+
+	switch (c->state) {
+	case CHUNK_SIZE:
+		if (digit >= 0 && c->digits < 15) {
+			c->left = c->left << 4 | (uint64_t)digit;
+			c->digits++;
+			return CHUNK_SIZE;
+		}
+		if (c->digits == 0 || digit >= 0)
+			return -1;
+		return b == '\r' ? CHUNK_SIZE_LF : b == ';' || b == ' ' || b == '\t' ? CHUNK_EXT : -1;
+	case CHUNK_EXT:
+		return b == '\r' ? CHUNK_SIZE_LF : b == '\n' ? -1 : CHUNK_EXT;
+	case CHUNK_SIZE_LF:
+		return b != '\n' ? -1 : c->left > 0 ? CHUNK_DATA : CHUNK_TRAILER;
+	case CHUNK_DATA_CR:
+		return b == '\r' ? CHUNK_DATA_LF : -1;
+	case CHUNK_DATA_LF:
+		c->digits = 0;
+		return b == '\n' ? CHUNK_SIZE : -1;
+	case CHUNK_TRAILER:
+		return b == '\r' ? CHUNK_END_LF : b == '\n' ? -1 : CHUNK_TRAILER_LINE;
+	case CHUNK_TRAILER_LINE:
+		return b == '\r' ? CHUNK_TRAILER_LF : b == '\n' ? -1 : CHUNK_TRAILER_LINE;
+	case CHUNK_TRAILER_LF:
+		return b == '\n' ? CHUNK_TRAILER : -1;
+	default:
+		c->done = b == '\n';
+		return b == '\n' ? CHUNK_END_LF : -1;
+	}
+}
+
+static size_t
+chunked_scan(struct chunked *c, const char *buf, size_t len)
+{
+	size_t i = 0;
+
+	while (i < len && !c->done && !c->bad) {
+		int next;
+
+		if (c->state == CHUNK_DATA) {
+			size_t n = c->left < len - i ? (size_t)c->left : len - i;
+
+			i += n;
+			c->left -= n;
+			if (c->left == 0)
+				c->state = CHUNK_DATA_CR;
+			continue;
+		}
+		next = chunked_byte(c, buf[i]);
+		if (next < 0) {
+			c->bad = 1;
+			break;
+		}
+		c->state = (uint8_t)next;
+		i++;
+	}
+	return i;
+}
+
+/* ---- backends ---- */
+
+static int
+round_robin_pick(const unsigned *weight, int *current, unsigned n, uint64_t allowed)
+{
+	int best = -1, total = 0;
+	unsigned i;
+
+	for (i = 0; i < n; i++) {
+		if (!(allowed >> i & 1))
+			continue;
+		current[i] += (int)weight[i];
+		total += (int)weight[i];
+		if (best < 0 || current[i] > current[best])
+			best = (int)i;
+	}
+	if (best >= 0)
+		current[best] -= total;
+	return best;
+}
+
+/* A backend of weight w takes part with w tickets; the highest ticket wins. So the spread follows
+ * the weights, and a backend that comes or goes moves only its own clients. Arithmetic on values,
+ * not on memory: big and little endian machines agree. */
+static int
+rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned n, uint64_t allowed,
+	const unsigned char *address, unsigned bits)
+{
+	unsigned char key[16] = { 0 };
+	uint64_t client, top = 0;
+	int best = -1;
+	unsigned i, w;
+
+	memcpy(key, address, (bits + 7) / 8);
+	if (bits % 8)
+		key[bits / 8] &= (unsigned char)(0xff00 >> bits % 8);
+	client = hash_bytes(bits, key, sizeof key);
+	for (i = 0; i < n; i++) {
+		for (w = 0; w < weight[i] && (allowed >> i & 1); w++) {
+			uint64_t ticket = hash_mix(client ^ hash_mix(id[i] + w));
+
+			if (best < 0 || ticket > top) {
+				best = (int)i;
+				top = ticket;
+			}
+		}
+	}
+	return best;
+}
+
+static int
+path_under(const char *target, size_t len, const char *prefix)
+{
+	size_t n = strlen(prefix);
+
+	if (n > len || memcmp(target, prefix, n) != 0)
+		return 0;
+	return n == len || n == 0 || prefix[n - 1] == '/' || target[n] == '/' || target[n] == '?';
+}
+
+/* The backends for a target: those with the longest path that it lies under. */
+static uint64_t
+servers_for(const char *target, size_t len)
+{
+	size_t longest = 0;
+	uint64_t set = 0;
+	unsigned i;
+
+	for (i = 0; i < BACKENDS; i++) {
+		const char *path = backends[i].path ? backends[i].path : "";
+		size_t n = strlen(path);
+
+		if (!path_under(target, len, path) || (set && n < longest))
+			continue;
+		if (n > longest)
+			set = 0;
+		longest = n;
+		set |= (uint64_t)1 << i;
+	}
+	return set;
+}
+
+enum { PICK_NONE = -1, PICK_FULL = -2, PICK_WAIT = -3 };
+
+/* The backend to try next: first those in order, then the backups, then those set aside. */
+static int
+server_pick(const struct session *s)
+{
+	uint64_t tier[3] = { 0, 0, 0 };
+	int full = 0, pending = 0;
+	unsigned i;
+
+	for (i = 0; i < BACKENDS; i++) {
+		const struct server *v = &servers[i];
+		uint64_t bit = (uint64_t)1 << i;
+
+		if (!(s->group & ~s->tried & bit))
+			continue;
+		if (v->addresses == 0)
+			pending |= v->pending && !v->asked_before;
+		else if (backends[i].max_conns > 0 && v->active >= backends[i].max_conns)
+			full = 1;
+		else
+			tier[v->aside_until > now ? 2 : backends[i].backup ? 1 : 0] |= bit;
+	}
+	for (i = 0; i < LENGTH(tier); i++) {
+		if (tier[i] && balance == IP_HASH)
+			return rendezvous_pick(server_ids, weights, BACKENDS, tier[i], s->peer.ip,
+				s->peer.family == AF_INET ? hash_bits4 : hash_bits6);
+		if (tier[i])
+			return round_robin_pick(weights, currents, BACKENDS, tier[i]);
+	}
+	return pending ? PICK_WAIT : full ? PICK_FULL : PICK_NONE;
+}
+
+/* A connection stands: the backend is no longer aside. */
+static void
+server_good(struct server *v)
+{
+	v->fails = 0;
+	v->aside_until = 0;
+	if (v->down)
+		log_line(LOG_NOTICE, "backend name=%s up", v->name);
+	v->down = 0;
+}
+
+static void resolver_ask(struct server *v);
+
+/* A connection failed, for all its addresses. */
+static void
+server_failed(struct server *v, const char *why)
+{
+	v->failures++;
+	if (v->fails == 0 || now - v->fail_since > fail_ms) {
+		v->fails = 0;
+		v->fail_since = now;
+	}
+	v->fails++;
+	if (max_fails == 0 || v->fails < max_fails)
+		return;
+	v->aside_until = now + fail_ms;
+	if (!v->down)
+		log_line(LOG_WARNING, "backend name=%s down why=%s", v->name, why);
+	v->down = 1;
+	resolver_ask(v);
+}
+
+static const char *
+connect_why(int error)
+{
+	switch (error) {
+	case ECONNREFUSED:      return "refused";
+	case ENOENT:            return "no-socket";
+	case ECONNRESET:
+	case EPIPE:             return "reset";
+	case ETIMEDOUT:         return "timeout";
+	case EHOSTUNREACH:
+	case ENETUNREACH:
+	case EADDRNOTAVAIL:
+	case EAFNOSUPPORT:      return "unreachable";
+	case EACCES:
+	case EPERM:             return "forbidden";
+	default:                return "error";
+	}
+}
+
+/* A connect under way, or -1 and errno. */
+static int
+server_dial(unsigned i, unsigned which)
+{
+	const struct address *a = &servers[i].address[which];
+	struct sockaddr_storage ss;
+	struct sockaddr_un *sun = (struct sockaddr_un *)(void *)&ss;
+	socklen_t len;
+	int fd, error;
+
+	if (a->family == AF_UNIX) {
+		memset(&ss, 0, sizeof ss);
+		sun->sun_family = AF_UNIX;
+		snprintf(sun->sun_path, sizeof sun->sun_path, "%s", backends[i].host + 5);
+		len = sizeof *sun;
+	} else {
+		len = address_write(a, &ss);
+	}
+	fd = socket(a->family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0)
+		return -1;
+	if (a->family != AF_UNIX)
+		socket_tune(fd);
+	if (connect(fd, (struct sockaddr *)&ss, len) == 0 || errno == EINPROGRESS)
+		return fd;
+	error = errno;
+	close(fd);
+	errno = error;
+	return -1;
+}
+
+/* ---- names ----
+ *
+ * getaddrinfo blocks, for half a minute when it likes, so a child of ours calls it: forked before
+ * keys are read and before chroot hides /etc, it lives as long as we do and only if a backend has
+ * a name. One byte asks for a backend; struct resolved comes back. */
+
+struct resolved {
+	uint8_t index, count;
+	struct address address[ADDRESSES_MAX];
+};
+
+static void
+resolver_look(struct resolved *r)
+{
+	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *list, *ai;
+	const struct backend *b = &backends[r->index];
+
+	r->count = 0;
+	if (getaddrinfo(b->host, b->port, &hints, &list) != 0)
+		return;
+	for (ai = list; ai && r->count < ADDRESSES_MAX; ai = ai->ai_next)
+		if (ai->ai_family == AF_INET || ai->ai_family == AF_INET6)
+			address_read(&r->address[r->count++], ai->ai_addr);
+	freeaddrinfo(list);
+}
+
+static void
+resolver_child(int fd, const struct become *b)
+{
+	struct resolved r;
+
+	signal(SIGHUP, SIG_IGN);
+	signal(SIGINT, SIG_IGN);
+	signal(SIGTERM, SIG_IGN);
+	signal(SIGUSR1, SIG_IGN);
+	become_do(b, NULL);
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	memset(&r, 0, sizeof r);
+	while (read(fd, &r.index, 1) == 1) {
+		if (r.index >= BACKENDS)
+			break;
+		resolver_look(&r);
+		if (send(fd, &r, sizeof r, MSG_NOSIGNAL) < 0)
+			break;
+	}
+	_exit(0);
+}
+
+static void
+resolver_start(const struct become *b)
+{
+	int pair[2];
+	unsigned i, names = 0;
+	pid_t pid;
+
+	for (i = 0; i < BACKENDS; i++)
+		names += servers[i].by_name;
+	if (names == 0)
+		return;
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
+		die("resolver: socketpair: %s", strerror(errno));
+	if ((pid = fork()) < 0)
+		die("resolver: fork: %s", strerror(errno));
+	if (pid == 0) {
+		close(pair[0]);
+		resolver_child(pair[1], b);
+	}
+	close(pair[1]);
+	fcntl(pair[0], F_SETFL, O_NONBLOCK);
+	fds[FD_RESOLVER].fd = pair[0];
+	for (i = 0; i < BACKENDS; i++)
+		resolver_ask(&servers[i]);
+}
+
+static void
+resolver_ask(struct server *v)
+{
+	unsigned char index = (unsigned char)(v - servers);
+
+	if (!v->by_name || v->pending || fds[FD_RESOLVER].fd < 0)
+		return;
+	link_drop(&v->retry.link);
+	if (send(fds[FD_RESOLVER].fd, &index, 1, MSG_NOSIGNAL) == 1)
+		v->pending = 1;
+	else
+		timer_start(&queues[Q_RESOLVE], &v->retry);
+}
+
+/* What the resolver says of one backend. No address: the old ones stay, if any, and the name is
+ * asked for again. */
+static void
+resolver_answer(const struct resolved *r)
+{
+	struct server *v = &servers[r->index];
+
+	v->pending = 0;
+	v->asked_before = 1;
+	if (r->count > 0) {
+		memcpy(v->address, r->address, sizeof v->address);
+		if (v->addresses == 0 && v->down)
+			server_good(v);
+		v->addresses = r->count;
+	} else {
+		if (v->addresses == 0 && !v->down) {
+			log_line(LOG_WARNING, "backend name=%s down why=unresolved", v->name);
+			v->down = 1;
+		}
+		timer_start(&queues[Q_RESOLVE], &v->retry);
+	}
+	while (!link_alone(&unnamed))
+		link_append(&runnable, unnamed.next);
+}
+
+static void
+resolver_event(void)
+{
+	struct resolved r;
+	ssize_t n = recv(fds[FD_RESOLVER].fd, &r, sizeof r, 0);
+
+	if (n == sizeof r && r.index < BACKENDS) {
+		resolver_answer(&r);
+	} else if (n >= 0 || !would_block(errno)) {
+		log_line(LOG_ERR, "resolver died: backends keep the addresses they have");
+		close(fds[FD_RESOLVER].fd);
+		fds[FD_RESOLVER].fd = -1;
+		waitpid(-1, NULL, WNOHANG);
+	}
+}
+
+static void
+servers_init(void)
+{
+	unsigned i;
+
+	for (i = 0; i < BACKENDS; i++) {
+		const struct backend *b = &backends[i];
+		struct server *v = &servers[i];
+
+		link_init(&v->retry.link);
+		weights[i] = b->weight ? b->weight : 1;
+		if (weights[i] > WEIGHT_MAX)
+			die("config.h: backends[%u]: weight %u: at most %d", i, b->weight, WEIGHT_MAX);
+		if (b->tls != TLS_OFF || b->cert || b->key)
+			die("config.h: backends[%u]: tls, cert, key: not in this version", i);
+		if (!b->host || !*b->host)
+			die("config.h: backends[%u]: host is missing", i);
+		if (strncmp(b->host, "unix:", 5) == 0) {
+			if (strlen(b->host + 5) >= sizeof ((struct sockaddr_un *)0)->sun_path)
+				die("config.h: backends[%u]: %s: path too long", i, b->host);
+			v->address[0].family = AF_UNIX;
+			v->addresses = 1;
+			snprintf(v->name, sizeof v->name, "%s", b->host);
+		} else {
+			if (!b->port || !address_parse(&v->address[0], "0.0.0.0", b->port))
+				die("config.h: backends[%u]: port \"%s\": give a decimal number", i,
+					b->port ? b->port : "NULL");
+			v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
+			v->by_name = !v->addresses;
+			snprintf(v->name, sizeof v->name, strchr(b->host, ':') ? "[%s]:%s" : "%s:%s",
+				b->host, b->port);
+		}
+		server_ids[i] = v->id = hash_bytes(0, v->name, strlen(v->name));
+	}
+}
+
+/* ---- sources: how many sessions an address has ---- */
+
+static struct source **
+source_bucket(const struct address *a, unsigned char key[8])
+{
+	memset(key, 0, 8);
+	memcpy(key, a->ip, a->family == AF_INET ? 4 : 8);
+	return &buckets[hash_bytes(a->family, key, 8) % LENGTH(buckets)];
+}
+
+/* The source of an address, NULL if it has no session. */
+static struct source *
+source_find(const struct address *a)
+{
+	unsigned char key[8];
+	struct source *o = *source_bucket(a, key);
+
+	while (o && memcmp(o->key, key, sizeof key) != 0)
+		o = o->next;
+	return o;
+}
+
+/* One session more; there are as many sources as sessions, so one is always free. */
+static struct source *
+source_take(const struct address *a)
+{
+	struct source *o = source_find(a);
+	struct source **bucket;
+
+	if (!o) {
+		o = pool_lend(&source_pool);
+		bucket = source_bucket(a, o->key);
+		o->sessions = o->young = 0;
+		o->next = *bucket;
+		*bucket = o;
+	}
+	o->sessions++;
+	return o;
+}
+
+static void
+source_release(struct source *o, const struct address *a)
+{
+	unsigned char key[8];
+	struct source **p = source_bucket(a, key);
+
+	if (--o->sessions > 0)
+		return;
+	while (*p != o)
+		p = &(*p)->next;
+	*p = o->next;
+	pool_return(&source_pool, o);
+}
+
+/* ---- what sessions borrow ---- */
+
+static unsigned char no_records[32];    /* what a resting engine's offsets are based on */
+
+/* The only two places that touch private fields of BearSSL: the record buffers of an engine that
+ * stands at a record boundary hold nothing, so their bases can change. */
+static void
+engine_lend(br_ssl_engine_context *eng, struct records *r)
+{
+	eng->ibuf = r->ibuf;
+	eng->obuf = r->obuf;
+}
+
+static void
+engine_take_back(br_ssl_engine_context *eng)
+{
+	eng->ibuf = no_records;
+	eng->obuf = no_records;
+}
+
+static void
+records_attach(struct session *s, struct records *r)
+{
+	s->rec = r;
+	r->at = r->end = r->out_at = r->out_end = 0;
+	if (s->tls_up)
+		engine_lend(&s->tls.eng, r);
+}
+
+/* Makes sure that s has record buffers. 0: it waits for them, and will be run when it has. */
+static int
+records_borrow(struct session *s)
+{
+	struct records *r;
+
+	if (s->rec)
+		return 1;
+	r = pool_lend(&records_pool);
+	if (r)
+		records_attach(s, r);
+	else
+		link_append(&records_pool.waiters, &s->wait);
+	return r != NULL;
+}
+
+/* Gives them back: to whoever has waited longest. */
+static void
+records_return(struct session *s)
+{
+	struct records *r = s->rec;
+	struct session *next;
+
+	if (!r)
+		return;
+	s->rec = NULL;
+	if (s->tls_up)
+		engine_take_back(&s->tls.eng);
+	if (link_alone(&records_pool.waiters)) {
+		pool_return(&records_pool, r);
+		return;
+	}
+	next = OWNER(records_pool.waiters.next, struct session, wait);
+	records_attach(next, r);
+	link_append(&runnable, &next->wait);
+}
+
+static void
+head_attach(struct session *s, struct head_buffer *hd)
+{
+	memset(hd, 0, offsetof(struct head_buffer, bytes));
+	s->hd = hd;
+}
+
+static int
+head_borrow(struct session *s)
+{
+	struct head_buffer *hd;
+
+	if (s->hd)
+		return 1;
+	hd = pool_lend(&heads_pool);
+	if (hd)
+		head_attach(s, hd);
+	else
+		link_append(&heads_pool.waiters, &s->wait);
+	return hd != NULL;
+}
+
+static void
+head_return(struct session *s)
+{
+	struct head_buffer *hd = s->hd;
+	struct session *next;
+
+	if (!hd)
+		return;
+	s->hd = NULL;
+	if (link_alone(&heads_pool.waiters)) {
+		pool_return(&heads_pool, hd);
+		return;
+	}
+	next = OWNER(heads_pool.waiters.next, struct session, wait);
+	head_attach(next, hd);
+	link_append(&runnable, &next->wait);
+}
+
+/* ---- TLS set-up ---- */
+
+static const struct {
+	uint16_t id;
+	const char *name;
+	int chacha, cbc;
+} suite_names[] = {
+	{ BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, "ECDHE_ECDSA_CHACHA20", 1, 0 },
+	{ BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256, "ECDHE_RSA_CHACHA20", 1, 0 },
+	{ BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, "ECDHE_ECDSA_AES128_GCM", 0, 0 },
+	{ BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, "ECDHE_RSA_AES128_GCM", 0, 0 },
+	{ BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, "ECDHE_ECDSA_AES256_GCM", 0, 0 },
+	{ BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384, "ECDHE_RSA_AES256_GCM", 0, 0 },
+	{ BR_TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA, "ECDHE_ECDSA_AES128_CBC", 0, 1 },
+	{ BR_TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA, "ECDHE_RSA_AES128_CBC", 0, 1 },
+	{ BR_TLS_ECDHE_ECDSA_WITH_AES_256_CBC_SHA, "ECDHE_ECDSA_AES256_CBC", 0, 1 },
+	{ BR_TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA, "ECDHE_RSA_AES256_CBC", 0, 1 },
+};
+
+/* Index in suite_names, -1: none that we serve. */
+static int
+suite_find(unsigned id)
+{
+	unsigned i;
+
+	for (i = 0; i < LENGTH(suite_names); i++)
+		if (suite_names[i].id == id)
+			return (int)i;
+	return -1;
+}
+
+/* ciphers[] in the order for this CPU: BearSSL's constant-time AES is slow without instructions
+ * for it, its ChaCha20 is fast everywhere. */
+static void
+suites_init(void)
+{
+	int aes = br_aes_x86ni_ctr_get_vtable() != NULL || br_aes_pwr8_ctr_get_vtable() != NULL;
+	unsigned i, n = 0, pass;
+
+	if (tls_min < BR_TLS10 || tls_min > tls_max || tls_max > BR_TLS12)
+		die("config.h: tls_min, tls_max: BR_TLS10, BR_TLS11 or BR_TLS12, in order");
+	for (i = 0; i < LENGTH(ciphers); i++) {
+		int k = suite_find(ciphers[i]);
+
+		if (k < 0)
+			die("config.h: ciphers[%u]: 0x%04x is not served: choose ECDHE suites with "
+				"AES-GCM, ChaCha20 or AES-CBC-SHA", i, (unsigned)ciphers[i]);
+		if (suite_names[k].cbc && tls_min >= BR_TLS12)
+			die("config.h: ciphers[%u]: CBC suites need tls_min below BR_TLS12", i);
+	}
+	for (pass = 0; pass < 2; pass++) {
+		for (i = 0; i < LENGTH(ciphers); i++) {
+			int first = suite_names[suite_find(ciphers[i])].chacha != aes;
+
+			if (pass == 0 ? first || !ciphers_by_cpu : !first && ciphers_by_cpu)
+				suites[n++] = ciphers[i];
+		}
+	}
+}
+
+/* Whether a server name from the wire is the one of a certs[] entry: exact, or with one label in
+ * the place of a leading "*". */
+static int
+name_matches(const char *pattern, const char *name, size_t len)
+{
+	size_t n = strlen(pattern), i;
+
+	if (pattern[0] == '*' && pattern[1] == '.') {
+		const char *dot = memchr(name, '.', len);
+
+		if (!dot || dot == name)
+			return 0;
+		len -= (size_t)(dot - name);
+		name = dot;
+		pattern++;
+		n--;
+	}
+	for (i = 0; i < n && i < len; i++)
+		if (lower(pattern[i]) != lower(name[i]))
+			return 0;
+	return n == len;
+}
+
+static int
+hash_choose(uint32_t offered)
+{
+	static const int order[] = { br_sha256_ID, br_sha384_ID, br_sha512_ID, br_sha224_ID,
+		br_sha1_ID };
+	unsigned i;
+
+	for (i = 0; i < LENGTH(order); i++)
+		if (offered >> order[i] & 1)
+			return order[i];
+	return -1;
+}
+
+/* Whether this identity can serve this suite for this client; sets the signature algorithm. */
+static int
+identity_serves(const struct identity *id, const br_ssl_server_context *cc, unsigned suite_type,
+	unsigned *algo_id)
+{
+	const br_ec_private_key *ec = br_skey_decoder_get_ec(&id->key);
+	int old = br_ssl_engine_get_version(&cc->eng) < BR_TLS12;
+	uint32_t hashes = br_ssl_server_get_client_hashes(cc);
+	int hash;
+
+	if (suite_type != (ec ? BR_SSLKEYX_ECDHE_ECDSA : BR_SSLKEYX_ECDHE_RSA))
+		return 0;
+	if (ec && !(br_ssl_server_get_client_curves(cc) >> ec->curve & 1))
+		return 0;
+	hash = old ? (ec ? br_sha1_ID : 0) : hash_choose(ec ? hashes >> 8 & 0xff : hashes & 0xff);
+	if (hash < 0)
+		return 0;
+	*algo_id = 0xff00 + (unsigned)hash;
+	return 1;
+}
+
+/* Certificate and suite for a ClientHello: among the certificates for its server name (if there
+ * are none: the default ones), the first suite that one of them can serve. */
+static int
+policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
+	br_ssl_server_choices *choices)
+{
+	struct policy *p = OWNER(ctx, struct policy, vtable);
+	const struct session *s = OWNER(p, struct session, policy);
+	const char *name = br_ssl_engine_get_server_name(&cc->eng);
+	size_t n, len = strnlen(name, sizeof cc->eng.server_name), u;
+	const br_suite_translated *offered = br_ssl_server_get_client_suites(cc, &n);
+	int by_name = 0;
+	unsigned i;
+
+	for (i = 0; i < CERTS; i++)
+		by_name |= certs[i].name && name_matches(certs[i].name, name, len);
+	for (u = 0; u < n; u++) {
+		for (i = 0; i < CERTS; i++) {
+			const struct identity *id = &s->ring->id[i];
+
+			if (by_name != (certs[i].name && name_matches(certs[i].name, name, len)) ||
+			    (!by_name && certs[i].name) ||
+			    !identity_serves(id, cc, offered[u][1] >> 12, &choices->algo_id))
+				continue;
+			p->id = id;
+			choices->cipher_suite = offered[u][0];
+			choices->chain = id->chain;
+			choices->chain_len = id->chain_len;
+			return 1;
+		}
+	}
+	return 0;
+}
+
+/* Key exchanges that are not ephemeral are not offered. */
+static uint32_t
+policy_keyx(const br_ssl_server_policy_class **ctx, unsigned char *data, size_t *len)
+{
+	(void)ctx;
+	(void)data;
+	(void)len;
+	return 0;
+}
+
+static size_t
+policy_sign(const br_ssl_server_policy_class **ctx, unsigned algo_id, unsigned char *data,
+	size_t hv_len, size_t len)
+{
+	static const br_hash_class *const class[] = { NULL, NULL, &br_sha1_vtable,
+		&br_sha224_vtable, &br_sha256_vtable, &br_sha384_vtable, &br_sha512_vtable };
+	static const unsigned char *const oid[] = { NULL, NULL, BR_HASH_OID_SHA1,
+		BR_HASH_OID_SHA224, BR_HASH_OID_SHA256, BR_HASH_OID_SHA384, BR_HASH_OID_SHA512 };
+	const struct policy *p = OWNER(ctx, struct policy, vtable);
+	const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&p->id->key);
+	const br_ec_private_key *ec = br_skey_decoder_get_ec(&p->id->key);
+	unsigned char hash[64];
+	unsigned h = algo_id & 0xff;
+	size_t n;
+
+	if (h >= LENGTH(class) || hv_len > sizeof hash)
+		return 0;
+	memcpy(hash, data, hv_len);
+	if (ec)
+		return len < 139 || !class[h] ? 0 :
+			br_ecdsa_sign_asn1_get_default()(br_ec_get_default(), class[h], hash, ec, data);
+	n = (rsa->n_bitlen + 7) / 8;
+	return len >= n && br_rsa_pkcs1_sign_get_default()(oid[h], hash, hv_len, rsa, data) ? n : 0;
+}
+
+static const br_ssl_server_policy_class policy_class = {
+	sizeof(struct policy), policy_choose, policy_keyx, policy_sign,
+};
+
+/* Fills buf from the kernel's generator. 0: it has none. */
+static int
+random_bytes(void *buf, size_t len, unsigned flags)
+{
+	ssize_t n;
+
+	do
+		n = getrandom(buf, len, flags);
+	while (n < 0 && errno == EINTR);
+	return n == (ssize_t)len;
+}
+
+/* Sets up the TLS context of a slot, once in its life: no context is ever copied, and one that
+ * was never used costs no memory. */
+static void
+tls_make(struct session *s)
+{
+	static const char *protocols[] = { "http/1.1" };
+	br_ssl_server_context *cc = &s->tls;
+	br_ssl_engine_context *eng = &cc->eng;
+
+	br_ssl_server_zero(cc);
+	br_ssl_engine_set_versions(eng, tls_min, tls_max);
+	br_ssl_engine_set_suites(eng, suites, LENGTH(suites));
+	br_ssl_engine_set_default_ec(eng);
+	br_ssl_engine_set_hash(eng, br_sha1_ID, &br_sha1_vtable);
+	br_ssl_engine_set_hash(eng, br_sha224_ID, &br_sha224_vtable);
+	br_ssl_engine_set_hash(eng, br_sha256_ID, &br_sha256_vtable);
+	br_ssl_engine_set_hash(eng, br_sha384_ID, &br_sha384_vtable);
+	br_ssl_engine_set_hash(eng, br_sha512_ID, &br_sha512_vtable);
+	br_ssl_engine_set_prf_sha256(eng, &br_tls12_sha256_prf);
+	br_ssl_engine_set_prf_sha384(eng, &br_tls12_sha384_prf);
+	br_ssl_engine_set_default_aes_gcm(eng);
+	br_ssl_engine_set_default_chapol(eng);
+	if (tls_min < BR_TLS12) {
+		br_ssl_engine_set_hash(eng, br_md5_ID, &br_md5_vtable);
+		br_ssl_engine_set_prf10(eng, &br_tls10_prf);
+		br_ssl_engine_set_default_aes_cbc(eng);
+	}
+	br_ssl_engine_set_protocol_names(eng, protocols, LENGTH(protocols));
+	br_ssl_engine_add_flags(eng, BR_OPT_ENFORCE_SERVER_PREFERENCES |
+		BR_OPT_NO_RENEGOTIATION | BR_OPT_FAIL_ON_ALPN_MISMATCH);
+	if (session_cache > 0)
+		br_ssl_server_set_cache(cc, &cache.vtable);
+	s->tls_made = 1;
+}
+
+/* Readies the engine for a ClientHello. 0: no entropy. */
+static int
+tls_start(struct session *s)
+{
+	br_ssl_engine_context *eng = &s->tls.eng;
+	unsigned char seed[32];
+
+	if (!s->tls_made) {
+		if (!random_bytes(seed, sizeof seed, GRND_NONBLOCK))
+			return 0;
+		tls_make(s);
+		br_ssl_engine_inject_entropy(eng, seed, sizeof seed);
+		wipe(seed, sizeof seed);
+	}
+	s->policy.vtable = &policy_class;
+	br_ssl_server_set_policy(&s->tls, &s->policy.vtable);
+	br_ssl_engine_set_buffers_bidi(eng, s->rec->ibuf, sizeof s->rec->ibuf,
+		s->rec->obuf, sizeof s->rec->obuf);
+	s->tls_up = 1;
+	s->ring = keyring;
+	keyring->users++;
+	return br_ssl_server_reset(&s->tls) != 0;
+}
+
+static void
+tls_ring_release(struct session *s)
+{
+	if (s->ring)
+		s->ring->users--;
+	s->ring = NULL;
+}
+
+static enum why
+tls_why(int error)
+{
+	if (error >= BR_ERR_SEND_FATAL_ALERT) {
+		int alert = error - BR_ERR_SEND_FATAL_ALERT;
+
+		return alert == 70 ? WHY_TLS_VERSION : alert == 40 ? WHY_TLS_CIPHER : WHY_TLS_ERROR;
+	}
+	if (error >= BR_ERR_RECV_FATAL_ALERT)
+		return WHY_TLS_ALERT;
+	return error == BR_ERR_UNSUPPORTED_VERSION || error == BR_ERR_BAD_VERSION ?
+		WHY_TLS_VERSION : error == BR_ERR_NO_RANDOM ? WHY_NO_RANDOM : WHY_TLS_ERROR;
+}
+
+/* On most errors BearSSL just stops; a client in a handshake deserves the alert (RFC 5246 7.2.2),
+ * which is still in the clear then. */
+static void
+tls_alert(const struct session *s, int error)
+{
+	unsigned char alert[] = { 21, 3, 3, 0, 2, 2, 80 };      /* internal_error */
+
+	switch (error) {
+	case BR_ERR_UNSUPPORTED_VERSION:
+	case BR_ERR_BAD_VERSION:        alert[6] = 70; break;   /* protocol_version */
+	case BR_ERR_BAD_LENGTH:
+	case BR_ERR_TOO_LARGE:          alert[6] = 22; break;   /* record_overflow */
+	case BR_ERR_BAD_MAC:            alert[6] = 20; break;   /* bad_record_mac */
+	case BR_ERR_UNKNOWN_TYPE:
+	case BR_ERR_UNEXPECTED:
+	case BR_ERR_BAD_CCS:            alert[6] = 10; break;   /* unexpected_message */
+	case BR_ERR_BAD_FINISHED:
+	case BR_ERR_BAD_SIGNATURE:      alert[6] = 51; break;   /* decrypt_error */
+	case BR_ERR_BAD_CIPHER_SUITE:
+	case BR_ERR_INVALID_ALGORITHM:  alert[6] = 40; break;   /* handshake_failure */
+	case BR_ERR_BAD_HANDSHAKE:
+	case BR_ERR_OVERSIZED_ID:
+	case BR_ERR_BAD_SNI:            alert[6] = 50; break;   /* decode_error */
+	case BR_ERR_BAD_COMPRESSION:
+	case BR_ERR_BAD_FRAGLEN:
+	case BR_ERR_BAD_SECRENEG:       alert[6] = 47; break;   /* illegal_parameter */
+	}
+	if (error < BR_ERR_RECV_FATAL_ALERT)
+		send(s->client, alert, sizeof alert, MSG_NOSIGNAL);
+}
+
+/* ---- moves: bytes between a client's socket, its buffers and its backend ----
+ *
+ * Each moves what it can at once and says whether anything moved; relay_pump repeats them until
+ * every one waits on a descriptor, for decrypted bytes raise no event. A read that brings less
+ * than there was room for has emptied the socket: poll will tell when there is more. */
+
+static void
+session_end(struct session *s, enum party by, enum why why)
+{
+	if (s->why == WHY_NONE) {
+		s->why = (uint8_t)why;
+		s->by = (uint8_t)by;
+	}
+}
+
+/* A socket error, or a TLS failure: no order any more. */
+static void
+session_broke(struct session *s, enum party by, int error)
+{
+	session_end(s, by, error == ETIMEDOUT ? WHY_TIMEOUT : WHY_RESET);
+	s->ended |= BROKEN;
+}
+
+static void
+session_eof(struct session *s, enum party by)
+{
+	session_end(s, by, WHY_EOF);
+	s->ended |= by == BY_CLIENT ? CLIENT_EOF : BACKEND_EOF;
+}
+
+/* Whether the engine is done with for good: failed, or closed by both. */
+static int
+client_closed(const struct session *s)
+{
+	return !s->plain && br_ssl_engine_current_state(&s->tls.eng) == BR_SSL_CLOSED;
+}
+
+/* Plaintext from the client that nobody has taken yet; NULL: none. */
+static unsigned char *
+client_readable(const struct session *s, size_t *len)
+{
+	*len = 0;
+	if (!s->rec)
+		return NULL;
+	if (!s->plain)
+		return br_ssl_engine_recvapp_buf(&s->tls.eng, len);
+	*len = s->rec->end - s->rec->at;
+	return *len > 0 ? s->rec->ahead + s->rec->at : NULL;
+}
+
+/* `len` of it, above 0, were taken. */
+static void
+client_consume(struct session *s, size_t len)
+{
+	s->empty_records = 0;
+	if (s->plain)
+		s->rec->at += len;
+	else
+		br_ssl_engine_recvapp_ack(&s->tls.eng, len);
+}
+
+/* Room for plaintext to the client; NULL: none until what is there is sent. */
+static unsigned char *
+client_room(const struct session *s, size_t *len)
+{
+	*len = 0;
+	if (!s->rec)
+		return NULL;
+	if (!s->plain)
+		return br_ssl_engine_sendapp_buf(&s->tls.eng, len);
+	*len = s->rec->out_end > 0 ? 0 : sizeof s->rec->obuf;
+	return *len > 0 ? s->rec->obuf : NULL;
+}
+
+/* `len` bytes, above 0, were put there: they make one record. */
+static void
+client_put(struct session *s, size_t len)
+{
+	if (s->plain) {
+		s->rec->out_end = len;
+	} else {
+		br_ssl_engine_sendapp_ack(&s->tls.eng, len);
+		br_ssl_engine_flush(&s->tls.eng, 0);
+	}
+}
+
+/* Bytes that wait for the client's socket; NULL: none. */
+static unsigned char *
+client_pending(const struct session *s, size_t *len)
+{
+	*len = 0;
+	if (!s->rec)
+		return NULL;
+	if (!s->plain)
+		return br_ssl_engine_sendrec_buf(&s->tls.eng, len);
+	*len = s->rec->out_end - s->rec->out_at;
+	return *len > 0 ? s->rec->obuf + s->rec->out_at : NULL;
+}
+
+static void
+client_sent(struct session *s, size_t len)
+{
+	struct records *r = s->rec;
+
+	if (!s->plain) {
+		br_ssl_engine_sendrec_ack(&s->tls.eng, len);
+	} else if ((r->out_at += len) == r->out_end) {
+		r->out_at = r->out_end = 0;
+	}
+}
+
+/* Buffer to socket. */
+static int
+client_send(struct session *s)
+{
+	unsigned char *p;
+	size_t len;
+	int moved = 0;
+
+	while (!(s->ready & CLIENT_FULL) && (p = client_pending(s, &len)) != NULL) {
+		ssize_t n = send(s->client, p, len, MSG_NOSIGNAL);
+
+		if (n > 0) {
+			client_sent(s, (size_t)n);
+			s->moved = 1;
+			moved = 1;
+		}
+		if (n < (ssize_t)len)
+			s->ready |= CLIENT_FULL;
+		if (n < 0 && !would_block(errno))
+			session_broke(s, BY_CLIENT, errno);
+	}
+	return moved;
+}
+
+/* Socket to read-ahead. */
+static int
+client_recv(struct session *s)
+{
+	struct records *r = s->rec;
+	ssize_t n = recv(s->client, r->ahead, sizeof r->ahead, 0);
+
+	if (n < (ssize_t)sizeof r->ahead || --s->reads_client == 0)
+		s->ready &= (uint8_t)~CLIENT_IN;
+	if (n == 0)
+		session_eof(s, BY_CLIENT);
+	else if (n < 0 && !would_block(errno))
+		session_broke(s, BY_CLIENT, errno);
+	if (n <= 0)
+		return 0;
+	r->at = 0;
+	r->end = (size_t)n;
+	s->moved = 1;
+	return 1;
+}
+
+/* Read-ahead to engine, at most up to the end of one record. */
+static int
+client_feed(struct session *s)
+{
+	br_ssl_engine_context *eng = &s->tls.eng;
+	struct records *r = s->rec;
+	unsigned char *p;
+	size_t len, left;
+	int moved = 0;
+
+	while ((left = r->end - r->at) > 0 && (p = br_ssl_engine_recvrec_buf(eng, &len)) != NULL) {
+		if (p == r->ibuf && len == 5) {
+			if (moved)
+				break;
+			if (++s->empty_records > FLOOD_RECORDS) {
+				session_end(s, BY_CLIENT, WHY_FLOOD);
+				s->ended |= BROKEN;
+				break;
+			}
+		}
+		len = len < left ? len : left;
+		memcpy(p, r->ahead + r->at, len);
+		r->at += len;
+		moved = 1;
+		br_ssl_engine_recvrec_ack(eng, len);
+	}
+	return moved;
+}
+
+/* Socket to engine: as much as it takes. */
+static int
+client_fill(struct session *s)
+{
+	struct records *r = s->rec;
+	int moved = 0;
+
+	if (r->at == r->end && (s->ready & CLIENT_IN) && !(s->ended & CLIENT_EOF))
+		moved = client_recv(s);
+	while (!s->plain && !(s->ended & BROKEN) && client_feed(s))
+		moved = 1;
+	if (client_closed(s)) {
+		int error = br_ssl_engine_last_error(&s->tls.eng);
+
+		if (error) {
+			session_end(s, BY_CLIENT, tls_why(error));
+			s->ended |= BROKEN;
+		} else if (!(s->ended & CLIENT_EOF)) {
+			session_eof(s, BY_CLIENT);
+		}
+		r->at = r->end;
+	}
+	return moved;
+}
+
+/* Plaintext to the backend, as far as the request may go. */
+static int
+relay_up(struct session *s)
+{
+	size_t len;
+	unsigned char *p = client_readable(s, &len);
+	ssize_t n;
+
+	if (!p || s->up_left == 0 || (s->ready & BACKEND_FULL) || (s->ended & BACKEND_FIN))
+		return 0;
+	if (len > s->up_left)
+		len = (size_t)s->up_left;
+	n = send(s->backend, p, len, MSG_NOSIGNAL);
+	if (n < (ssize_t)len)
+		s->ready |= BACKEND_FULL;
+	if (n < 0 && !would_block(errno))
+		session_broke(s, BY_BACKEND, errno);
+	if (n <= 0)
+		return 0;
+	client_consume(s, (size_t)n);
+	s->rx += (uint64_t)n;
+	if (s->up_left != UINT64_MAX)
+		s->up_left -= (uint64_t)n;
+	s->moved = s->fed = 1;
+	return 1;
+}
+
+/* How many of `len` bytes from the backend belong to the answer; notes its end. */
+static size_t
+answer_take(struct session *s, const char *p, size_t len)
+{
+	switch (s->framing) {
+	case BODY_LENGTH:
+		len = len < s->down_left ? len : (size_t)s->down_left;
+		s->down_left -= len;
+		break;
+	case BODY_CHUNKED:
+		len = chunked_scan(&s->chunked, p, len);
+		break;
+	}
+	if ((s->framing == BODY_LENGTH && s->down_left == 0) ||
+	    (s->framing == BODY_CHUNKED && s->chunked.done)) {
+		session_end(s, BY_BACKEND, WHY_DONE);
+		s->ended |= BACKEND_EOF;
+	} else if (s->framing == BODY_CHUNKED && s->chunked.bad) {
+		session_end(s, BY_BACKEND, WHY_SHORT);
+		s->ended |= BACKEND_EOF;
+	}
+	return len;
+}
+
+/* The answer's head, in the head buffer, goes before anything else. */
+static int
+relay_head(struct session *s, unsigned char *room, size_t len)
+{
+	struct head_buffer *hd = s->hd;
+
+	if (len > hd->len - hd->off)
+		len = hd->len - hd->off;
+	memcpy(room, hd->bytes + hd->off, len);
+	client_put(s, len);
+	hd->off += len;
+	if (hd->off == hd->len)
+		head_return(s);
+	return 1;
+}
+
+/* Backend to engine. */
+static int
+relay_down(struct session *s)
+{
+	size_t len;
+	unsigned char *room = client_room(s, &len);
+	ssize_t n;
+
+	if (!room)
+		return 0;
+	if (s->hd)
+		return relay_head(s, room, len);
+	if (!(s->ready & BACKEND_IN) || (s->ended & BACKEND_EOF))
+		return 0;
+	n = recv(s->backend, room, len, 0);
+	if (n < (ssize_t)len || --s->reads_backend == 0)
+		s->ready &= (uint8_t)~BACKEND_IN;
+	if (n < 0 && !would_block(errno))
+		session_broke(s, BY_BACKEND, errno);
+	if (n == 0 && (s->framing == BODY_LENGTH || s->framing == BODY_CHUNKED))
+		session_end(s, BY_BACKEND, WHY_SHORT);
+	if (n == 0)
+		session_eof(s, BY_BACKEND);
+	if (n <= 0)
+		return 0;
+	s->moved = s->fed = 1;
+	len = answer_take(s, (char *)room, (size_t)n);
+	s->tx += len;
+	if (len > 0)
+		client_put(s, len);
+	return 1;
+}
+
+/* Reads and forgets, so that closing does not reset what the peer has yet to read. */
+static void
+socket_discard(struct session *s, int fd, enum party by)
+{
+	ssize_t n = 1;
+	int i;
+
+	for (i = 0; i < READS && n > 0 && fd >= 0; i++)
+		n = recv(fd, scratch, sizeof scratch, 0);
+	if (n == 0 || (n < 0 && !would_block(errno)))
+		s->ended |= by == BY_CLIENT ? CLIENT_EOF : BACKEND_EOF;
+}
+
+static void
+relay_pump(struct session *s)
+{
+	int moved;
+
+	do {
+		moved = client_fill(s);
+		moved |= relay_up(s);
+		moved |= relay_down(s);
+		moved |= client_send(s);
+	} while (moved && !(s->ended & BROKEN));
+}
+
+/* Tells the client that no more comes: close_notify behind all that is pending, then FIN. The
+ * backend learns the same, for no one takes the client's bytes any more. */
+static void
+client_finish(struct session *s)
+{
+	br_ssl_engine_context *eng = &s->tls.eng;
+	size_t len;
+
+	if (!s->plain && br_ssl_engine_current_state(eng) != BR_SSL_CLOSED)
+		br_ssl_engine_close(eng);
+	client_send(s);
+	if (client_pending(s, &len) || (s->ended & BROKEN))
+		return;
+	shutdown(s->client, SHUT_WR);
+	s->ended |= CLIENT_FIN;
+	if (s->backend >= 0 && !(s->ended & BACKEND_FIN))
+		shutdown(s->backend, SHUT_WR);
+	s->ended |= BACKEND_FIN;
+}
+
+/* ---- answers of our own ---- */
+
+static const char *
+status_text(unsigned status)
+{
+	switch (status) {
+	case 308: return "Permanent Redirect";
+	case 400: return "Bad Request";
+	case 403: return "Forbidden";
+	case 405: return "Method Not Allowed";
+	case 408: return "Request Timeout";
+	case 411: return "Length Required";
+	case 414: return "URI Too Long";
+	case 426: return "Upgrade Required";
+	case 431: return "Request Header Fields Too Large";
+	case 501: return "Not Implemented";
+	case 502: return "Bad Gateway";
+	case 503: return "Service Unavailable";
+	case 504: return "Gateway Timeout";
+	case 505: return "HTTP Version Not Supported";
+	default:  return "Error";
+	}
+}
+
+/* Location of a redirect: the host asked for without its port, with that of the first WSS listener. */
+static void
+text_location(struct text *t, const struct head_buffer *hd)
+{
+	const struct request *r = &hd->u.request;
+	struct span host = r->host;
+	unsigned i;
+
+	for (i = host.len; i > 0 && is_alnum((unsigned char)hd->bytes[host.at + i - 1]); i--)
+		;
+	if (i > 0 && hd->bytes[host.at + i - 1] == ':' &&
+	    (hd->bytes[host.at] != '[' || hd->bytes[host.at + i - 2] == ']'))
+		host.len = (uint16_t)(i - 1);
+	text_string(t, "Location: https://");
+	text_span(t, hd->bytes, host);
+	for (i = 0; i < LISTENERS && listeners[i].kind != WSS; i++)
+		;
+	if (i < LISTENERS && strcmp(listeners[i].port, "443") != 0) {
+		text_string(t, ":");
+		text_string(t, listeners[i].port);
+	}
+	if (r->target.len == 0 || hd->bytes[r->target.at] != '/')
+		text_string(t, "/");
+	if (hd->bytes[r->target.at] != '*')
+		text_span(t, hd->bytes, r->target);
+	text_string(t, "\r\n");
+}
+
+/* Puts the answer for `why` in place of the request in the head buffer. */
+static void
+reply_compose(struct session *s, enum why why)
+{
+	struct text t = { .p = scratch, .size = HEAD_ROOM };
+	struct head_buffer *hd = s->hd;
+	unsigned status = whys[why].status;
+	char body[96], line[64];
+	int n;
+
+	n = snprintf(body, sizeof body, "%u %s: %s\n", status, status_text(status), whys[why].text);
+	snprintf(line, sizeof line, "HTTP/1.1 %u %s\r\n", status, status_text(status));
+	text_string(&t, line);
+	snprintf(line, sizeof line, "%d", n);
+	text_field(&t, "Content-Type", "text/plain");
+	text_field(&t, "Content-Length", line);
+	text_field(&t, "Connection", status == 426 ? "close, Upgrade" : "close");
+	if (status == 426) {
+		text_field(&t, "Upgrade", "websocket");
+		text_field(&t, "Sec-WebSocket-Version", "13");
+	} else if (status == 405) {
+		text_field(&t, "Allow", "GET");
+	} else if (status == 308) {
+		text_location(&t, hd);
+	}
+	text_string(&t, "\r\n");
+	if (!s->head)
+		text_string(&t, body);
+	memcpy(hd->bytes, scratch, t.len);
+	hd->len = t.len;
+	hd->off = 0;
+}
+
+static void
+log_reject(const struct address *peer, unsigned status, enum why why)
+{
+	char client[ADDRESS_TEXT], number[12] = "-";
+
+	totals.rejected++;
+	if (status)
+		snprintf(number, sizeof number, "%u", status);
+	log_line(LOG_NOTICE, "reject client=%s status=%s why=%s",
+		address_format(peer, 1, client), number, whys[why].text);
+}
+
+static void
+server_leave(struct session *s)
+{
+	if (s->backend >= 0)
+		close(s->backend);
+	s->backend = -1;
+	if (s->server >= 0)
+		servers[s->server].active--;
+	s->server = -1;
+}
+
+/* Ends a session that has no answer yet: with one, when it can be given. The next state. */
+static enum state
+session_fail(struct session *s, enum why why)
+{
+	session_end(s, BY_PROXY, why);
+	if (!whys[why].status || !s->hd)
+		return FREE;
+	log_reject(&s->peer, whys[why].status, why);
+	s->rejected = 1;
+	reply_compose(s, why);
+	server_leave(s);
+	s->up_left = 0;
+	s->ended |= BACKEND_EOF | BACKEND_FIN;
+	return REPLY;
+}
+
+/* ---- steps ---- */
+
+/* The client's TLS stands. */
+static enum state
+handshake_done(struct session *s)
+{
+	size_t room;
+
+	br_ssl_engine_sendapp_buf(&s->tls.eng, &room);
+	s->room = (uint16_t)room;
+	s->empty_records = 0;
+	tls_ring_release(s);
+	return HEAD;
+}
+
+/* HTTP in the clear on a TLS port is answered in the clear. */
+static int
+looks_like_http(const struct records *r)
+{
+	return r->end - r->at >= 4 && is_alnum(r->ahead[r->at]) && is_alnum(r->ahead[r->at + 1]) &&
+		(is_alnum(r->ahead[r->at + 2]) || r->ahead[r->at + 2] == ' ');
+}
+
+/* At most one record in each turn of the loop, for its arithmetic takes 2 ms on a PC and 100 ms on
+ * a small MIPS: what remains in the read-ahead takes its turn again. */
+static enum state
+handshake_step(struct session *s)
+{
+	br_ssl_engine_context *eng = &s->tls.eng;
+	int first = !s->tls_up;
+
+	if (!head_borrow(s) || !records_borrow(s))
+		return HANDSHAKE;
+	if (s->rec->at == s->rec->end && (s->ready & CLIENT_IN) && !client_recv(s))
+		return s->ended & (CLIENT_EOF | BROKEN) ? FREE : HANDSHAKE;
+	if (first && looks_like_http(s->rec)) {
+		s->plain = 1;
+		s->rec->at = s->rec->end;
+		return session_fail(s, WHY_PLAIN_HTTP);
+	}
+	if (first && !tls_start(s))
+		return session_fail(s, WHY_NO_RANDOM);
+	if (!client_send(s))
+		client_feed(s);
+	client_send(s);
+	if (client_closed(s)) {
+		tls_alert(s, br_ssl_engine_last_error(eng));
+		session_end(s, BY_CLIENT, br_ssl_engine_last_error(eng) ?
+			tls_why(br_ssl_engine_last_error(eng)) : WHY_EOF);
+		return FREE;
+	}
+	if (s->ended & BROKEN)
+		return FREE;
+	if (br_ssl_engine_current_state(eng) & BR_SSL_SENDAPP)
+		return handshake_done(s);
+	if (s->rec->at < s->rec->end && !(s->ready & CLIENT_FULL))
+		link_append(&turns, &s->wait);
+	return HANDSHAKE;
+}
+
+/* The request is whole: judges it, and puts what the backend gets in its place. */
+static enum state
+head_done(struct session *s)
+{
+	struct head_buffer *hd = s->hd;
+	struct request *r = &hd->u.request;
+	struct forwarded f = { .proto = s->plain ? "http" : "https" };
+	char client[ADDRESS_TEXT];
+	const char *target, *query;
+	enum why why = request_check(r, hd->bytes);
+	size_t len;
+
+	s->head = (uint8_t)span_is(hd->bytes, r->head.part[0], "head");
+	if (why == WHY_NONE && s->kind == REDIRECT)
+		why = WHY_REDIRECT;
+	if (why == WHY_NONE && !r->upgrade)
+		why = WHY_NOT_WEBSOCKET;
+	if (why != WHY_NONE)
+		return session_fail(s, why);
+	target = r->target.len > 0 && hd->bytes[r->target.at] == '/' ? hd->bytes + r->target.at : "/";
+	len = *target == '/' && target != hd->bytes + r->target.at ? 1 : r->target.len;
+	query = memchr(target, '?', len);
+	log_escape(hd->host, sizeof hd->host, hd->bytes + r->host.at, r->host.len);
+	log_escape(hd->path, sizeof hd->path, target, query ? (size_t)(query - target) : len);
+	s->group = servers_for(target, len);
+	s->upgrade = (uint8_t)r->upgrade;
+	accept_key(hd->bytes + r->key.at, hd->accept);
+	f.client = address_format(&s->peer, 0, client);
+	hd->len = request_render(r, hd->bytes, &f, scratch, HEAD_ROOM);
+	if (hd->len == 0)
+		return session_fail(s, WHY_LARGE_HEAD);
+	memcpy(hd->bytes, scratch, hd->len);
+	return CONNECT;
+}
+
+static enum state
+head_step(struct session *s)
+{
+	struct head_buffer *hd;
+	const unsigned char *p;
+	size_t len, room;
+	enum why why;
+
+	if (!head_borrow(s) || !records_borrow(s))
+		return HEAD;
+	hd = s->hd;
+	do {
+		client_send(s);
+		while ((p = client_readable(s, &len)) != NULL) {
+			room = head_max - hd->len;
+			len = len < room ? len : room;
+			memcpy(hd->bytes + hd->len, p, len);
+			why = request_parse(&hd->u.request, hd->bytes, hd->len + len);
+			if (why == WHY_NONE) {
+				client_consume(s, hd->u.request.head.size - hd->len);
+				return head_done(s);
+			}
+			client_consume(s, len);
+			hd->len += len;
+			if (why != WHY_MORE)
+				return session_fail(s, why);
+		}
+	} while (client_fill(s) && !(s->ended & BROKEN));
+	return s->ended & (CLIENT_EOF | BROKEN) ? FREE : HEAD;
+}
+
+/* The connection to a backend's address failed: the next address, or none of this backend's. */
+static void
+connect_failed(struct session *s, int error)
+{
+	int i = s->server;
+
+	if (s->backend >= 0)
+		close(s->backend);
+	s->backend = -1;
+	if (++s->address < servers[i].addresses)
+		return;
+	s->tried |= (uint64_t)1 << i;
+	server_leave(s);
+	server_failed(&servers[i], connect_why(error));
+}
+
+/* Dials until a connect is under way or no backend is left. */
+static enum state
+connect_next(struct session *s)
+{
+	for (;;) {
+		if (s->server < 0) {
+			int i = server_pick(s);
+
+			if (i == PICK_WAIT) {
+				link_append(&unnamed, &s->wait);
+				return CONNECT;
+			}
+			if (i < 0)
+				return session_fail(s, i == PICK_FULL ? WHY_FULL : WHY_NO_BACKEND);
+			s->server = (int8_t)i;
+			s->address = 0;
+			servers[i].active++;
+		}
+		s->backend = server_dial((unsigned)s->server, s->address);
+		if (s->backend >= 0) {
+			timer_start(&queues[CONNECT], &s->timer);
+			return CONNECT;
+		}
+		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)
+			return session_fail(s, WHY_NO_BACKEND);
+		connect_failed(s, errno);
+	}
+}
+
+static enum state
+connect_step(struct session *s)
+{
+	int error = 0;
+	socklen_t len = sizeof error;
+
+	if (s->backend < 0)
+		return s->ready & EXPIRED ? session_fail(s, WHY_NO_BACKEND) : connect_next(s);
+	if (!(s->ready & (BACKEND_OUT | EXPIRED)))
+		return CONNECT;
+	if (s->ready & EXPIRED)
+		error = ETIMEDOUT;
+	else if (getsockopt(s->backend, SOL_SOCKET, SO_ERROR, &error, &len) < 0)
+		error = errno;
+	if (error == 0) {
+		server_good(&servers[s->server]);
+		return REQUEST;
+	}
+	connect_failed(s, error);
+	return connect_next(s);
+}
+
+static enum state
+request_step(struct session *s)
+{
+	struct head_buffer *hd = s->hd;
+	ssize_t n = send(s->backend, hd->bytes + hd->off, hd->len - hd->off, MSG_NOSIGNAL);
+
+	if (n < 0 && would_block(errno))
+		return REQUEST;
+	if (n < 0 && hd->off == 0) {
+		s->address = ADDRESSES_MAX;
+		connect_failed(s, errno);
+		return CONNECT;
+	}
+	if (n < 0)
+		return session_fail(s, WHY_BAD_RESPONSE);
+	s->moved = 1;
+	hd->off += (size_t)n;
+	if (hd->off < hd->len)
+		return REQUEST;
+	servers[s->server].sessions++;
+	hd->len = hd->off = 0;
+	memset(&hd->u, 0, sizeof hd->u);
+	return RESPONSE;
+}
+
+/* The line `open`: a tunnel stands, or a plain answer is on its way. */
+static void
+log_open_session(struct session *s, unsigned status)
+{
+	const struct head_buffer *hd = s->hd;
+	char client[ADDRESS_TEXT], tls[80] = "tls=- suite=- resumed=0";
+	br_ssl_session_parameters p;
+	int k;
+
+	totals.opened++;
+	s->opened = 1;
+	if (!log_sessions)
+		return;
+	if (!s->plain) {
+		br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
+		k = suite_find(p.cipher_suite);
+		snprintf(tls, sizeof tls, "tls=1.%d suite=%s resumed=%d", (int)p.version - BR_TLS10,
+			k < 0 ? "?" : suite_names[k].name, s->policy.id == NULL);
+		wipe(&p, sizeof p);
+	}
+	log_line(LOG_INFO, "open id=%lu client=%s %s host=%s path=%s backend=%s status=%u ms=%llu",
+		(unsigned long)s->id, address_format(&s->peer, 1, client), tls, hd->host, hd->path,
+		servers[s->server].name, status, (unsigned long long)(now - s->born));
+}
+
+/* Puts a rendered answer head, and what came behind it, in place of what came. 0: no room. */
+static int
+answer_place(struct session *s, const struct response *r)
+{
+	struct head_buffer *hd = s->hd;
+	size_t tail = hd->len - r->head.size;
+	size_t len = response_render(r, hd->bytes, scratch, HEAD_ROOM);
+
+	if (len == 0)
+		return 0;
+	tail = answer_take(s, hd->bytes + r->head.size, tail);
+	if (len + tail > HEAD_ROOM)
+		return 0;
+	memmove(hd->bytes + len, hd->bytes + r->head.size, tail);
+	memcpy(hd->bytes, scratch, len);
+	hd->len = len + tail;
+	hd->off = 0;
+	s->tx = tail;
+	return 1;
+}
+
+/* A 1xx before the answer goes to the client if there is room for it at once. */
+static enum state
+interim_done(struct session *s)
+{
+	struct head_buffer *hd = s->hd;
+	struct response *r = &hd->u.response;
+	size_t room, size = r->head.size;
+	size_t len = response_render(r, hd->bytes, scratch, HEAD_ROOM);
+	unsigned char *p = client_room(s, &room);
+
+	if (++hd->interim > INTERIM_MAX)
+		return session_fail(s, WHY_BAD_RESPONSE);
+	if (p && len > 0 && len <= room) {
+		memcpy(p, scratch, len);
+		client_put(s, len);
+		client_send(s);
+	}
+	memmove(hd->bytes, hd->bytes + size, hd->len - size);
+	hd->len -= size;
+	memset(&hd->u, 0, sizeof hd->u);
+	return RESPONSE;
+}
+
+/* The backend's head is whole. A refused upgrade never becomes a tunnel: nothing more of the
+ * client goes to the backend. */
+static enum state
+response_done(struct session *s)
+{
+	struct response r = s->hd->u.response;
+	enum why why = response_check(&r, s->hd->bytes, s->upgrade, s->head, s->hd->accept);
+
+	if (why != WHY_NONE)
+		return session_fail(s, why);
+	s->hd->u.response = r;
+	if (r.status < 200 && r.status != 101)
+		return interim_done(s);
+	s->framing = (uint8_t)r.framing;
+	s->down_left = r.length;
+	if (!answer_place(s, &r))
+		return session_fail(s, WHY_BAD_RESPONSE);
+	log_open_session(s, r.status);
+	s->up_left = r.framing == BODY_TUNNEL ? UINT64_MAX : 0;
+	return r.framing == BODY_TUNNEL ? RELAY : EXCHANGE;
+}
+
+/* Looks through what came for a whole head; reads when there is none. */
+static enum state
+response_step(struct session *s)
+{
+	struct head_buffer *hd = s->hd;
+	enum state next = RESPONSE;
+	enum why why;
+	ssize_t n;
+
+	if (s->rec)
+		client_send(s);
+	if (s->ended & BROKEN)
+		return FREE;
+	if (!(s->ready & BACKEND_IN) || !records_borrow(s))
+		return RESPONSE;
+	n = recv(s->backend, hd->bytes + hd->len, head_max - hd->len, 0);
+	if (n < 0 && would_block(errno))
+		return RESPONSE;
+	if (n <= 0)
+		return session_fail(s, WHY_BAD_RESPONSE);
+	hd->len += (size_t)n;
+	s->moved = 1;
+	do {
+		why = response_parse(&hd->u.response, hd->bytes, hd->len);
+		if (why == WHY_NONE)
+			next = response_done(s);
+	} while (why == WHY_NONE && next == RESPONSE);
+	if (why != WHY_NONE && why != WHY_MORE)
+		return session_fail(s, why);
+	return next;
+}
+
+/* Tunnels, plain answers, our own, and their endings. */
+static enum state
+relay_step(struct session *s)
+{
+	size_t len;
+
+	if (s->ready & EXPIRED) {
+		if (s->state == REPLY || s->state == DRAIN)
+			return FREE;
+		session_end(s, BY_PROXY, WHY_IDLE);
+		s->ended |= BACKEND_EOF;
+	}
+	if (s->ended & CLIENT_FIN) {
+		if (!(s->ended & CLIENT_EOF))
+			socket_discard(s, s->client, BY_CLIENT);
+		if (!(s->ended & BACKEND_EOF))
+			socket_discard(s, s->backend, BY_BACKEND);
+		return (s->ended & ENDED) == ENDED ? FREE : DRAIN;
+	}
+	if (!records_borrow(s))
+		return s->state;
+	relay_pump(s);
+	if (s->ended & BROKEN)
+		return FREE;
+	if ((s->ended & CLIENT_EOF) && !(s->ended & BACKEND_FIN) &&
+	    (!client_readable(s, &len) || s->up_left == 0)) {
+		shutdown(s->backend, SHUT_WR);
+		s->ended |= BACKEND_FIN;
+	}
+	if (client_closed(s) || ((s->ended & BACKEND_EOF) && !s->hd && !client_pending(s, &len) &&
+	    (!client_readable(s, &len) || s->up_left == 0 || (s->ended & BACKEND_FIN))))
+		client_finish(s);
+	if ((s->ended & BROKEN) || (s->ended & ENDED) == ENDED)
+		return FREE;
+	return (s->ended & CLIENT_FIN) || (s->ready & EXPIRED) ||
+		(s->state == RELAY && (s->ended & BACKEND_FIN)) ? DRAIN : s->state;
+}
+
+/* What a session may do in each state, and how it ends when its time there is over; WHY_NONE: the
+ * step decides that itself. */
+static const struct {
+	const char *name;
+	enum state (*step)(struct session *);
+	enum why expired;
+} states[STATES] = {
+	[FREE]      = { "free", NULL, WHY_NONE },
+	[HANDSHAKE] = { "handshake", handshake_step, WHY_HANDSHAKE_TIMEOUT },
+	[HEAD]      = { "head", head_step, WHY_HEAD_TIMEOUT },
+	[CONNECT]   = { "connect", connect_step, WHY_NONE },
+	[REQUEST]   = { "request", request_step, WHY_RESPONSE_TIMEOUT },
+	[RESPONSE]  = { "response", response_step, WHY_RESPONSE_TIMEOUT },
+	[RELAY]     = { "relay", relay_step, WHY_NONE },
+	[EXCHANGE]  = { "exchange", relay_step, WHY_NONE },
+	[REPLY]     = { "reply", relay_step, WHY_NONE },
+	[DRAIN]     = { "drain", relay_step, WHY_NONE },
+};
+
+/* ---- sessions: opened, run, watched, closed ---- */
+
+static int
+is_young(const struct session *s)
+{
+	return s->state == HANDSHAKE || s->state == HEAD;
+}
+
+/* Keeps the count of young sessions of an address, and of the addresses that have a crowd. */
+static void
+session_age(struct session *s, int young)
+{
+	struct source *o = s->source;
+
+	if (s->young == young)
+		return;
+	s->young = (uint8_t)young;
+	if (young)
+		crowds += ++o->young == 2;
+	else
+		crowds -= o->young-- == 2;
+}
+
+static void
+session_enter(struct session *s, enum state state)
+{
+	s->state = (uint8_t)state;
+	session_age(s, is_young(s));
+	timer_start(&queues[state], &s->timer);
+	s->moved = 1;
+}
+
+/* Takes the session's place in poll()'s array, or the other way round. */
+static void
+session_wake(struct session *s)
+{
+	s->resting = 0;
+	if (s->slot >= 0)
+		return;
+	s->slot = (int)awake_len;
+	awake[awake_len++] = s;
+	memset(&fds[FD_SESSIONS + 2 * s->slot], 0, 2 * sizeof fds[0]);
+}
+
+static void
+session_unslot(struct session *s)
+{
+	struct session *last = awake[--awake_len];
+
+	awake[s->slot] = last;
+	memcpy(&fds[FD_SESSIONS + 2 * s->slot], &fds[FD_SESSIONS + 2 * last->slot],
+		2 * sizeof fds[0]);
+	last->slot = s->slot;
+	s->slot = -1;
+}
+
+static void
+log_close_session(const struct session *s)
+{
+	static const char *const party[] = { "proxy", "client", "backend" };
+	uint64_t ms = now - s->born;
+
+	if (log_sessions)
+		log_line(LOG_INFO, "close id=%lu by=%s why=%s rx=%llu tx=%llu s=%llu.%llu",
+			(unsigned long)s->id, party[s->by], whys[s->why].text,
+			(unsigned long long)s->rx, (unsigned long long)s->tx,
+			(unsigned long long)(ms / 1000), (unsigned long long)(ms % 1000 / 100));
+}
+
+/* The one end of every session. A reset of one side resets the other. */
+static void
+session_close(struct session *s)
+{
+	if (s->opened)
+		log_close_session(s);
+	else if (!s->rejected)
+		log_reject(&s->peer, 0, s->why);
+	totals.rx += s->rx;
+	totals.tx += s->tx;
+	if ((s->ended & BROKEN) && s->by == BY_BACKEND && s->opened)
+		socket_abort(s->client);
+	if ((s->ended & BROKEN) && s->by == BY_CLIENT && s->backend >= 0)
+		socket_abort(s->backend);
+	close(s->client);
+	server_leave(s);
+	tls_ring_release(s);
+	records_return(s);
+	head_return(s);
+	session_age(s, 0);
+	source_release(s->source, &s->peer);
+	link_drop(&s->wait);
+	link_drop(&s->timer.link);
+	link_drop(&s->park.link);
+	link_drop(&s->stall.link);
+	if (s->slot >= 0)
+		session_unslot(s);
+	s->state = FREE;
+	pool_return(&session_pool, s);
+}
+
+/* Whether nothing is on its way: then the record buffers are of no use to it. */
+static int
+session_rests(const struct session *s)
+{
+	const br_ssl_engine_context *eng = &s->tls.eng;
+	const struct records *r = s->rec;
+	size_t len;
+
+	if (r->at != r->end || r->out_end > 0 || s->state == REPLY)
+		return 0;
+	if (s->plain)
+		return 1;
+	if (s->state == HANDSHAKE)
+		return 0;
+	return br_ssl_engine_recvrec_buf(eng, &len) == r->ibuf && len == 5 &&
+		br_ssl_engine_sendapp_buf(eng, &len) != NULL && len == s->room;
+}
+
+/* What to poll the client for. */
+static short
+client_events(const struct session *s)
+{
+	size_t len;
+	int in;
+
+	if (s->state == CONNECT || s->state == REQUEST || s->state == RESPONSE)
+		return POLLRDHUP;
+	if (s->ended & CLIENT_FIN)
+		return s->ended & CLIENT_EOF ? 0 : POLLIN;
+	if (!s->rec)
+		return POLLIN;
+	if (s->plain)
+		in = s->rec->at == s->rec->end;
+	else
+		in = !s->tls_up || (s->rec->at == s->rec->end &&
+			(br_ssl_engine_current_state(&s->tls.eng) & BR_SSL_RECVREC));
+	return (short)((in && !(s->ended & CLIENT_EOF) ? POLLIN : 0) |
+		(client_pending(s, &len) ? POLLOUT : 0));
+}
+
+/* What to poll the backend for. */
+static short
+backend_events(const struct session *s)
+{
+	size_t len;
+	int in, out;
+
+	switch (s->state) {
+	case CONNECT:
+	case REQUEST:
+		return POLLOUT;
+	case RESPONSE:
+		return POLLIN;
+	}
+	in = !(s->ended & BACKEND_EOF) && ((s->ended & CLIENT_FIN) || !s->rec ||
+		(!s->hd && client_room(s, &len)));
+	out = !(s->ended & BACKEND_FIN) && s->up_left > 0 && client_readable(s, &len);
+	return (short)((in ? POLLIN : 0) | (out ? POLLOUT : 0));
+}
+
+/* Tells poll what the session waits for, which follows from its state and buffers. A descriptor
+ * without a wish is left out: poll would report its hang-up for ever. One that waits for a buffer
+ * or its turn has no wishes. */
+static void
+session_watch(struct session *s)
+{
+	struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
+	int waits = !link_alone(&s->wait);
+
+	p[0].events = waits ? 0 : client_events(s);
+	p[0].fd = p[0].events ? s->client : -1;
+	p[1].events = waits || s->backend < 0 ? 0 : backend_events(s);
+	p[1].fd = p[1].events ? s->backend : -1;
+}
+
+/* After a run: gives back what is not needed, restarts what measures progress. */
+static void
+session_settle(struct session *s)
+{
+	if (s->rec && session_rests(s))
+		records_return(s);
+	if (!s->rec && !s->hd)
+		link_drop(&s->stall.link);
+	else if (s->moved || link_alone(&s->stall.link))
+		timer_start(&queues[Q_STALL], &s->stall);
+	if (s->fed)
+		timer_start(&queues[s->state], &s->timer);
+	if (s->state == RELAY && park && !s->rec)
+		timer_start(&queues[Q_PARK], &s->park);
+	else
+		link_drop(&s->park.link);
+	session_watch(s);
+}
+
+/* Runs a session: steps it until its state stays, then settles it. The one place where states
+ * change and sessions end. `ready` is what poll found. */
+static void
+session_run(struct session *s, unsigned ready)
+{
+	enum state next;
+
+	session_wake(s);
+	link_drop(&s->wait);
+	s->ready = (uint8_t)ready;
+	s->reads_client = s->reads_backend = READS;
+	s->moved = s->fed = 0;
+	if ((ready & CLIENT_GONE) && s->state >= CONNECT && s->state <= RESPONSE) {
+		session_end(s, BY_CLIENT, WHY_EOF);
+		next = FREE;
+	} else if ((ready & EXPIRED) && states[s->state].expired) {
+		next = session_fail(s, states[s->state].expired);
+	} else {
+		next = states[s->state].step(s);
+	}
+	while (next != FREE && next != (enum state)s->state) {
+		session_enter(s, next);
+		s->ready &= (uint8_t)~EXPIRED;
+		next = states[next].step(s);
+	}
+	if (next == FREE)
+		session_close(s);
+	else
+		session_settle(s);
+}
+
+static void
+session_open(int fd, const struct address *peer, enum listener_kind kind)
+{
+	struct session *s = pool_lend(&session_pool);
+
+	memset(s, 0, offsetof(struct session, tls));
+	s->id = ++last_id;
+	s->kind = (uint8_t)kind;
+	s->plain = kind != WSS;
+	s->client = fd;
+	s->backend = s->slot = -1;
+	s->server = -1;
+	s->born = now;
+	s->peer = *peer;
+	s->source = source_take(peer);
+	link_init(&s->wait);
+	link_init(&s->timer.link);
+	link_init(&s->park.link);
+	link_init(&s->stall.link);
+	session_enter(s, s->plain ? HEAD : HANDSHAKE);
+	session_wake(s);
+	session_watch(s);
+}
+
+/* Poll found something: a handshake waits for its turn, everything else runs. */
+static void
+session_event(struct session *s, unsigned ready)
+{
+	if (s->state == HANDSHAKE && link_alone(&s->wait)) {
+		link_append(&turns, &s->wait);
+		session_watch(s);
+	} else {
+		session_run(s, ready);
+	}
+}
+
+/* A session that has been silent for park_ms moves from poll()'s array to the epoll set. */
+static void
+session_rest(struct session *s)
+{
+	struct epoll_event ev = { .events = EPOLLIN | EPOLLONESHOT };
+	int op = s->in_set ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
+
+	link_drop(&s->park.link);
+	ev.data.u32 = (uint32_t)(s - sessions);
+	if (epoll_fd < 0 || epoll_ctl(epoll_fd, op, s->client, &ev) < 0 ||
+	    epoll_ctl(epoll_fd, op, s->backend, &ev) < 0)
+		return;         /* it keeps its poll slot, and is in no danger */
+	s->in_set = 1;
+	s->resting = 1;
+	session_unslot(s);
+}
+
+/* ---- the loop ---- */
+
+/* The young session to displace when the table is full: of the oldest few, one from the address
+ * that has most of them, if that is more than `than`. */
+static struct session *
+displace_find(unsigned than)
+{
+	static const enum state young[] = { HANDSHAKE, HEAD };
+	struct session *worst = NULL;
+	unsigned i;
+
+	for (i = 0; i < LENGTH(young); i++) {
+		const struct link *list = &queues[young[i]].list, *l = list->next;
+		int looked;
+
+		for (looked = 0; l != list && looked < DISPLACE_LOOK; looked++, l = l->next) {
+			struct session *s = OWNER(l, struct session, timer.link);
+
+			if (s->source->young > than) {
+				than = s->source->young;
+				worst = s;
+			}
+		}
+	}
+	return worst;
+}
+
+/* A connection to open a session for, or to turn away. */
+static void
+listener_take(int fd, const struct address *peer, enum listener_kind kind)
+{
+	const struct source *o = source_find(peer);
+	enum why why = WHY_NONE;
+
+	if (max_per_ip > 0 && o && o->sessions >= max_per_ip) {
+		why = WHY_PER_IP;
+	} else if (pool_empty(&session_pool)) {
+		struct session *s = displace_find(o ? o->young : 0);
+
+		if (s) {
+			session_end(s, BY_PROXY, WHY_DISPLACED);
+			session_close(s);
+		} else {
+			why = WHY_DISPLACED;
+		}
+	}
+	if (why == WHY_NONE) {
+		session_open(fd, peer, kind);
+	} else {
+		log_reject(peer, 0, why);
+		close(fd);
+	}
+}
+
+static void
+listener_event(unsigned i)
+{
+	struct sockaddr_storage ss;
+	struct address peer;
+	socklen_t len;
+	int fd, n;
+
+	for (n = 0; n < ACCEPTS && (!pool_empty(&session_pool) || crowds > 0); n++) {
+		len = sizeof ss;
+		fd = accept4(fds[FD_LISTEN + i].fd, (struct sockaddr *)&ss, &len,
+			SOCK_NONBLOCK | SOCK_CLOEXEC);
+		if (fd < 0) {
+			if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+				log_line(LOG_WARNING, "accept paused ms=%d why=\"%s\"", ACCEPT_PAUSE_MS,
+					strerror(errno));
+				accept_after = now + ACCEPT_PAUSE_MS;
+			}
+			return;
+		}
+		address_read(&peer, (struct sockaddr *)&ss);
+		listener_take(fd, &peer, listeners[i].kind);
+	}
+}
+
+/* Listeners are polled only while a connection could be taken. */
+static void
+listeners_watch(void)
+{
+	int can = accept_after <= now && (!pool_empty(&session_pool) || crowds > 0);
+	unsigned i;
+
+	for (i = 0; i < LISTENERS; i++)
+		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
+}
+
+/* Milliseconds until the next timer, -1: none. */
+static int
+timers_next(void)
+{
+	uint64_t due = UINT64_MAX;
+	unsigned i;
+
+	for (i = 0; i < QUEUES; i++) {
+		const struct timer *t = OWNER(queues[i].list.next, struct timer, link);
+
+		if (i == Q_STALL && link_alone(&records_pool.waiters) &&
+		    link_alone(&heads_pool.waiters))
+			continue;
+		if (!link_alone(&queues[i].list) && t->due < due)
+			due = t->due;
+	}
+	if (accept_after > now && accept_after < due)
+		due = accept_after;
+	if (drain_until && drain_until < due)
+		due = drain_until;
+	return due == UINT64_MAX ? -1 : due <= now ? 0 : due - now > INT_MAX ? INT_MAX :
+		(int)(due - now);
+}
+
+/* When others wait for a buffer, closes who sits on one without progress for stall_ms. */
+static void
+stallers_close(void)
+{
+	struct link *list = &queues[Q_STALL].list, *l, *next;
+	int want_records = !link_alone(&records_pool.waiters);
+	int want_heads = !link_alone(&heads_pool.waiters);
+
+	for (l = list->next; l != list && (want_records || want_heads); l = next) {
+		struct session *s = OWNER(l, struct session, stall.link);
+
+		next = l->next;
+		if (s->stall.due > now)
+			return;
+		if ((want_records && s->rec) || (want_heads && s->hd)) {
+			session_end(s, BY_PROXY, WHY_STALL);
+			session_close(s);
+			return;
+		}
+		timer_start(&queues[Q_STALL], &s->stall);
+	}
+}
+
+static void
+timers_run(void)
+{
+	struct timer *t;
+	unsigned i;
+
+	for (i = 0; i < STATES; i++) {
+		while ((t = timer_due(&queues[i])) != NULL) {
+			link_drop(&t->link);
+			session_run(OWNER(t, struct session, timer), EXPIRED);
+		}
+	}
+	while ((t = timer_due(&queues[Q_PARK])) != NULL)
+		session_rest(OWNER(t, struct session, park));
+	while ((t = timer_due(&queues[Q_RESOLVE])) != NULL)
+		resolver_ask(OWNER(t, struct server, retry));
+	stallers_close();
+}
+
+/* Sessions of poll()'s array that have something. From the last to the first: a session that
+ * closes is replaced by the last one, which then had its turn. */
+static void
+sessions_poll(void)
+{
+	unsigned i, ready;
+
+	for (i = awake_len; i-- > 0; ) {
+		struct pollfd *p = &fds[FD_SESSIONS + 2 * i];
+		short c = p[0].revents, b = p[1].revents;
+
+		if (i >= awake_len || !(c | b))
+			continue;
+		p[0].revents = p[1].revents = 0;
+		ready = c & (POLLIN | POLLHUP | POLLERR) ? CLIENT_IN : 0;
+		ready |= c & (POLLRDHUP | POLLHUP | POLLERR) ? CLIENT_GONE : 0;
+		ready |= b & (POLLIN | POLLHUP | POLLERR) ? BACKEND_IN : 0;
+		ready |= b & (POLLOUT | POLLHUP | POLLERR) ? BACKEND_OUT : 0;
+		session_event(awake[i], ready);
+	}
+}
+
+/* Resting sessions that have something. Two descriptors share a session, so the second event may
+ * find it awake, or gone. */
+static void
+sessions_epoll(void)
+{
+	struct epoll_event ev[64];
+	int i, n = epoll_wait(epoll_fd, ev, LENGTH(ev), 0);
+
+	for (i = 0; i < n; i++) {
+		struct session *s = &sessions[ev[i].data.u32];
+
+		if (s->state == RELAY && s->resting)
+			session_run(s, CLIENT_IN | BACKEND_IN);
+	}
+}
+
+/* One handshake step, and all that were given what they waited for. */
+static void
+sessions_turn(void)
+{
+	struct link *l;
+
+	if (!link_alone(&turns)) {
+		l = turns.next;
+		link_drop(l);
+		session_run(OWNER(l, struct session, wait), CLIENT_IN);
+	}
+	while (!link_alone(&runnable)) {
+		l = runnable.next;
+		link_drop(l);
+		session_run(OWNER(l, struct session, wait), CLIENT_IN | BACKEND_IN);
+	}
+}
+
+/* ---- signals ---- */
+
+static void
+on_signal(int signo)
+{
+	if (signo == SIGHUP)
+		caught_hup = 1;
+	else if (signo == SIGUSR1)
+		caught_usr1 = 1;
+	else
+		caught_term++;
+}
+
+/* Signals are taken only while poll waits, so that none is lost between a look and the wait. */
+static void
+signals_init(sigset_t *while_polling)
+{
+	static const int caught[] = { SIGHUP, SIGTERM, SIGINT, SIGUSR1 };
+	struct sigaction sa = { .sa_handler = on_signal };
+	sigset_t block;
+	unsigned i;
+
+	sigemptyset(&block);
+	for (i = 0; i < LENGTH(caught); i++) {
+		sigaction(caught[i], &sa, NULL);
+		sigaddset(&block, caught[i]);
+	}
+	signal(SIGPIPE, SIG_IGN);
+	sigprocmask(SIG_BLOCK, &block, while_polling);
+	for (i = 0; i < LENGTH(caught); i++)
+		sigdelset(while_polling, caught[i]);
+}
+
+/* SIGHUP: certificates and keys from their files, names from the resolver. New ones are for new
+ * handshakes; whatever fails leaves the old ones. Waits while a handshake uses the other ring. */
+static void
+reload(void)
+{
+	struct keyring *other = keyring == &keyrings[0] ? &keyrings[1] : &keyrings[0];
+	char error[LOG_LINE / 2];
+	unsigned i;
+
+	if (other->users > 0)
+		return;
+	caught_hup = 0;
+	for (i = 0; i < BACKENDS; i++)
+		resolver_ask(&servers[i]);
+	if (keyring_load(other, error, sizeof error)) {
+		wipe(keyring->users == 0 ? (void *)keyring : NULL,
+			keyring->users == 0 ? sizeof *keyring : 0);
+		keyring = other;
+		log_line(LOG_NOTICE, "reload ok certs=%u", (unsigned)CERTS);
+	} else {
+		log_line(LOG_ERR, "reload failed config.h: %s: the old certificates stay", error);
+	}
+}
+
+/* SIGUSR1 */
+static void
+stats(void)
+{
+	unsigned i;
+
+	log_line(LOG_INFO, "stats sessions=%u awake=%u records=%u heads=%u opened=%llu rejected=%llu "
+		"rx=%llu tx=%llu log-lost=%llu", session_pool.lent, awake_len, records_pool.lent,
+		heads_pool.lent, (unsigned long long)totals.opened,
+		(unsigned long long)totals.rejected, (unsigned long long)totals.rx,
+		(unsigned long long)totals.tx, (unsigned long long)totals.log_lost);
+	for (i = 0; i < BACKENDS; i++)
+		log_line(LOG_INFO, "stats backend=%s state=%s active=%u sessions=%llu failures=%llu",
+			servers[i].name, servers[i].addresses == 0 ? "unresolved" :
+			servers[i].aside_until > now ? "aside" : "up", servers[i].active,
+			(unsigned long long)servers[i].sessions,
+			(unsigned long long)servers[i].failures);
+	caught_usr1 = 0;
+}
+
+/* SIGTERM, SIGINT: no new connections; sessions have drain_ms. */
+static void
+drain_start(void)
+{
+	unsigned i;
+
+	log_line(LOG_NOTICE, "stop signal=SIGTERM sessions=%u", session_pool.lent);
+	for (i = 0; i < LISTENERS; i++) {
+		close(fds[FD_LISTEN + i].fd);
+		fds[FD_LISTEN + i].fd = -1;
+	}
+	drain_until = now + drain_ms;
+}
+
+/* The loop has ended: whoever is left is told why. */
+static void
+sessions_end(void)
+{
+	unsigned i;
+
+	for (i = 0; i < max_sessions; i++) {
+		if (sessions[i].state == FREE)
+			continue;
+		session_end(&sessions[i], BY_PROXY, WHY_DRAIN);
+		session_close(&sessions[i]);
+	}
+}
+
+static void
+signals_act(void)
+{
+	if (caught_hup)
+		reload();
+	if (caught_usr1)
+		stats();
+	if (caught_term && !drain_until)
+		drain_start();
+}
+
+static int
+loop_over(void)
+{
+	return caught_term > 1 || (drain_until && (drain_until <= now || session_pool.lent == 0));
+}
+
+static void
+loop(const sigset_t *while_polling)
+{
+	unsigned i;
+
+	while (!loop_over()) {
+		int ms = link_alone(&turns) && link_alone(&runnable) ? timers_next() : 0;
+		struct timespec wait = { ms / 1000, ms % 1000 * 1000000L };
+		int n;
+
+		listeners_watch();
+		n = ppoll(fds, FD_SESSIONS + 2 * awake_len, ms < 0 ? NULL : &wait, while_polling);
+		clock_read();
+		signals_act();
+		if (n > 0) {
+			sessions_poll();
+			if (fds[FD_EPOLL].revents)
+				sessions_epoll();
+			if (fds[FD_RESOLVER].revents)
+				resolver_event();
+		}
+		timers_run();
+		sessions_turn();
+		for (i = 0; n > 0 && i < LISTENERS; i++)
+			if (fds[FD_LISTEN + i].revents & POLLIN)
+				listener_event(i);
+	}
+}
+
+/* ---- start ---- */
+
+static void
+tables_init(void)
+{
+	static const struct { unsigned queue; uint64_t ms; } times[] = {
+		{ HANDSHAKE, handshake_ms }, { HEAD, head_ms }, { CONNECT, connect_ms },
+		{ REQUEST, response_ms }, { RESPONSE, response_ms }, { RELAY, idle_ms },
+		{ EXCHANGE, idle_ms }, { REPLY, linger_ms }, { DRAIN, linger_ms },
+		{ Q_PARK, park_ms }, { Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms },
+	};
+	unsigned i;
+
+	for (i = 0; i < QUEUES; i++)
+		link_init(&queues[i].list);
+	for (i = 0; i < LENGTH(times); i++)
+		queues[times[i].queue].ms = times[i].ms;
+	link_init(&turns);
+	link_init(&runnable);
+	link_init(&unnamed);
+	pool_init(&session_pool, sessions, sizeof sessions[0], max_sessions);
+	pool_init(&records_pool, records, sizeof records[0], max_busy);
+	pool_init(&heads_pool, heads, sizeof heads[0], max_busy);
+	pool_init(&source_pool, sources, sizeof sources[0], max_sessions);
+	for (i = 0; i < FD_SESSIONS; i++) {
+		fds[i].fd = -1;
+		fds[i].events = POLLIN;
+	}
+	br_ssl_session_cache_lru_init(&cache, cache_store, sizeof cache_store);
+}
+
+/* Lending record buffers rests on how BearSSL counts in them: tries that on an engine. */
+static void
+lending_test(void)
+{
+	struct session *s = &sessions[0];
+	br_ssl_engine_context *eng = &s->tls.eng;
+	static unsigned char seed[32];
+	size_t len;
+
+	tls_make(s);
+	br_ssl_engine_inject_entropy(eng, seed, sizeof seed);
+	br_ssl_engine_set_buffers_bidi(eng, records[0].ibuf, sizeof records[0].ibuf,
+		records[0].obuf, sizeof records[0].obuf);
+	if (!br_ssl_server_reset(&s->tls))
+		die("BearSSL: br_ssl_server_reset: error %d", br_ssl_engine_last_error(eng));
+	engine_take_back(eng);
+	if (br_ssl_engine_recvrec_buf(eng, &len) != no_records || len != 5)
+		die("BearSSL: this version does not let its buffers be lent: use 0.6");
+	s->tls_made = 0;
+}
+
+/* What the compiler can't know. Dies with the entry's name. */
+static void
+config_check(void)
+{
+	const struct { const char *name; unsigned value; } above_0[] = {
+		{ "handshake_ms", handshake_ms }, { "head_ms", head_ms }, { "connect_ms", connect_ms },
+		{ "response_ms", response_ms }, { "linger_ms", linger_ms }, { "stall_ms", stall_ms },
+		{ "drain_ms", drain_ms }, { "park_ms", park_ms }, { "resolve_ms", resolve_ms },
+	};
+	unsigned i;
+
+	for (i = 0; i < LENGTH(above_0); i++)
+		if (above_0[i].value == 0)
+			die("config.h: %s: must be above 0", above_0[i].name);
+	if (idle_ms > 0 && idle_ms <= head_ms)
+		die("config.h: idle_ms: must be above head_ms, or 0");
+	if (hash_bits4 < 1 || hash_bits4 > 32 || hash_bits6 < 1 || hash_bits6 > 128)
+		die("config.h: hash_bits4, hash_bits6: 1 to 32, 1 to 128");
+	if (balance == LEAST_CONN || balance == STICKY_COOKIE)
+		die("config.h: balance: LEAST_CONN and STICKY_COOKIE are not in this version");
+	if (http == FORWARD)
+		die("config.h: http: FORWARD is not in this version");
+	if (client_ca)
+		die("config.h: client_ca: not in this version");
+	if (check_ms)
+		die("config.h: check_ms: not in this version");
+}
+
+static void
+certs_init(void)
+{
+	char error[LOG_LINE];
+
+	keyring = &keyrings[0];
+	if (!keyring_load(keyring, error, sizeof error))
+		die("config.h: %s", error);
+}
+
+static unsigned long
+memory_ceiling(void)
+{
+	return sizeof sessions + sizeof records + sizeof heads + sizeof sources + sizeof buckets +
+		sizeof keyrings + sizeof servers + sizeof cache_store + sizeof fds + sizeof awake +
+		sizeof scratch;
+}
+
+/* wssproxy -t */
+static int
+check_print(void)
+{
+	printf("wssproxy: config.h and its files are good\n"
+		"memory: at most %lu KB of tables: %u sessions of %lu bytes, %u busy of %lu bytes\n",
+		memory_ceiling() / 1024, (unsigned)max_sessions, (unsigned long)sizeof sessions[0],
+		(unsigned)max_busy, (unsigned long)(sizeof records[0] + sizeof heads[0]));
+	return 0;
+}
+
+/* wssproxy -v */
+static int
+version_print(void)
+{
+	static const char *const balances[] = { "ROUND_ROBIN", "IP_HASH", "LEAST_CONN",
+		"STICKY_COOKIE" };
+	static const char *const kinds[] = { "WSS", "WS", "REDIRECT" };
+	static const char *const forwards[] = { "APPEND", "REPLACE", "OFF" };
+#define NUMBER(name) { #name, name }
+	static const struct { const char *name; unsigned value; } numbers[] = {
+		NUMBER(hash_bits4), NUMBER(hash_bits6), NUMBER(ciphers_by_cpu), NUMBER(session_cache),
+		NUMBER(check_accept), NUMBER(max_sessions), NUMBER(max_busy), NUMBER(max_per_ip),
+		NUMBER(head_max), NUMBER(handshake_ms), NUMBER(head_ms), NUMBER(connect_ms),
+		NUMBER(response_ms), NUMBER(idle_ms), NUMBER(linger_ms), NUMBER(stall_ms),
+		NUMBER(drain_ms), NUMBER(park), NUMBER(park_ms), NUMBER(max_fails), NUMBER(fail_ms),
+		NUMBER(check_ms), NUMBER(resolve_ms), NUMBER(keepalive_s),
+		NUMBER(keepalive_interval_s), NUMBER(keepalive_probes), NUMBER(user_timeout_ms),
+		NUMBER(log_sessions),
+	};
+#undef NUMBER
+	const br_config_option *o;
+	unsigned i;
+
+	printf("wssproxy %s\nBearSSL", VERSION);
+	for (o = br_get_config(); o->name; o++)
+		printf(" %s=%ld", o->name, o->value);
+	putchar('\n');
+	for (i = 0; i < LISTENERS; i++)
+		printf("listeners[%u] = %s %s %s\n", i, listeners[i].address, listeners[i].port,
+			kinds[listeners[i].kind]);
+	for (i = 0; i < CERTS; i++)
+		printf("certs[%u] = %s %s %s\n", i, certs[i].name ? certs[i].name : "NULL",
+			certs[i].chain, certs[i].key);
+	for (i = 0; i < BACKENDS; i++)
+		printf("backends[%u] = %s path=%s weight=%u backup=%d max_conns=%u\n", i,
+			servers[i].name, backends[i].path ? backends[i].path : "NULL", weights[i],
+			backends[i].backup, backends[i].max_conns);
+	printf("balance = %s\ncookie_name = %s\n", balances[balance], cookie_name);
+	printf("tls_min = 1.%u\ntls_max = 1.%u\nciphers =", tls_min - BR_TLS10, tls_max - BR_TLS10);
+	for (i = 0; i < LENGTH(suites); i++)
+		printf(" %s", suite_names[suite_find(suites[i])].name);
+	printf("\nhttp = %s\norigins =", http == FORWARD ? "FORWARD" : "REFUSE");
+	for (i = 0; i < LENGTH(origins) && origins[i]; i++)
+		printf(" %s", origins[i]);
+	printf("\nx_forwarded_for = %s\nclient_ca = %s\n", forwards[x_forwarded_for],
+		client_ca ? client_ca : "NULL");
+	for (i = 0; i < LENGTH(numbers); i++)
+		printf("%s = %u\n", numbers[i].name, numbers[i].value);
+	printf("user = %s\ngroup = %s\nchroot_dir = %s\nlog_to = %s\n", user ? user : "NULL",
+		group ? group : "NULL", chroot_dir ? chroot_dir : "NULL",
+		log_to == STDERR ? "STDERR" : "SYSLOG");
+	return 0;
+}
+
+/* Descriptors 0 to 2 are there, so that none of ours becomes one. */
+static void
+standard_descriptors(void)
+{
+	int fd;
+
+	do
+		fd = open("/dev/null", O_RDWR);
+	while (fd >= 0 && fd <= 2);
+	if (fd > 2)
+		close(fd);
+}
+
+/* Waits for the kernel's generator, which has nothing yet in the first seconds of a device's life. */
+static void
+entropy_wait(void)
+{
+	unsigned char byte;
+
+	if (!random_bytes(&byte, 1, GRND_NONBLOCK) && errno == EAGAIN)
+		log_line(LOG_NOTICE, "start waits for entropy");
+	if (!random_bytes(&byte, 1, 0))
+		die("getrandom: %s: a kernel of 3.17 or later is needed", strerror(errno));
+}
+
+int
+main(int argc, char *argv[])
+{
+	struct become become;
+	sigset_t while_polling;
+	unsigned i;
+
+	standard_descriptors();
+	if (argc > 2 || (argc == 2 && strcmp(argv[1], "-t") != 0 && strcmp(argv[1], "-v") != 0)) {
+		fputs("usage: wssproxy [-t | -v]\n", stderr);
+		return 2;
+	}
+	clock_read();
+	tables_init();
+	suites_init();
+	servers_init();
+	if (argc == 2 && argv[1][1] == 'v')
+		return version_print();
+	config_check();
+	become = become_find(user, group);
+	core_forbid();
+	if (argc == 2) {
+		certs_init();
+		return check_print();
+	}
+	signals_init(&while_polling);
+	descriptors_raise();
+	resolver_start(&become);
+	certs_init();
+	log_open();
+	entropy_wait();
+	lending_test();
+	log_line(LOG_NOTICE, "start version=%s sessions=%u busy=%u memory=%luKB", VERSION,
+		(unsigned)max_sessions, (unsigned)max_busy, memory_ceiling() / 1024);
+	for (i = 0; i < LISTENERS; i++)
+		listener_open(i);
+	epoll_fd = fds[FD_EPOLL].fd = park ? epoll_create1(EPOLL_CLOEXEC) : -1;
+	become_do(&become, chroot_dir);
+	loop(&while_polling);
+	sessions_end();
+	log_line(LOG_NOTICE, "stop");
+	return 0;
+}

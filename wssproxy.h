@@ -1,0 +1,222 @@
+/* wssproxy.h - the types that config.h is written in, and the pure functions that tests/unit.c
+ * calls. See LICENSE for copyright. */
+#ifndef WSSPROXY_H
+#define WSSPROXY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---- types of config.h ---- */
+
+enum listener_kind {
+	WSS,            /* TLS, then HTTP/1.1 */
+	WS,             /* HTTP/1.1 in the clear */
+	REDIRECT,       /* in the clear; every request is answered with 308 to https */
+};
+
+struct listener {
+	const char *address;    /* IPv4 or IPv6 literal; "::" is dual stack */
+	const char *port;       /* decimal; "0": the kernel chooses, the log tells */
+	enum listener_kind kind;
+};
+
+struct cert {
+	const char *name;       /* server name (SNI) that it serves, NULL: the default */
+	const char *chain;      /* PEM file: own certificate first, then its issuers */
+	const char *key;        /* PEM file: PKCS#1, SEC1 or PKCS#8, RSA or EC, not encrypted */
+};
+
+enum tls_mode {
+	TLS_OFF,        /* ws:// */
+	TLS_VERIFY,     /* wss://, chain up to .ca, name and dates checked */
+	TLS_PIN,        /* wss://, the key of the certificate in .ca and no other */
+	TLS_NOVERIFY,   /* wss://, anyone will do: a warning at every start */
+};
+
+struct backend {
+	const char *host;       /* name, IPv4 or IPv6 literal, or "unix:/path" */
+	const char *port;       /* decimal; NULL for unix: */
+	const char *path;       /* only requests under this path; the longest match wins; NULL: all */
+	unsigned weight;        /* share of the load, 0 means 1, at most 256 */
+	int backup;             /* 1: serves when no other can */
+	unsigned max_conns;     /* sessions at a time, 0: no limit */
+	enum tls_mode tls;
+	const char *sni;        /* name to send and to verify, NULL: host */
+	const char *ca;         /* PEM file, see enum tls_mode */
+	const char *cert, *key; /* PEM files: client certificate chain and its key, or NULL */
+};
+
+enum balance {
+	ROUND_ROBIN,    /* smooth weighted round robin: A B C A B C for equal weights */
+	IP_HASH,        /* weighted rendezvous over the client's address */
+	LEAST_CONN,     /* fewest sessions for its weight */
+	STICKY_COOKIE,  /* the backend that an earlier answer's cookie names, else ROUND_ROBIN */
+};
+
+enum http {
+	FORWARD,        /* requests that are no WebSocket upgrade: forward, one a connection */
+	REFUSE,         /* answer them with 426 */
+};
+
+enum x_forwarded_for {
+	APPEND,         /* behind what the client sent */
+	REPLACE,        /* drop what the client sent */
+	OFF,            /* pass what the client sent, add nothing */
+};
+
+enum log_to {
+	STDERR,
+	SYSLOG,
+};
+
+/* ---- why a session ends: one value for each reason, see whys[] for status and text ---- */
+
+enum why {
+	WHY_NONE,               /* no reason to end; from a parser: the head is whole and good */
+	WHY_MORE,               /* from a parser only: more bytes are needed */
+	/* the request, before a backend is dialled */
+	WHY_REQUEST_LINE,       /* 400 not method SP target SP version CRLF */
+	WHY_TARGET,             /* 400 not origin-form, absolute-form or "*" */
+	WHY_FIELD,              /* 400 a header line that breaks RFC 9112 5, or a bare CR, LF or NUL */
+	WHY_HOST,               /* 400 none, several or a malformed Host */
+	WHY_FRAMING,            /* 400 Content-Length with Transfer-Encoding, or differing, or no number */
+	WHY_UPGRADE_BODY,       /* 400 an upgrade request that announces a body */
+	WHY_KEY,                /* 400 Sec-WebSocket-Key absent, repeated, or not 16 bytes of base64 */
+	WHY_PLAIN_HTTP,         /* 400 HTTP in the clear on a TLS port */
+	WHY_ORIGIN,             /* 403 Origin is not in origins[] */
+	WHY_METHOD,             /* 405 CONNECT */
+	WHY_HEAD_TIMEOUT,       /* 408 head not complete within head_ms */
+	WHY_LENGTH,             /* 411 Transfer-Encoding: chunked request */
+	WHY_LONG_TARGET,        /* 414 the request line alone exceeds head_max */
+	WHY_NOT_WEBSOCKET,      /* 426 no upgrade to websocket, and http = REFUSE */
+	WHY_WS_VERSION,         /* 426 Sec-WebSocket-Version is not 13 */
+	WHY_LARGE_HEAD,         /* 431 exceeds head_max or HEAD_FIELDS lines */
+	WHY_CODING,             /* 501 a Transfer-Encoding other than chunked */
+	WHY_HTTP_VERSION,       /* 505 not HTTP/1.1 */
+	WHY_REDIRECT,           /* 308 REDIRECT listener */
+	/* the backend, before the client has an answer */
+	WHY_NO_BACKEND,         /* 502 none could be reached */
+	WHY_BAD_RESPONSE,       /* 502 malformed, too large, or ended inside its head */
+	WHY_BAD_ACCEPT,         /* 502 a 101 whose Sec-WebSocket-Accept, Upgrade or Connection is wrong */
+	WHY_FULL,               /* 503 every backend is at max_conns */
+	WHY_RESPONSE_TIMEOUT,   /* 504 no answer within response_ms */
+	/* no answer is possible: the client's TLS is not up, or it is gone */
+	WHY_HANDSHAKE_TIMEOUT,  /* TLS not up within handshake_ms */
+	WHY_TLS_VERSION,        /* no common TLS version */
+	WHY_TLS_CIPHER,         /* no common cipher suite, curve or signature algorithm */
+	WHY_TLS_ALERT,          /* the client sent a fatal alert */
+	WHY_TLS_ERROR,          /* any other protocol or cryptographic failure */
+	WHY_PER_IP,             /* its address has max_per_ip sessions */
+	WHY_DISPLACED,          /* gave its place to another: table full, handshake not finished */
+	WHY_NO_RANDOM,          /* the system has no entropy */
+	/* endings of a session of any age */
+	WHY_EOF,                /* ended in order: FIN, close_notify */
+	WHY_RESET,              /* RST, or another socket error */
+	WHY_TIMEOUT,            /* TCP gave the peer up: keepalive or user_timeout_ms */
+	WHY_IDLE,               /* no application byte for idle_ms */
+	WHY_STALL,              /* sat on a buffer for stall_ms while others waited for one */
+	WHY_FLOOD,              /* records without application data, FLOOD_RECORDS in a row */
+	WHY_DONE,               /* an answer was relayed whole */
+	WHY_SHORT,              /* the backend ended in the middle of its answer */
+	WHY_DRAIN,              /* SIGTERM, and drain_ms are over */
+	WHY_COUNT
+};
+
+/* ---- HTTP heads: pure functions over a byte range, no I/O ---- */
+
+#define HEAD_FIELDS 64          /* header lines of one head */
+
+struct span {                   /* bytes of the head buffer */
+	uint16_t at, len;
+};
+
+struct field {
+	struct span name, value;    /* value without the white space around it */
+};
+
+/* What a parser knows of a head; zero it before the first call. All spans point into the buffer
+ * that the calls are given, which may have moved between them. */
+struct head {
+	uint16_t at;                /* start of the first line that is not parsed yet */
+	uint16_t scanned;           /* no line end before this */
+	uint16_t size;              /* once whole: bytes up to and with the empty line */
+	uint16_t nfields;
+	struct span part[3];        /* method, target, version; or version, code, reason */
+	struct field field[HEAD_FIELDS];
+};
+
+struct request {
+	struct head head;
+	struct span target;         /* path and query, to be sent in origin-form */
+	struct span host;           /* Host, or the authority of an absolute-form target */
+	struct span key;            /* Sec-WebSocket-Key, of an upgrade */
+	int upgrade;                /* 1: a well-formed WebSocket upgrade */
+	uint64_t length;            /* bytes of body that follow */
+};
+
+enum framing {
+	BODY_TUNNEL,                /* 101: no end but that of the connection */
+	BODY_LENGTH,                /* so many bytes; none for HEAD, 204 and 304 */
+	BODY_CHUNKED,
+	BODY_EOF,                   /* up to the end of the connection */
+};
+
+struct response {
+	struct head head;
+	unsigned status;            /* 100 to 599 */
+	enum framing framing;
+	uint64_t length;            /* of BODY_LENGTH */
+};
+
+/* What request_render adds. */
+struct forwarded {
+	const char *client;         /* client's address, no port, no brackets */
+	const char *proto;          /* "https" or "http" */
+};
+
+/* Parses what is there of a head, request or response; call it again with more bytes behind the
+ * same ones. WHY_MORE, WHY_NONE (whole: head.size), or what is wrong. */
+static enum why request_parse(struct request *r, const char *buf, size_t len);
+static enum why response_parse(struct response *r, const char *buf, size_t len);
+
+/* Judges a whole request head: Host, framing, upgrade. Fills target, host, key, upgrade, length. */
+static enum why request_check(struct request *r, const char *buf);
+
+/* Judges a whole response head for a request of that kind: framing; a 101 must be an answer to an
+ * upgrade and carry `accept` (28 characters and NUL). `head` 1: the request's method was HEAD. */
+static enum why response_check(struct response *r, const char *buf, int upgrade, int head,
+	const char *accept);
+
+/* Write the head as it is passed on. Bytes written, or 0: more than `size`. */
+static size_t request_render(const struct request *r, const char *buf, const struct forwarded *f,
+	char *out, size_t size);
+static size_t response_render(const struct response *r, const char *buf, char *out, size_t size);
+
+/* Sec-WebSocket-Accept for a key of 24 characters (RFC 6455 4.2.2): 28 characters and NUL. */
+static void accept_key(const char *key, char out[29]);
+
+/* The end of a chunked body (RFC 9112 7.1): takes up to `len` bytes of it and returns how many
+ * belong to it; c->done is set behind its last one, c->bad where it breaks the grammar. */
+struct chunked {
+	uint64_t left;              /* of the chunk's data, or the size read so far */
+	uint8_t state, digits, done, bad;
+};
+static size_t chunked_scan(struct chunked *c, const char *buf, size_t len);
+
+/* ---- backends ---- */
+
+#define BACKENDS_MAX 64         /* sets of backends are uint64_t */
+#define WEIGHT_MAX 256
+
+/* Smooth weighted round robin (nginx): `current` starts at 0 and is the caller's to keep. Returns
+ * the index chosen among the set bits of `allowed`, -1 when it is empty. */
+static int round_robin_pick(const unsigned *weight, int *current, unsigned n, uint64_t allowed);
+
+/* Weighted rendezvous: the index among `allowed` whose id and weight win for these address bits. */
+static int rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned n,
+	uint64_t allowed, const unsigned char *address, unsigned bits);
+
+/* Whether the target (path and query) lies under the prefix, at a segment border. */
+static int path_under(const char *target, size_t len, const char *prefix);
+
+#endif
