@@ -329,62 +329,21 @@ static struct {
 	uint64_t opened, rejected, rx, tx, log_lost;
 } totals;
 static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, files, what is thrown away */
-static volatile sig_atomic_t caught_hup, caught_term, caught_usr1;
+static volatile sig_atomic_t caught_hup, caught_term, caught_int, caught_usr1;
 
 static const struct {
 	const char *text;       /* for the log */
 	unsigned status;        /* 0: no answer is possible */
-} whys[WHY_COUNT] = {
-	[WHY_NONE]              = { "none", 0 },
-	[WHY_MORE]              = { "more", 0 },
-	[WHY_REQUEST_LINE]      = { "request-line", 400 },
-	[WHY_TARGET]            = { "target", 400 },
-	[WHY_FIELD]             = { "field", 400 },
-	[WHY_HOST]              = { "host", 400 },
-	[WHY_FRAMING]           = { "framing", 400 },
-	[WHY_UPGRADE_BODY]      = { "upgrade-body", 400 },
-	[WHY_KEY]               = { "bad-key", 400 },
-	[WHY_PLAIN_HTTP]        = { "plain-http", 400 },
-	[WHY_ORIGIN]            = { "origin", 403 },
-	[WHY_METHOD]            = { "method", 405 },
-	[WHY_HEAD_TIMEOUT]      = { "head-timeout", 408 },
-	[WHY_LENGTH]            = { "length-required", 411 },
-	[WHY_LONG_TARGET]       = { "long-target", 414 },
-	[WHY_NOT_WEBSOCKET]     = { "not-websocket", 426 },
-	[WHY_WS_VERSION]        = { "ws-version", 426 },
-	[WHY_LARGE_HEAD]        = { "large-head", 431 },
-	[WHY_CODING]            = { "coding", 501 },
-	[WHY_HTTP_VERSION]      = { "http-version", 505 },
-	[WHY_REDIRECT]          = { "redirect", 308 },
-	[WHY_NO_BACKEND]        = { "no-backend", 502 },
-	[WHY_BAD_RESPONSE]      = { "bad-response", 502 },
-	[WHY_BAD_ACCEPT]        = { "bad-accept", 502 },
-	[WHY_FULL]              = { "full", 503 },
-	[WHY_RESPONSE_TIMEOUT]  = { "response-timeout", 504 },
-	[WHY_HANDSHAKE_TIMEOUT] = { "handshake-timeout", 0 },
-	[WHY_TLS_VERSION]       = { "tls-version", 0 },
-	[WHY_TLS_CIPHER]        = { "tls-cipher", 0 },
-	[WHY_TLS_ALERT]         = { "tls-alert", 0 },
-	[WHY_TLS_ERROR]         = { "tls-error", 0 },
-	[WHY_PER_IP]            = { "per-ip", 0 },
-	[WHY_DISPLACED]         = { "displaced", 0 },
-	[WHY_NO_RANDOM]         = { "no-random", 0 },
-	[WHY_EOF]               = { "eof", 0 },
-	[WHY_RESET]             = { "reset", 0 },
-	[WHY_TIMEOUT]           = { "timeout", 0 },
-	[WHY_IDLE]              = { "idle", 0 },
-	[WHY_STALL]             = { "stall", 0 },
-	[WHY_FLOOD]             = { "flood", 0 },
-	[WHY_DONE]              = { "done", 0 },
-	[WHY_SHORT]             = { "short", 0 },
-	[WHY_DRAIN]             = { "drain", 0 },
+} whys[] = {
+#define WHY(name, status, text) { text, status },
+	WHYS(WHY)
+#undef WHY
 };
 
 /* ---- diagnostics ---- */
 
 /* Before the loop: says what is wrong and ends. */
-static void
-die(const char *format, ...)
+static void die(const char *format, ...)
 {
 	va_list ap;
 
@@ -398,8 +357,7 @@ die(const char *format, ...)
 
 /* Ends the loop's wait for a slow reader of the log before it begins: a line that can't be written
  * at once is counted and dropped. A pipe with POLLOUT takes PIPE_BUF bytes without blocking. */
-static void
-log_write(const char *line, size_t len)
+static void log_write(const char *line, size_t len)
 {
 	struct pollfd p = { .fd = log_fd, .events = POLLOUT };
 
@@ -408,8 +366,7 @@ log_write(const char *line, size_t len)
 }
 
 /* One line to the log. Whatever came from outside must have gone through log_escape. */
-static void
-log_line(int priority, const char *format, ...)
+static void log_line(int priority, const char *format, ...)
 {
 	char line[LOG_LINE];
 	size_t len = 0;
@@ -432,8 +389,7 @@ log_line(int priority, const char *format, ...)
 
 /* Copies bytes from outside so that they stay one word of one line: all but visible ASCII, and
  * the quote, backslash and equals sign, become \xNN. Cut to size. */
-static void
-log_escape(char *out, size_t size, const char *in, size_t len)
+static void log_escape(char *out, size_t size, const char *in, size_t len)
 {
 	static const char hex[] = "0123456789abcdef";
 	size_t i, n = 0;
@@ -454,8 +410,7 @@ log_escape(char *out, size_t size, const char *in, size_t len)
 }
 
 /* Where the log goes. The daemon's socket is opened before chroot; without it, stderr serves. */
-static void
-log_open(void)
+static void log_open(void)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
 
@@ -474,20 +429,17 @@ log_open(void)
 
 /* ---- lists, hashes, time and timers ---- */
 
-static void
-link_init(struct link *l)
+static void link_init(struct link *l)
 {
 	l->prev = l->next = l;
 }
 
-static int
-link_alone(const struct link *l)
+static int link_alone(const struct link *l)
 {
 	return l->next == l;
 }
 
-static void
-link_drop(struct link *l)
+static void link_drop(struct link *l)
 {
 	l->prev->next = l->next;
 	l->next->prev = l->prev;
@@ -495,8 +447,7 @@ link_drop(struct link *l)
 }
 
 /* Moves l from where it is to the end of the list. */
-static void
-link_append(struct link *list, struct link *l)
+static void link_append(struct link *list, struct link *l)
 {
 	link_drop(l);
 	l->prev = list->prev;
@@ -507,16 +458,14 @@ link_append(struct link *list, struct link *l)
 
 /* Hashes that tell apart, not ones that protect; the same on every machine. The finish of
  * splitmix64 spreads what FNV-1a leaves in the low bits. */
-static uint64_t
-hash_mix(uint64_t h)
+static uint64_t hash_mix(uint64_t h)
 {
 	h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9;
 	h = (h ^ (h >> 27)) * 0x94d049bb133111eb;
 	return h ^ (h >> 31);
 }
 
-static uint64_t
-hash_bytes(uint64_t h, const void *data, size_t len)
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t len)
 {
 	const unsigned char *p = data;
 
@@ -525,8 +474,7 @@ hash_bytes(uint64_t h, const void *data, size_t len)
 	return hash_mix(h);
 }
 
-static void
-clock_read(void)
+static void clock_read(void)
 {
 	struct timespec t;
 
@@ -535,8 +483,7 @@ clock_read(void)
 }
 
 /* Starts or restarts a timer. All of a queue run equally long, so appending keeps its order. */
-static void
-timer_start(struct queue *q, struct timer *t)
+static void timer_start(struct queue *q, struct timer *t)
 {
 	t->due = now + q->ms;
 	if (q->ms == 0)
@@ -546,8 +493,7 @@ timer_start(struct queue *q, struct timer *t)
 }
 
 /* The first timer of a queue if it is due, else NULL. */
-static struct timer *
-timer_due(const struct queue *q)
+static struct timer *timer_due(const struct queue *q)
 {
 	struct timer *t = OWNER(q->list.next, struct timer, link);
 
@@ -556,8 +502,7 @@ timer_due(const struct queue *q)
 
 /* ---- pools ---- */
 
-static void
-pool_init(struct pool *p, void *base, size_t size, unsigned count)
+static void pool_init(struct pool *p, void *base, size_t size, unsigned count)
 {
 	p->base = base;
 	p->size = size;
@@ -565,15 +510,13 @@ pool_init(struct pool *p, void *base, size_t size, unsigned count)
 	link_init(&p->waiters);
 }
 
-static int
-pool_empty(const struct pool *p)
+static int pool_empty(const struct pool *p)
 {
 	return p->lent == p->count;
 }
 
 /* An item, NULL when all are lent. */
-static void *
-pool_lend(struct pool *p)
+static void *pool_lend(struct pool *p)
 {
 	void *item = p->free;
 
@@ -586,8 +529,7 @@ pool_lend(struct pool *p)
 	return item;
 }
 
-static void
-pool_return(struct pool *p, void *item)
+static void pool_return(struct pool *p, void *item)
 {
 	memcpy(item, &p->free, sizeof p->free);
 	p->free = item;
@@ -596,8 +538,7 @@ pool_return(struct pool *p, void *item)
 
 /* ---- addresses ---- */
 
-static void
-address_read(struct address *a, const struct sockaddr *sa)
+static void address_read(struct address *a, const struct sockaddr *sa)
 {
 	const struct sockaddr_in *in = (const struct sockaddr_in *)(const void *)sa;
 	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)sa;
@@ -619,8 +560,7 @@ address_read(struct address *a, const struct sockaddr *sa)
 }
 
 /* For connect and bind; returns the length. */
-static socklen_t
-address_write(const struct address *a, struct sockaddr_storage *ss)
+static socklen_t address_write(const struct address *a, struct sockaddr_storage *ss)
 {
 	struct sockaddr_in *in = (struct sockaddr_in *)(void *)ss;
 	struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)(void *)ss;
@@ -640,8 +580,7 @@ address_write(const struct address *a, struct sockaddr_storage *ss)
 #define ADDRESS_TEXT (INET6_ADDRSTRLEN + 8)
 
 /* "192.0.2.9" or "2001:db8::1"; with a port "192.0.2.9:443" or "[2001:db8::1]:443". */
-static const char *
-address_format(const struct address *a, int with_port, char out[ADDRESS_TEXT])
+static const char *address_format(const struct address *a, int with_port, char out[ADDRESS_TEXT])
 {
 	char ip[INET6_ADDRSTRLEN] = "?";
 
@@ -652,8 +591,7 @@ address_format(const struct address *a, int with_port, char out[ADDRESS_TEXT])
 }
 
 /* A literal and a decimal port. 1 if it is one, 0 if not (then it may be a name). */
-static int
-address_parse(struct address *a, const char *host, const char *port)
+static int address_parse(struct address *a, const char *host, const char *port)
 {
 	char *end;
 	unsigned long n = port ? strtoul(port, &end, 10) : 0;
@@ -679,8 +617,7 @@ struct pem_sink {
 	size_t start;           /* of the certificate under way */
 };
 
-static void
-pem_push_cert(void *ctx, const void *data, size_t len)
+static void pem_push_cert(void *ctx, const void *data, size_t len)
 {
 	struct pem_sink *k = ctx;
 
@@ -692,8 +629,7 @@ pem_push_cert(void *ctx, const void *data, size_t len)
 	k->id->der_len += len;
 }
 
-static void
-pem_push_key(void *ctx, const void *data, size_t len)
+static void pem_push_key(void *ctx, const void *data, size_t len)
 {
 	struct pem_sink *k = ctx;
 
@@ -701,8 +637,7 @@ pem_push_key(void *ctx, const void *data, size_t len)
 }
 
 /* A PEM object of this name begins: sets where its bytes go; others are passed over. */
-static void
-pem_begin(br_pem_decoder_context *dc, struct pem_sink *k, int want_keys)
+static void pem_begin(br_pem_decoder_context *dc, struct pem_sink *k, int want_keys)
 {
 	const char *name = br_pem_decoder_name(dc);
 	size_t len = strlen(name);
@@ -726,8 +661,7 @@ pem_begin(br_pem_decoder_context *dc, struct pem_sink *k, int want_keys)
 }
 
 /* A PEM object ended. */
-static void
-pem_end(struct pem_sink *k, int want_keys)
+static void pem_end(struct pem_sink *k, int want_keys)
 {
 	struct identity *id = k->id;
 
@@ -742,8 +676,7 @@ pem_end(struct pem_sink *k, int want_keys)
 /* Walks the objects of a PEM text, which it changes: the decoder wants no CR, and the final
  * newline that editors forget. There must be room for one more byte at text[len]. NULL, or what
  * is wrong with it. */
-static const char *
-pem_walk(struct pem_sink *k, char *text, size_t len, int want_keys)
+static const char *pem_walk(struct pem_sink *k, char *text, size_t len, int want_keys)
 {
 	br_pem_decoder_context dc;
 	size_t i, n = 0;
@@ -773,8 +706,7 @@ pem_walk(struct pem_sink *k, char *text, size_t len, int want_keys)
 	return k->error ? k->error : inside ? "ends inside a PEM object" : NULL;
 }
 
-static const char *
-chain_parse(struct identity *id, char *text, size_t len)
+static const char *chain_parse(struct identity *id, char *text, size_t len)
 {
 	struct pem_sink k = { .id = id };
 	const char *error;
@@ -784,8 +716,7 @@ chain_parse(struct identity *id, char *text, size_t len)
 	return error ? error : id->chain_len == 0 ? "no certificate in it" : NULL;
 }
 
-static const char *
-key_parse(struct identity *id, char *text, size_t len)
+static const char *key_parse(struct identity *id, char *text, size_t len)
 {
 	struct pem_sink k = { .id = id };
 	const char *error;
@@ -799,23 +730,21 @@ key_parse(struct identity *id, char *text, size_t len)
 	return br_skey_decoder_last_error(&id->key) ? "not an RSA (up to 4096 bits) or EC key" : NULL;
 }
 
-/* Whether the private key belongs to this public one. */
-static int
-key_matches_rsa(const br_rsa_private_key *sk, const br_rsa_public_key *pk)
+/* Whether the private key belongs to this public one. RSA: what one signs, the other verifies
+ * (BearSSL computes no modulus of 4096 bits). */
+static int key_matches_rsa(const br_rsa_private_key *sk, const br_rsa_public_key *pk)
 {
-	unsigned char n[512];
-	size_t len = br_rsa_compute_modulus_get_default()(NULL, sk), skip = 0;
+	const unsigned char *oid = BR_HASH_OID_SHA256;
+	unsigned char hash[br_sha256_SIZE] = { 1 }, back[br_sha256_SIZE], signature[512];
+	size_t len = (sk->n_bitlen + 7) / 8;
 
-	if (len == 0 || len > sizeof n)
-		return 0;
-	br_rsa_compute_modulus_get_default()(n, sk);
-	while (skip < pk->nlen && pk->n[skip] == 0)
-		skip++;
-	return pk->nlen - skip == len && memcmp(pk->n + skip, n, len) == 0;
+	return len <= sizeof signature &&
+		br_rsa_pkcs1_sign_get_default()(oid, hash, sizeof hash, sk, signature) &&
+		br_rsa_pkcs1_vrfy_get_default()(signature, len, oid, sizeof back, pk, back) &&
+		memcmp(hash, back, sizeof hash) == 0;
 }
 
-static int
-key_matches_ec(const br_ec_private_key *sk, const br_ec_public_key *pk)
+static int key_matches_ec(const br_ec_private_key *sk, const br_ec_public_key *pk)
 {
 	unsigned char buf[BR_EC_KBUF_PUB_MAX_SIZE];
 	br_ec_public_key mine;
@@ -826,8 +755,7 @@ key_matches_ec(const br_ec_private_key *sk, const br_ec_public_key *pk)
 }
 
 /* Whether the key is that of the chain's first certificate. NULL, or what is wrong. */
-static const char *
-identity_check(const struct identity *id)
+static const char *identity_check(const struct identity *id)
 {
 	br_x509_decoder_context dc;
 	const br_x509_pkey *pk;
@@ -846,8 +774,7 @@ identity_check(const struct identity *id)
 }
 
 /* Overwrites, and is not optimized away. */
-static void
-wipe(void *p, size_t len)
+static void wipe(void *p, size_t len)
 {
 	volatile unsigned char *v = p;
 
@@ -856,8 +783,7 @@ wipe(void *p, size_t len)
 }
 
 /* A whole file into buf, with room for one byte more. Its length, or -1 with *error set. */
-static ssize_t
-file_read(const char *path, char *buf, size_t size, const char **error)
+static ssize_t file_read(const char *path, char *buf, size_t size, const char **error)
 {
 	size_t len = 0;
 	ssize_t n = 1;
@@ -878,8 +804,7 @@ file_read(const char *path, char *buf, size_t size, const char **error)
 }
 
 /* Reads one PEM file with the given parser. NULL, or what is wrong with it. */
-static const char *
-identity_file(struct identity *id, const char *path,
+static const char *identity_file(struct identity *id, const char *path,
 	const char *(*parse)(struct identity *, char *, size_t))
 {
 	static char text[65536];
@@ -893,8 +818,7 @@ identity_file(struct identity *id, const char *path,
 }
 
 /* Fills a keyring with what certs[] names. 1, or 0 with the culprit in `error`. */
-static int
-keyring_load(struct keyring *ring, char *error, size_t size)
+static int keyring_load(struct keyring *ring, char *error, size_t size)
 {
 	unsigned i;
 
@@ -918,14 +842,12 @@ keyring_load(struct keyring *ring, char *error, size_t size)
 
 /* ---- sockets ---- */
 
-static int
-would_block(int error)
+static int would_block(int error)
 {
 	return error == EAGAIN || error == EWOULDBLOCK || error == EINTR;
 }
 
-static void
-socket_option(int fd, int level, int name, unsigned value)
+static void socket_option(int fd, int level, int name, unsigned value)
 {
 	int v = (int)value;
 
@@ -933,8 +855,7 @@ socket_option(int fd, int level, int name, unsigned value)
 }
 
 /* What both sides' connections have; accepted ones inherit it from their listener. */
-static void
-socket_tune(int fd)
+static void socket_tune(int fd)
 {
 	socket_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	if (keepalive_s > 0) {
@@ -948,16 +869,14 @@ socket_tune(int fd)
 }
 
 /* Makes close send RST instead of FIN. */
-static void
-socket_abort(int fd)
+static void socket_abort(int fd)
 {
 	struct linger l = { .l_onoff = 1, .l_linger = 0 };
 
 	setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof l);
 }
 
-static void
-listener_open(unsigned i)
+static void listener_open(unsigned i)
 {
 	static const char *const kind[] = { "WSS", "WS", "REDIRECT" };
 	const struct listener *l = &listeners[i];
@@ -1001,8 +920,7 @@ struct become {
 };
 
 /* A user or group by number, for devices without /etc/passwd. */
-static unsigned
-id_parse(const char *entry, const char *text)
+static unsigned id_parse(const char *entry, const char *text)
 {
 	char *end;
 	unsigned long n = strtoul(text, &end, 10);
@@ -1013,8 +931,7 @@ id_parse(const char *entry, const char *text)
 }
 
 /* Resolves user and group while /etc is in sight. */
-static struct become
-become_find(const char *user_name, const char *group_name)
+static struct become become_find(const char *user_name, const char *group_name)
 {
 	struct become b = { .uid = getuid(), .gid = getgid(), .set = user_name || group_name };
 	const struct passwd *pw = user_name ? getpwnam(user_name) : NULL;
@@ -1030,8 +947,7 @@ become_find(const char *user_name, const char *group_name)
 }
 
 /* For good: checks that there is no way back. */
-static void
-become_do(const struct become *b, const char *root)
+static void become_do(const struct become *b, const char *root)
 {
 	if (root && (chroot(root) < 0 || chdir("/") < 0))
 		die("config.h: chroot_dir \"%s\": %s", root, strerror(errno));
@@ -1049,8 +965,7 @@ become_do(const struct become *b, const char *root)
 }
 
 /* Nothing of a key is to be found in a core file. */
-static void
-core_forbid(void)
+static void core_forbid(void)
 {
 	struct rlimit none = { 0, 0 };
 
@@ -1059,8 +974,7 @@ core_forbid(void)
 }
 
 /* Every session needs two descriptors. */
-static void
-descriptors_raise(void)
+static void descriptors_raise(void)
 {
 	const rlim_t need = 2 * max_sessions + LISTENERS + 16;
 	struct rlimit r;
@@ -1086,27 +1000,35 @@ descriptors_raise(void)
  * control bytes), and what is passed on is rendered anew from the parsed lines: backend and proxy
  * can't read the same bytes in two ways. */
 
-static int
-is_alnum(unsigned char c)
+static int is_alnum(unsigned char c)
 {
 	return (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z');
 }
 
-static int
-is_token_char(unsigned char c)          /* RFC 9110 5.6.2 */
+static int is_token_char(unsigned char c)          /* RFC 9110 5.6.2 */
 {
 	return c && (is_alnum(c) || strchr("!#$%&'*+-.^_`|~", c));
 }
 
-static char
-lower(char c)
+/* What no text of a head may hold; a tab is white space. */
+static int is_control(unsigned char c)
+{
+	return (c < ' ' && c != '\t') || c == 0x7f;
+}
+
+static char lower(char c)
 {
 	return c >= 'A' && c <= 'Z' ? (char)(c | 32) : c;
 }
 
+static int hex_digit(char c)
+{
+	return c >= '0' && c <= '9' ? c - '0' :
+		lower(c) >= 'a' && lower(c) <= 'f' ? lower(c) - 'a' + 10 : -1;
+}
+
 /* Whether a span is this word, given in lower case. */
-static int
-span_is(const char *buf, struct span s, const char *word)
+static int span_is(const char *buf, struct span s, const char *word)
 {
 	size_t i;
 
@@ -1118,8 +1040,7 @@ span_is(const char *buf, struct span s, const char *word)
 
 /* Takes the next element off a comma-separated list (RFC 9110 5.6.1), white space trimmed. 0: no
  * more. Empty elements are skipped. */
-static int
-list_next(const char *buf, struct span *list, struct span *out)
+static int list_next(const char *buf, struct span *list, struct span *out)
 {
 	const char *p = buf + list->at, *end = p + list->len, *comma;
 	size_t len;
@@ -1138,8 +1059,7 @@ list_next(const char *buf, struct span *list, struct span *out)
 	return 1;
 }
 
-static int
-list_has(const char *buf, struct span list, const char *word)
+static int list_has(const char *buf, struct span list, const char *word)
 {
 	struct span s;
 
@@ -1150,8 +1070,7 @@ list_has(const char *buf, struct span list, const char *word)
 }
 
 /* A header line from `at` up to `end`, without its CRLF. */
-static int
-field_parse(struct head *h, const char *buf, size_t at, size_t end)
+static int field_parse(struct head *h, const char *buf, size_t at, size_t end)
 {
 	struct field *f = &h->field[h->nfields];
 	size_t i = at, stop = end;
@@ -1167,19 +1086,15 @@ field_parse(struct head *h, const char *buf, size_t at, size_t end)
 	while (stop > i && (buf[stop - 1] == ' ' || buf[stop - 1] == '\t'))
 		stop--;
 	f->value = (struct span){ (uint16_t)i, (uint16_t)(stop - i) };
-	for (; i < stop; i++) {
-		unsigned char c = (unsigned char)buf[i];
-
-		if ((c < ' ' && c != '\t') || c == 0x7f)
+	for (; i < stop; i++)
+		if (is_control((unsigned char)buf[i]))
 			return 0;
-	}
 	h->nfields++;
 	return 1;
 }
 
 /* Splits the start line at its first two spaces into part[]. 0: fewer than two. */
-static int
-start_split(struct head *h, const char *buf, size_t at, size_t end)
+static int start_split(struct head *h, const char *buf, size_t at, size_t end)
 {
 	unsigned i;
 
@@ -1196,8 +1111,7 @@ start_split(struct head *h, const char *buf, size_t at, size_t end)
 }
 
 /* "HTTP/x.y" as x * 10 + y, 0 if it is none. */
-static int
-version_parse(const char *buf, struct span s)
+static int version_parse(const char *buf, struct span s)
 {
 	const char *p = buf + s.at;
 
@@ -1207,8 +1121,7 @@ version_parse(const char *buf, struct span s)
 	return (p[5] - '0') * 10 + p[7] - '0';
 }
 
-static enum why
-request_line_parse(struct head *h, const char *buf, size_t end)
+static enum why request_line_parse(struct head *h, const char *buf, size_t end)
 {
 	size_t i;
 	int version;
@@ -1230,8 +1143,7 @@ request_line_parse(struct head *h, const char *buf, size_t end)
 	return version == 11 ? WHY_NONE : WHY_HTTP_VERSION;
 }
 
-static enum why
-status_line_parse(struct head *h, const char *buf, size_t end)
+static enum why status_line_parse(struct head *h, const char *buf, size_t end)
 {
 	const char *code;
 	size_t i;
@@ -1252,14 +1164,13 @@ status_line_parse(struct head *h, const char *buf, size_t end)
 	    code[2] < '0' || code[2] > '9')
 		return WHY_BAD_RESPONSE;
 	for (i = h->part[2].at; i < end; i++)
-		if ((unsigned char)buf[i] < ' ' && buf[i] != '\t')
+		if (is_control((unsigned char)buf[i]))
 			return WHY_BAD_RESPONSE;
 	return WHY_NONE;
 }
 
 /* The common part of both parsers; see wssproxy.h. Of a response every fault is one. */
-static enum why
-head_parse(struct head *h, const char *buf, size_t len,
+static enum why head_parse(struct head *h, const char *buf, size_t len,
 	enum why (*start)(struct head *, const char *, size_t))
 {
 	if (len > head_max)
@@ -1291,14 +1202,12 @@ head_parse(struct head *h, const char *buf, size_t len,
 	}
 }
 
-static enum why
-request_parse(struct request *r, const char *buf, size_t len)
+static enum why request_parse(struct request *r, const char *buf, size_t len)
 {
 	return head_parse(&r->head, buf, len, request_line_parse);
 }
 
-static enum why
-response_parse(struct response *r, const char *buf, size_t len)
+static enum why response_parse(struct response *r, const char *buf, size_t len)
 {
 	enum why why = head_parse(&r->head, buf, len, status_line_parse);
 
@@ -1306,8 +1215,7 @@ response_parse(struct response *r, const char *buf, size_t len)
 }
 
 /* Digits only, at most 18 of them. */
-static int
-number_parse(const char *buf, struct span s, uint64_t *out)
+static int number_parse(const char *buf, struct span s, uint64_t *out)
 {
 	size_t i;
 
@@ -1330,8 +1238,7 @@ struct facts {
 	uint64_t length;
 };
 
-static void
-facts_read(struct facts *f, const struct head *h, const char *buf)
+static void facts_read(struct facts *f, const struct head *h, const char *buf)
 {
 	const struct { const char *name; struct span *value; unsigned *count; } words[] = {
 		{ "host", &f->host, &f->hosts },
@@ -1367,24 +1274,34 @@ facts_read(struct facts *f, const struct head *h, const char *buf)
 	}
 }
 
-/* Host or authority: what RFC 3986 allows in reg-name, IP literal and port, and no more. */
-static int
-host_valid(const char *buf, struct span s)
+/* Host or authority: uri-host [ ":" port ] (RFC 9110 7.2, RFC 3986 3.2.2), the host not empty. */
+static int host_valid(const char *buf, struct span s)
 {
-	size_t i;
+	const char *p = buf + s.at, *end = p + s.len, *close;
 
-	for (i = 0; i < s.len; i++) {
-		unsigned char c = (unsigned char)buf[s.at + i];
-
-		if (!is_alnum(c) && (!c || !strchr("-._~!$&'()*+,;=:[]%", c)))
+	if (p < end && *p == '[') {
+		close = memchr(p, ']', s.len);
+		if (!close || close == p + 1)
+			return 0;
+		for (p++; p < close; p++)
+			if (hex_digit(*p) < 0 && *p != ':' && *p != '.')
+				return 0;
+		p++;
+	} else {
+		for (close = p; p < end && *p != ':'; p++)
+			if (!is_alnum((unsigned char)*p) && (!*p || !strchr("-._~!$&'()*+,;=%", *p)))
+				return 0;
+		if (p == close)
 			return 0;
 	}
-	return s.len > 0;
+	if (p < end && *p == ':')
+		for (p++; p < end && *p >= '0' && *p <= '9'; p++)
+			;
+	return p == end;
 }
 
 /* The target in origin-form, its authority as Host (RFC 9112 3.2). */
-static enum why
-target_parse(struct request *r, const char *buf)
+static enum why target_parse(struct request *r, const char *buf)
 {
 	static const char *const schemes[] = { "http", "https", "ws", "wss" };
 	struct span t = r->head.part[1], scheme = { t.at, 0 }, host;
@@ -1417,8 +1334,7 @@ target_parse(struct request *r, const char *buf)
 }
 
 /* Sec-WebSocket-Key: 16 bytes in base64, so 22 digits and "==". */
-static int
-key_valid(const char *buf, struct span s)
+static int key_valid(const char *buf, struct span s)
 {
 	size_t i;
 
@@ -1434,8 +1350,7 @@ key_valid(const char *buf, struct span s)
 }
 
 /* Whether the value of Origin is one of origins[]; "same" is the Host with http or https. */
-static int
-origin_allowed(const char *buf, const struct facts *f, struct span host)
+static int origin_allowed(const char *buf, const struct facts *f, struct span host)
 {
 	const char *value = buf + f->origin.at;
 	unsigned i;
@@ -1461,8 +1376,7 @@ origin_allowed(const char *buf, const struct facts *f, struct span host)
 	return 0;
 }
 
-static enum why
-upgrade_check(struct request *r, const char *buf, const struct facts *f)
+static enum why upgrade_check(struct request *r, const char *buf, const struct facts *f)
 {
 	if (f->keys != 1 || !key_valid(buf, f->key))
 		return WHY_KEY;
@@ -1477,8 +1391,7 @@ upgrade_check(struct request *r, const char *buf, const struct facts *f)
 	return WHY_NONE;
 }
 
-static enum why
-request_check(struct request *r, const char *buf)
+static enum why request_check(struct request *r, const char *buf)
 {
 	const struct head *h = &r->head;
 	struct facts f;
@@ -1502,8 +1415,7 @@ request_check(struct request *r, const char *buf)
 	return WHY_NONE;
 }
 
-static enum why
-response_check(struct response *r, const char *buf, int upgrade, int head, const char *accept)
+static enum why response_check(struct response *r, const char *buf, int upgrade, int head, const char *accept)
 {
 	const struct head *h = &r->head;
 	const char *code = buf + h->part[1].at;
@@ -1550,8 +1462,7 @@ struct text {
 	int full;
 };
 
-static void
-text_add(struct text *t, const char *p, size_t len)
+static void text_add(struct text *t, const char *p, size_t len)
 {
 	if (t->full || len > t->size - t->len) {
 		t->full = 1;
@@ -1561,21 +1472,18 @@ text_add(struct text *t, const char *p, size_t len)
 	t->len += len;
 }
 
-static void
-text_string(struct text *t, const char *s)
+static void text_string(struct text *t, const char *s)
 {
 	text_add(t, s, strlen(s));
 }
 
-static void
-text_span(struct text *t, const char *buf, struct span s)
+static void text_span(struct text *t, const char *buf, struct span s)
 {
 	text_add(t, buf + s.at, s.len);
 }
 
 /* "name: value CRLF" */
-static void
-text_field(struct text *t, const char *name, const char *value)
+static void text_field(struct text *t, const char *name, const char *value)
 {
 	text_string(t, name);
 	text_string(t, ": ");
@@ -1585,8 +1493,7 @@ text_field(struct text *t, const char *name, const char *value)
 
 /* Whether a name is this one (in lower case), with '_' as good as '-': what CGI and its heirs make
  * of both is the same variable, so neither may be forged. */
-static int
-name_like(const char *buf, struct span s, const char *word)
+static int name_like(const char *buf, struct span s, const char *word)
 {
 	size_t i;
 
@@ -1597,8 +1504,7 @@ name_like(const char *buf, struct span s, const char *word)
 }
 
 /* Ours to write: what the client sent under these names is not believed. */
-static int
-is_forwarded_name(const char *buf, struct span name)
+static int is_forwarded_name(const char *buf, struct span name)
 {
 	return x_forwarded_for != OFF && (name_like(buf, name, "x-forwarded-for") ||
 		name_like(buf, name, "x-forwarded-proto") || name_like(buf, name, "x-real-ip"));
@@ -1606,8 +1512,7 @@ is_forwarded_name(const char *buf, struct span name)
 
 /* Names that a Connection field can't take away: they steer the request, its framing, or say who
  * the client is. */
-static int
-is_protected(const char *buf, struct span name)
+static int is_protected(const char *buf, struct span name)
 {
 	struct span prefix = name;
 
@@ -1622,8 +1527,7 @@ is_protected(const char *buf, struct span name)
 }
 
 /* Hop-by-hop: RFC 9110 7.6.1, and what the Connection fields list. */
-static int
-is_hop(const struct head *h, const char *buf, struct span name)
+static int is_hop(const struct head *h, const char *buf, struct span name)
 {
 	static const char *const hop[] = {
 		"connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade",
@@ -1653,9 +1557,20 @@ is_hop(const struct head *h, const char *buf, struct span name)
 	return 0;
 }
 
+/* Whether field i is a Content-Length that says again what an earlier one said. */
+static int is_repeated_length(const struct head *h, const char *buf, unsigned i)
+{
+	unsigned k = i;
+
+	if (!span_is(buf, h->field[i].name, "content-length"))
+		return 0;
+	while (k > 0 && !span_is(buf, h->field[k - 1].name, "content-length"))
+		k--;
+	return k > 0;
+}
+
 /* A field as it came, white space around the value normalized. */
-static void
-text_copy(struct text *t, const char *buf, const struct field *f)
+static void text_copy(struct text *t, const char *buf, const struct field *f)
 {
 	text_span(t, buf, f->name);
 	text_string(t, ": ");
@@ -1663,8 +1578,7 @@ text_copy(struct text *t, const char *buf, const struct field *f)
 	text_string(t, "\r\n");
 }
 
-static void
-render_forwarded(struct text *t, const struct head *h, const char *buf, const struct forwarded *f)
+static void render_forwarded(struct text *t, const struct head *h, const char *buf, const struct forwarded *f)
 {
 	unsigned i;
 
@@ -1682,8 +1596,7 @@ render_forwarded(struct text *t, const struct head *h, const char *buf, const st
 	text_field(t, "X-Real-IP", f->client);
 }
 
-static size_t
-request_render(const struct request *r, const char *buf, const struct forwarded *f,
+static size_t request_render(const struct request *r, const char *buf, const struct forwarded *f,
 	char *out, size_t size)
 {
 	const struct head *h = &r->head;
@@ -1701,7 +1614,8 @@ request_render(const struct request *r, const char *buf, const struct forwarded 
 
 		if (span_is(buf, field.name, "host"))
 			field.value = r->host;
-		if (!is_hop(h, buf, field.name) && !is_forwarded_name(buf, field.name))
+		if (!is_hop(h, buf, field.name) && !is_forwarded_name(buf, field.name) &&
+		    !is_repeated_length(h, buf, i))
 			text_copy(&t, buf, &field);
 	}
 	if (x_forwarded_for != OFF)
@@ -1711,8 +1625,7 @@ request_render(const struct request *r, const char *buf, const struct forwarded 
 	return t.full ? 0 : t.len;
 }
 
-static size_t
-response_render(const struct response *r, const char *buf, char *out, size_t size)
+static size_t response_render(const struct response *r, const char *buf, char *out, size_t size)
 {
 	const struct head *h = &r->head;
 	struct text t = { .p = out, .size = size };
@@ -1726,6 +1639,8 @@ response_render(const struct response *r, const char *buf, char *out, size_t siz
 	for (i = 0; i < h->nfields; i++) {
 		struct span name = h->field[i].name;
 
+		if (is_repeated_length(h, buf, i))
+			continue;
 		if (!is_hop(h, buf, name) || (span_is(buf, name, "transfer-encoding") &&
 		    r->status >= 200 && r->status != 204))
 			text_copy(&t, buf, &h->field[i]);
@@ -1738,8 +1653,7 @@ response_render(const struct response *r, const char *buf, char *out, size_t siz
 	return t.full ? 0 : t.len;
 }
 
-static void
-base64(const unsigned char *in, size_t len, char *out)
+static void base64(const unsigned char *in, size_t len, char *out)
 {
 	static const char digit[] =
 		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
@@ -1758,8 +1672,7 @@ base64(const unsigned char *in, size_t len, char *out)
 	*out = '\0';
 }
 
-static void
-accept_key(const char *key, char out[29])
+static void accept_key(const char *key, char out[29])
 {
 	unsigned char hash[br_sha1_SIZE];
 	br_sha1_context c;
@@ -1771,35 +1684,38 @@ accept_key(const char *key, char out[29])
 	base64(hash, sizeof hash, out);
 }
 
-/* A chunked body's grammar, a byte at a time but for the data (RFC 9112 7.1). */
-enum { CHUNK_SIZE, CHUNK_EXT, CHUNK_SIZE_LF, CHUNK_DATA, CHUNK_DATA_CR, CHUNK_DATA_LF,
+/* A chunked body's grammar, a byte at a time but for the data (RFC 9112 7.1). Blanks behind a size
+ * are taken, for servers that pad it. */
+enum { CHUNK_SIZE, CHUNK_BLANK, CHUNK_EXT, CHUNK_SIZE_LF, CHUNK_DATA, CHUNK_DATA_CR, CHUNK_DATA_LF,
 	CHUNK_TRAILER, CHUNK_TRAILER_LINE, CHUNK_TRAILER_LF, CHUNK_END_LF };
 
-static int
-hex_digit(char c)
-{
-	return c >= '0' && c <= '9' ? c - '0' :
-		lower(c) >= 'a' && lower(c) <= 'f' ? lower(c) - 'a' + 10 : -1;
-}
-
-/* One byte outside of a chunk's data. Returns the next state, -1: not the grammar. */
-static int
-chunked_byte(struct chunked *c, char b)
+/* The size line: its digits, then blanks, then an extension. */
+static int chunked_size_byte(struct chunked *c, char b)
 {
 	int digit = hex_digit(b);
 
+	if (c->state == CHUNK_SIZE && digit >= 0 && c->digits < 15) {
+		c->left = c->left << 4 | (uint64_t)digit;
+		c->digits++;
+		return CHUNK_SIZE;
+	}
+	if (c->digits == 0)
+		return -1;
+	if (b == '\r')
+		return CHUNK_SIZE_LF;
+	if (c->state == CHUNK_EXT)
+		return is_control((unsigned char)b) ? -1 : CHUNK_EXT;
+	return b == ';' ? CHUNK_EXT : b == ' ' || b == '\t' ? CHUNK_BLANK : -1;
+}
+
+/* One byte outside of a chunk's data. Returns the next state, -1: not the grammar. */
+static int chunked_byte(struct chunked *c, char b)
+{
 	switch (c->state) {
 	case CHUNK_SIZE:
-		if (digit >= 0 && c->digits < 15) {
-			c->left = c->left << 4 | (uint64_t)digit;
-			c->digits++;
-			return CHUNK_SIZE;
-		}
-		if (c->digits == 0 || digit >= 0)
-			return -1;
-		return b == '\r' ? CHUNK_SIZE_LF : b == ';' || b == ' ' || b == '\t' ? CHUNK_EXT : -1;
+	case CHUNK_BLANK:
 	case CHUNK_EXT:
-		return b == '\r' ? CHUNK_SIZE_LF : b == '\n' ? -1 : CHUNK_EXT;
+		return chunked_size_byte(c, b);
 	case CHUNK_SIZE_LF:
 		return b != '\n' ? -1 : c->left > 0 ? CHUNK_DATA : CHUNK_TRAILER;
 	case CHUNK_DATA_CR:
@@ -1808,9 +1724,13 @@ chunked_byte(struct chunked *c, char b)
 		c->digits = 0;
 		return b == '\n' ? CHUNK_SIZE : -1;
 	case CHUNK_TRAILER:
-		return b == '\r' ? CHUNK_END_LF : b == '\n' ? -1 : CHUNK_TRAILER_LINE;
+		if (b == '\r')
+			return CHUNK_END_LF;
+		return is_token_char((unsigned char)b) ? CHUNK_TRAILER_LINE : -1;
 	case CHUNK_TRAILER_LINE:
-		return b == '\r' ? CHUNK_TRAILER_LF : b == '\n' ? -1 : CHUNK_TRAILER_LINE;
+		if (b == '\r')
+			return CHUNK_TRAILER_LF;
+		return is_control((unsigned char)b) ? -1 : CHUNK_TRAILER_LINE;
 	case CHUNK_TRAILER_LF:
 		return b == '\n' ? CHUNK_TRAILER : -1;
 	default:
@@ -1819,8 +1739,7 @@ chunked_byte(struct chunked *c, char b)
 	}
 }
 
-static size_t
-chunked_scan(struct chunked *c, const char *buf, size_t len)
+static size_t chunked_scan(struct chunked *c, const char *buf, size_t len)
 {
 	size_t i = 0;
 
@@ -1849,8 +1768,7 @@ chunked_scan(struct chunked *c, const char *buf, size_t len)
 
 /* ---- backends ---- */
 
-static int
-round_robin_pick(const unsigned *weight, int *current, unsigned n, uint64_t allowed)
+static int round_robin_pick(const unsigned *weight, int *current, unsigned n, uint64_t allowed)
 {
 	int best = -1, total = 0;
 	unsigned i;
@@ -1871,8 +1789,7 @@ round_robin_pick(const unsigned *weight, int *current, unsigned n, uint64_t allo
 /* A backend of weight w takes part with w tickets; the highest ticket wins. So the spread follows
  * the weights, and a backend that comes or goes moves only its own clients. Arithmetic on values,
  * not on memory: big and little endian machines agree. */
-static int
-rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned n, uint64_t allowed,
+static int rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned n, uint64_t allowed,
 	const unsigned char *address, unsigned bits)
 {
 	unsigned char key[16] = { 0 };
@@ -1886,7 +1803,7 @@ rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned n, uint64_t
 	client = hash_bytes(bits, key, sizeof key);
 	for (i = 0; i < n; i++) {
 		for (w = 0; w < weight[i] && (allowed >> i & 1); w++) {
-			uint64_t ticket = hash_mix(client ^ hash_mix(id[i] + w));
+			uint64_t ticket = hash_mix(client ^ hash_mix(hash_mix(id[i]) + w));
 
 			if (best < 0 || ticket > top) {
 				best = (int)i;
@@ -1897,8 +1814,7 @@ rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned n, uint64_t
 	return best;
 }
 
-static int
-path_under(const char *target, size_t len, const char *prefix)
+static int path_under(const char *target, size_t len, const char *prefix)
 {
 	size_t n = strlen(prefix);
 
@@ -1908,8 +1824,7 @@ path_under(const char *target, size_t len, const char *prefix)
 }
 
 /* The backends for a target: those with the longest path that it lies under. */
-static uint64_t
-servers_for(const char *target, size_t len)
+static uint64_t servers_for(const char *target, size_t len)
 {
 	size_t longest = 0;
 	uint64_t set = 0;
@@ -1932,8 +1847,7 @@ servers_for(const char *target, size_t len)
 enum { PICK_NONE = -1, PICK_FULL = -2, PICK_WAIT = -3 };
 
 /* The backend to try next: first those in order, then the backups, then those set aside. */
-static int
-server_pick(const struct session *s)
+static int server_pick(const struct session *s)
 {
 	uint64_t tier[3] = { 0, 0, 0 };
 	int full = 0, pending = 0;
@@ -1963,8 +1877,7 @@ server_pick(const struct session *s)
 }
 
 /* A connection stands: the backend is no longer aside. */
-static void
-server_good(struct server *v)
+static void server_good(struct server *v)
 {
 	v->fails = 0;
 	v->aside_until = 0;
@@ -1976,8 +1889,7 @@ server_good(struct server *v)
 static void resolver_ask(struct server *v);
 
 /* A connection failed, for all its addresses. */
-static void
-server_failed(struct server *v, const char *why)
+static void server_failed(struct server *v, const char *why)
 {
 	v->failures++;
 	if (v->fails == 0 || now - v->fail_since > fail_ms) {
@@ -1994,8 +1906,7 @@ server_failed(struct server *v, const char *why)
 	resolver_ask(v);
 }
 
-static const char *
-connect_why(int error)
+static const char *connect_why(int error)
 {
 	switch (error) {
 	case ECONNREFUSED:      return "refused";
@@ -2014,8 +1925,7 @@ connect_why(int error)
 }
 
 /* A connect under way, or -1 and errno. */
-static int
-server_dial(unsigned i, unsigned which)
+static int server_dial(unsigned i, unsigned which)
 {
 	const struct address *a = &servers[i].address[which];
 	struct sockaddr_storage ss;
@@ -2055,8 +1965,7 @@ struct resolved {
 	struct address address[ADDRESSES_MAX];
 };
 
-static void
-resolver_look(struct resolved *r)
+static void resolver_look(struct resolved *r)
 {
 	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *list, *ai;
 	const struct backend *b = &backends[r->index];
@@ -2070,8 +1979,7 @@ resolver_look(struct resolved *r)
 	freeaddrinfo(list);
 }
 
-static void
-resolver_child(int fd, const struct become *b)
+static void resolver_child(int fd, const struct become *b)
 {
 	struct resolved r;
 
@@ -2092,8 +2000,7 @@ resolver_child(int fd, const struct become *b)
 	_exit(0);
 }
 
-static void
-resolver_start(const struct become *b)
+static void resolver_start(const struct become *b)
 {
 	int pair[2];
 	unsigned i, names = 0;
@@ -2118,8 +2025,7 @@ resolver_start(const struct become *b)
 		resolver_ask(&servers[i]);
 }
 
-static void
-resolver_ask(struct server *v)
+static void resolver_ask(struct server *v)
 {
 	unsigned char index = (unsigned char)(v - servers);
 
@@ -2134,8 +2040,7 @@ resolver_ask(struct server *v)
 
 /* What the resolver says of one backend. No address: the old ones stay, if any, and the name is
  * asked for again. */
-static void
-resolver_answer(const struct resolved *r)
+static void resolver_answer(const struct resolved *r)
 {
 	struct server *v = &servers[r->index];
 
@@ -2157,8 +2062,7 @@ resolver_answer(const struct resolved *r)
 		link_append(&runnable, unnamed.next);
 }
 
-static void
-resolver_event(void)
+static void resolver_event(void)
 {
 	struct resolved r;
 	ssize_t n = recv(fds[FD_RESOLVER].fd, &r, sizeof r, 0);
@@ -2173,8 +2077,7 @@ resolver_event(void)
 	}
 }
 
-static void
-servers_init(void)
+static void servers_init(void)
 {
 	unsigned i;
 
@@ -2220,8 +2123,7 @@ source_bucket(const struct address *a, unsigned char key[8])
 }
 
 /* The source of an address, NULL if it has no session. */
-static struct source *
-source_find(const struct address *a)
+static struct source *source_find(const struct address *a)
 {
 	unsigned char key[8];
 	struct source *o = *source_bucket(a, key);
@@ -2232,14 +2134,15 @@ source_find(const struct address *a)
 }
 
 /* One session more; there are as many sources as sessions, so one is always free. */
-static struct source *
-source_take(const struct address *a)
+static struct source *source_take(const struct address *a)
 {
 	struct source *o = source_find(a);
 	struct source **bucket;
 
 	if (!o) {
 		o = pool_lend(&source_pool);
+		if (!o)
+			abort();
 		bucket = source_bucket(a, o->key);
 		o->sessions = o->young = 0;
 		o->next = *bucket;
@@ -2249,8 +2152,7 @@ source_take(const struct address *a)
 	return o;
 }
 
-static void
-source_release(struct source *o, const struct address *a)
+static void source_release(struct source *o, const struct address *a)
 {
 	unsigned char key[8];
 	struct source **p = source_bucket(a, key);
@@ -2269,22 +2171,19 @@ static unsigned char no_records[32];    /* what a resting engine's offsets are b
 
 /* The only two places that touch private fields of BearSSL: the record buffers of an engine that
  * stands at a record boundary hold nothing, so their bases can change. */
-static void
-engine_lend(br_ssl_engine_context *eng, struct records *r)
+static void engine_lend(br_ssl_engine_context *eng, struct records *r)
 {
 	eng->ibuf = r->ibuf;
 	eng->obuf = r->obuf;
 }
 
-static void
-engine_take_back(br_ssl_engine_context *eng)
+static void engine_take_back(br_ssl_engine_context *eng)
 {
 	eng->ibuf = no_records;
 	eng->obuf = no_records;
 }
 
-static void
-records_attach(struct session *s, struct records *r)
+static void records_attach(struct session *s, struct records *r)
 {
 	s->rec = r;
 	r->at = r->end = r->out_at = r->out_end = 0;
@@ -2293,8 +2192,7 @@ records_attach(struct session *s, struct records *r)
 }
 
 /* Makes sure that s has record buffers. 0: it waits for them, and will be run when it has. */
-static int
-records_borrow(struct session *s)
+static int records_borrow(struct session *s)
 {
 	struct records *r;
 
@@ -2309,8 +2207,7 @@ records_borrow(struct session *s)
 }
 
 /* Gives them back: to whoever has waited longest. */
-static void
-records_return(struct session *s)
+static void records_return(struct session *s)
 {
 	struct records *r = s->rec;
 	struct session *next;
@@ -2329,15 +2226,13 @@ records_return(struct session *s)
 	link_append(&runnable, &next->wait);
 }
 
-static void
-head_attach(struct session *s, struct head_buffer *hd)
+static void head_attach(struct session *s, struct head_buffer *hd)
 {
 	memset(hd, 0, offsetof(struct head_buffer, bytes));
 	s->hd = hd;
 }
 
-static int
-head_borrow(struct session *s)
+static int head_borrow(struct session *s)
 {
 	struct head_buffer *hd;
 
@@ -2351,8 +2246,7 @@ head_borrow(struct session *s)
 	return hd != NULL;
 }
 
-static void
-head_return(struct session *s)
+static void head_return(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
 	struct session *next;
@@ -2389,8 +2283,7 @@ static const struct {
 };
 
 /* Index in suite_names, -1: none that we serve. */
-static int
-suite_find(unsigned id)
+static int suite_find(unsigned id)
 {
 	unsigned i;
 
@@ -2402,8 +2295,7 @@ suite_find(unsigned id)
 
 /* ciphers[] in the order for this CPU: BearSSL's constant-time AES is slow without instructions
  * for it, its ChaCha20 is fast everywhere. */
-static void
-suites_init(void)
+static void suites_init(void)
 {
 	int aes = br_aes_x86ni_ctr_get_vtable() != NULL || br_aes_pwr8_ctr_get_vtable() != NULL;
 	unsigned i, n = 0, pass;
@@ -2431,8 +2323,7 @@ suites_init(void)
 
 /* Whether a server name from the wire is the one of a certs[] entry: exact, or with one label in
  * the place of a leading "*". */
-static int
-name_matches(const char *pattern, const char *name, size_t len)
+static int name_matches(const char *pattern, const char *name, size_t len)
 {
 	size_t n = strlen(pattern), i;
 
@@ -2452,8 +2343,7 @@ name_matches(const char *pattern, const char *name, size_t len)
 	return n == len;
 }
 
-static int
-hash_choose(uint32_t offered)
+static int hash_choose(uint32_t offered)
 {
 	static const int order[] = { br_sha256_ID, br_sha384_ID, br_sha512_ID, br_sha224_ID,
 		br_sha1_ID };
@@ -2466,8 +2356,7 @@ hash_choose(uint32_t offered)
 }
 
 /* Whether this identity can serve this suite for this client; sets the signature algorithm. */
-static int
-identity_serves(const struct identity *id, const br_ssl_server_context *cc, unsigned suite_type,
+static int identity_serves(const struct identity *id, const br_ssl_server_context *cc, unsigned suite_type,
 	unsigned *algo_id)
 {
 	const br_ec_private_key *ec = br_skey_decoder_get_ec(&id->key);
@@ -2488,8 +2377,7 @@ identity_serves(const struct identity *id, const br_ssl_server_context *cc, unsi
 
 /* Certificate and suite for a ClientHello: among the certificates for its server name (if there
  * are none: the default ones), the first suite that one of them can serve. */
-static int
-policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
+static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
 	struct policy *p = OWNER(ctx, struct policy, vtable);
@@ -2521,8 +2409,7 @@ policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_contex
 }
 
 /* Key exchanges that are not ephemeral are not offered. */
-static uint32_t
-policy_keyx(const br_ssl_server_policy_class **ctx, unsigned char *data, size_t *len)
+static uint32_t policy_keyx(const br_ssl_server_policy_class **ctx, unsigned char *data, size_t *len)
 {
 	(void)ctx;
 	(void)data;
@@ -2530,8 +2417,7 @@ policy_keyx(const br_ssl_server_policy_class **ctx, unsigned char *data, size_t 
 	return 0;
 }
 
-static size_t
-policy_sign(const br_ssl_server_policy_class **ctx, unsigned algo_id, unsigned char *data,
+static size_t policy_sign(const br_ssl_server_policy_class **ctx, unsigned algo_id, unsigned char *data,
 	size_t hv_len, size_t len)
 {
 	static const br_hash_class *const class[] = { NULL, NULL, &br_sha1_vtable,
@@ -2560,8 +2446,7 @@ static const br_ssl_server_policy_class policy_class = {
 };
 
 /* Fills buf from the kernel's generator. 0: it has none. */
-static int
-random_bytes(void *buf, size_t len, unsigned flags)
+static int random_bytes(void *buf, size_t len, unsigned flags)
 {
 	ssize_t n;
 
@@ -2573,8 +2458,7 @@ random_bytes(void *buf, size_t len, unsigned flags)
 
 /* Sets up the TLS context of a slot, once in its life: no context is ever copied, and one that
  * was never used costs no memory. */
-static void
-tls_make(struct session *s)
+static void tls_make(struct session *s)
 {
 	static const char *protocols[] = { "http/1.1" };
 	br_ssl_server_context *cc = &s->tls;
@@ -2607,8 +2491,7 @@ tls_make(struct session *s)
 }
 
 /* Readies the engine for a ClientHello. 0: no entropy. */
-static int
-tls_start(struct session *s)
+static int tls_start(struct session *s)
 {
 	br_ssl_engine_context *eng = &s->tls.eng;
 	unsigned char seed[32];
@@ -2630,16 +2513,14 @@ tls_start(struct session *s)
 	return br_ssl_server_reset(&s->tls) != 0;
 }
 
-static void
-tls_ring_release(struct session *s)
+static void tls_ring_release(struct session *s)
 {
 	if (s->ring)
 		s->ring->users--;
 	s->ring = NULL;
 }
 
-static enum why
-tls_why(int error)
+static enum why tls_why(int error)
 {
 	if (error >= BR_ERR_SEND_FATAL_ALERT) {
 		int alert = error - BR_ERR_SEND_FATAL_ALERT;
@@ -2654,8 +2535,7 @@ tls_why(int error)
 
 /* On most errors BearSSL just stops; a client in a handshake deserves the alert (RFC 5246 7.2.2),
  * which is still in the clear then. */
-static void
-tls_alert(const struct session *s, int error)
+static void tls_alert(const struct session *s, int error)
 {
 	unsigned char alert[] = { 21, 3, 3, 0, 2, 2, 80 };      /* internal_error */
 
@@ -2689,8 +2569,7 @@ tls_alert(const struct session *s, int error)
  * every one waits on a descriptor, for decrypted bytes raise no event. A read that brings less
  * than there was room for has emptied the socket: poll will tell when there is more. */
 
-static void
-session_end(struct session *s, enum party by, enum why why)
+static void session_end(struct session *s, enum party by, enum why why)
 {
 	if (s->why == WHY_NONE) {
 		s->why = (uint8_t)why;
@@ -2699,30 +2578,26 @@ session_end(struct session *s, enum party by, enum why why)
 }
 
 /* A socket error, or a TLS failure: no order any more. */
-static void
-session_broke(struct session *s, enum party by, int error)
+static void session_broke(struct session *s, enum party by, int error)
 {
 	session_end(s, by, error == ETIMEDOUT ? WHY_TIMEOUT : WHY_RESET);
 	s->ended |= BROKEN;
 }
 
-static void
-session_eof(struct session *s, enum party by)
+static void session_eof(struct session *s, enum party by)
 {
 	session_end(s, by, WHY_EOF);
 	s->ended |= by == BY_CLIENT ? CLIENT_EOF : BACKEND_EOF;
 }
 
 /* Whether the engine is done with for good: failed, or closed by both. */
-static int
-client_closed(const struct session *s)
+static int client_closed(const struct session *s)
 {
 	return !s->plain && br_ssl_engine_current_state(&s->tls.eng) == BR_SSL_CLOSED;
 }
 
 /* Plaintext from the client that nobody has taken yet; NULL: none. */
-static unsigned char *
-client_readable(const struct session *s, size_t *len)
+static unsigned char *client_readable(const struct session *s, size_t *len)
 {
 	*len = 0;
 	if (!s->rec)
@@ -2734,8 +2609,7 @@ client_readable(const struct session *s, size_t *len)
 }
 
 /* `len` of it, above 0, were taken. */
-static void
-client_consume(struct session *s, size_t len)
+static void client_consume(struct session *s, size_t len)
 {
 	s->empty_records = 0;
 	if (s->plain)
@@ -2745,8 +2619,7 @@ client_consume(struct session *s, size_t len)
 }
 
 /* Room for plaintext to the client; NULL: none until what is there is sent. */
-static unsigned char *
-client_room(const struct session *s, size_t *len)
+static unsigned char *client_room(const struct session *s, size_t *len)
 {
 	*len = 0;
 	if (!s->rec)
@@ -2758,8 +2631,7 @@ client_room(const struct session *s, size_t *len)
 }
 
 /* `len` bytes, above 0, were put there: they make one record. */
-static void
-client_put(struct session *s, size_t len)
+static void client_put(struct session *s, size_t len)
 {
 	if (s->plain) {
 		s->rec->out_end = len;
@@ -2770,8 +2642,7 @@ client_put(struct session *s, size_t len)
 }
 
 /* Bytes that wait for the client's socket; NULL: none. */
-static unsigned char *
-client_pending(const struct session *s, size_t *len)
+static unsigned char *client_pending(const struct session *s, size_t *len)
 {
 	*len = 0;
 	if (!s->rec)
@@ -2782,8 +2653,7 @@ client_pending(const struct session *s, size_t *len)
 	return *len > 0 ? s->rec->obuf + s->rec->out_at : NULL;
 }
 
-static void
-client_sent(struct session *s, size_t len)
+static void client_sent(struct session *s, size_t len)
 {
 	struct records *r = s->rec;
 
@@ -2795,8 +2665,7 @@ client_sent(struct session *s, size_t len)
 }
 
 /* Buffer to socket. */
-static int
-client_send(struct session *s)
+static int client_send(struct session *s)
 {
 	unsigned char *p;
 	size_t len;
@@ -2819,8 +2688,7 @@ client_send(struct session *s)
 }
 
 /* Socket to read-ahead. */
-static int
-client_recv(struct session *s)
+static int client_recv(struct session *s)
 {
 	struct records *r = s->rec;
 	ssize_t n = recv(s->client, r->ahead, sizeof r->ahead, 0);
@@ -2840,8 +2708,7 @@ client_recv(struct session *s)
 }
 
 /* Read-ahead to engine, at most up to the end of one record. */
-static int
-client_feed(struct session *s)
+static int client_feed(struct session *s)
 {
 	br_ssl_engine_context *eng = &s->tls.eng;
 	struct records *r = s->rec;
@@ -2869,8 +2736,7 @@ client_feed(struct session *s)
 }
 
 /* Socket to engine: as much as it takes. */
-static int
-client_fill(struct session *s)
+static int client_fill(struct session *s)
 {
 	struct records *r = s->rec;
 	int moved = 0;
@@ -2894,8 +2760,7 @@ client_fill(struct session *s)
 }
 
 /* Plaintext to the backend, as far as the request may go. */
-static int
-relay_up(struct session *s)
+static int relay_up(struct session *s)
 {
 	size_t len;
 	unsigned char *p = client_readable(s, &len);
@@ -2908,8 +2773,12 @@ relay_up(struct session *s)
 	n = send(s->backend, p, len, MSG_NOSIGNAL);
 	if (n < (ssize_t)len)
 		s->ready |= BACKEND_FULL;
-	if (n < 0 && !would_block(errno))
-		session_broke(s, BY_BACKEND, errno);
+	if (n < 0 && !would_block(errno)) {
+		/* it takes no more, but what it sent before may still be there to read */
+		session_end(s, BY_BACKEND, WHY_RESET);
+		s->ended |= BACKEND_FIN;
+		s->ready |= BACKEND_IN;
+	}
 	if (n <= 0)
 		return 0;
 	client_consume(s, (size_t)n);
@@ -2921,8 +2790,7 @@ relay_up(struct session *s)
 }
 
 /* How many of `len` bytes from the backend belong to the answer; notes its end. */
-static size_t
-answer_take(struct session *s, const char *p, size_t len)
+static size_t answer_take(struct session *s, const char *p, size_t len)
 {
 	switch (s->framing) {
 	case BODY_LENGTH:
@@ -2945,8 +2813,7 @@ answer_take(struct session *s, const char *p, size_t len)
 }
 
 /* The answer's head, in the head buffer, goes before anything else. */
-static int
-relay_head(struct session *s, unsigned char *room, size_t len)
+static int relay_head(struct session *s, unsigned char *room, size_t len)
 {
 	struct head_buffer *hd = s->hd;
 
@@ -2961,8 +2828,7 @@ relay_head(struct session *s, unsigned char *room, size_t len)
 }
 
 /* Backend to engine. */
-static int
-relay_down(struct session *s)
+static int relay_down(struct session *s)
 {
 	size_t len;
 	unsigned char *room = client_room(s, &len);
@@ -2994,8 +2860,7 @@ relay_down(struct session *s)
 }
 
 /* Reads and forgets, so that closing does not reset what the peer has yet to read. */
-static void
-socket_discard(struct session *s, int fd, enum party by)
+static void socket_discard(struct session *s, int fd, enum party by)
 {
 	ssize_t n = 1;
 	int i;
@@ -3006,8 +2871,7 @@ socket_discard(struct session *s, int fd, enum party by)
 		s->ended |= by == BY_CLIENT ? CLIENT_EOF : BACKEND_EOF;
 }
 
-static void
-relay_pump(struct session *s)
+static void relay_pump(struct session *s)
 {
 	int moved;
 
@@ -3021,13 +2885,12 @@ relay_pump(struct session *s)
 
 /* Tells the client that no more comes: close_notify behind all that is pending, then FIN. The
  * backend learns the same, for no one takes the client's bytes any more. */
-static void
-client_finish(struct session *s)
+static void client_finish(struct session *s)
 {
 	br_ssl_engine_context *eng = &s->tls.eng;
 	size_t len;
 
-	if (!s->plain && br_ssl_engine_current_state(eng) != BR_SSL_CLOSED)
+	if (!s->plain && (br_ssl_engine_current_state(eng) & BR_SSL_SENDAPP))
 		br_ssl_engine_close(eng);
 	client_send(s);
 	if (client_pending(s, &len) || (s->ended & BROKEN))
@@ -3041,8 +2904,7 @@ client_finish(struct session *s)
 
 /* ---- answers of our own ---- */
 
-static const char *
-status_text(unsigned status)
+static const char *status_text(unsigned status)
 {
 	switch (status) {
 	case 308: return "Permanent Redirect";
@@ -3064,8 +2926,7 @@ status_text(unsigned status)
 }
 
 /* Location of a redirect: the host asked for without its port, with that of the first WSS listener. */
-static void
-text_location(struct text *t, const struct head_buffer *hd)
+static void text_location(struct text *t, const struct head_buffer *hd)
 {
 	const struct request *r = &hd->u.request;
 	struct span host = r->host;
@@ -3092,8 +2953,7 @@ text_location(struct text *t, const struct head_buffer *hd)
 }
 
 /* Puts the answer for `why` in place of the request in the head buffer. */
-static void
-reply_compose(struct session *s, enum why why)
+static void reply_compose(struct session *s, enum why why)
 {
 	struct text t = { .p = scratch, .size = HEAD_ROOM };
 	struct head_buffer *hd = s->hd;
@@ -3124,8 +2984,7 @@ reply_compose(struct session *s, enum why why)
 	hd->off = 0;
 }
 
-static void
-log_reject(const struct address *peer, unsigned status, enum why why)
+static void log_reject(const struct address *peer, unsigned status, enum why why)
 {
 	char client[ADDRESS_TEXT], number[12] = "-";
 
@@ -3136,8 +2995,7 @@ log_reject(const struct address *peer, unsigned status, enum why why)
 		address_format(peer, 1, client), number, whys[why].text);
 }
 
-static void
-server_leave(struct session *s)
+static void server_leave(struct session *s)
 {
 	if (s->backend >= 0)
 		close(s->backend);
@@ -3148,8 +3006,7 @@ server_leave(struct session *s)
 }
 
 /* Ends a session that has no answer yet: with one, when it can be given. The next state. */
-static enum state
-session_fail(struct session *s, enum why why)
+static enum state session_fail(struct session *s, enum why why)
 {
 	session_end(s, BY_PROXY, why);
 	if (!whys[why].status || !s->hd)
@@ -3166,8 +3023,7 @@ session_fail(struct session *s, enum why why)
 /* ---- steps ---- */
 
 /* The client's TLS stands. */
-static enum state
-handshake_done(struct session *s)
+static enum state handshake_done(struct session *s)
 {
 	size_t room;
 
@@ -3179,8 +3035,7 @@ handshake_done(struct session *s)
 }
 
 /* HTTP in the clear on a TLS port is answered in the clear. */
-static int
-looks_like_http(const struct records *r)
+static int looks_like_http(const struct records *r)
 {
 	return r->end - r->at >= 4 && is_alnum(r->ahead[r->at]) && is_alnum(r->ahead[r->at + 1]) &&
 		(is_alnum(r->ahead[r->at + 2]) || r->ahead[r->at + 2] == ' ');
@@ -3188,8 +3043,7 @@ looks_like_http(const struct records *r)
 
 /* At most one record in each turn of the loop, for its arithmetic takes 2 ms on a PC and 100 ms on
  * a small MIPS: what remains in the read-ahead takes its turn again. */
-static enum state
-handshake_step(struct session *s)
+static enum state handshake_step(struct session *s)
 {
 	br_ssl_engine_context *eng = &s->tls.eng;
 	int first = !s->tls_up;
@@ -3224,8 +3078,7 @@ handshake_step(struct session *s)
 }
 
 /* The request is whole: judges it, and puts what the backend gets in its place. */
-static enum state
-head_done(struct session *s)
+static enum state head_done(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
 	struct request *r = &hd->u.request;
@@ -3258,8 +3111,7 @@ head_done(struct session *s)
 	return CONNECT;
 }
 
-static enum state
-head_step(struct session *s)
+static enum state head_step(struct session *s)
 {
 	struct head_buffer *hd;
 	const unsigned char *p;
@@ -3290,8 +3142,7 @@ head_step(struct session *s)
 }
 
 /* The connection to a backend's address failed: the next address, or none of this backend's. */
-static void
-connect_failed(struct session *s, int error)
+static void connect_failed(struct session *s, int error)
 {
 	int i = s->server;
 
@@ -3306,8 +3157,7 @@ connect_failed(struct session *s, int error)
 }
 
 /* Dials until a connect is under way or no backend is left. */
-static enum state
-connect_next(struct session *s)
+static enum state connect_next(struct session *s)
 {
 	for (;;) {
 		if (s->server < 0) {
@@ -3315,6 +3165,8 @@ connect_next(struct session *s)
 
 			if (i == PICK_WAIT) {
 				link_append(&unnamed, &s->wait);
+				if (link_alone(&s->timer.link))
+					timer_start(&queues[CONNECT], &s->timer);
 				return CONNECT;
 			}
 			if (i < 0)
@@ -3334,8 +3186,7 @@ connect_next(struct session *s)
 	}
 }
 
-static enum state
-connect_step(struct session *s)
+static enum state connect_step(struct session *s)
 {
 	int error = 0;
 	socklen_t len = sizeof error;
@@ -3356,8 +3207,7 @@ connect_step(struct session *s)
 	return connect_next(s);
 }
 
-static enum state
-request_step(struct session *s)
+static enum state request_step(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
 	ssize_t n = send(s->backend, hd->bytes + hd->off, hd->len - hd->off, MSG_NOSIGNAL);
@@ -3382,8 +3232,7 @@ request_step(struct session *s)
 }
 
 /* The line `open`: a tunnel stands, or a plain answer is on its way. */
-static void
-log_open_session(struct session *s, unsigned status)
+static void log_open_session(struct session *s, unsigned status)
 {
 	const struct head_buffer *hd = s->hd;
 	char client[ADDRESS_TEXT], tls[80] = "tls=- suite=- resumed=0";
@@ -3407,8 +3256,7 @@ log_open_session(struct session *s, unsigned status)
 }
 
 /* Puts a rendered answer head, and what came behind it, in place of what came. 0: no room. */
-static int
-answer_place(struct session *s, const struct response *r)
+static int answer_place(struct session *s, const struct response *r)
 {
 	struct head_buffer *hd = s->hd;
 	size_t tail = hd->len - r->head.size;
@@ -3428,8 +3276,7 @@ answer_place(struct session *s, const struct response *r)
 }
 
 /* A 1xx before the answer goes to the client if there is room for it at once. */
-static enum state
-interim_done(struct session *s)
+static enum state interim_done(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
 	struct response *r = &hd->u.response;
@@ -3452,8 +3299,7 @@ interim_done(struct session *s)
 
 /* The backend's head is whole. A refused upgrade never becomes a tunnel: nothing more of the
  * client goes to the backend. */
-static enum state
-response_done(struct session *s)
+static enum state response_done(struct session *s)
 {
 	struct response r = s->hd->u.response;
 	enum why why = response_check(&r, s->hd->bytes, s->upgrade, s->head, s->hd->accept);
@@ -3473,8 +3319,7 @@ response_done(struct session *s)
 }
 
 /* Looks through what came for a whole head; reads when there is none. */
-static enum state
-response_step(struct session *s)
+static enum state response_step(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
 	enum state next = RESPONSE;
@@ -3505,8 +3350,7 @@ response_step(struct session *s)
 }
 
 /* Tunnels, plain answers, our own, and their endings. */
-static enum state
-relay_step(struct session *s)
+static enum state relay_step(struct session *s)
 {
 	size_t len;
 
@@ -3563,15 +3407,13 @@ static const struct {
 
 /* ---- sessions: opened, run, watched, closed ---- */
 
-static int
-is_young(const struct session *s)
+static int is_young(const struct session *s)
 {
 	return s->state == HANDSHAKE || s->state == HEAD;
 }
 
 /* Keeps the count of young sessions of an address, and of the addresses that have a crowd. */
-static void
-session_age(struct session *s, int young)
+static void session_age(struct session *s, int young)
 {
 	struct source *o = s->source;
 
@@ -3584,8 +3426,7 @@ session_age(struct session *s, int young)
 		crowds -= o->young-- == 2;
 }
 
-static void
-session_enter(struct session *s, enum state state)
+static void session_enter(struct session *s, enum state state)
 {
 	s->state = (uint8_t)state;
 	session_age(s, is_young(s));
@@ -3594,8 +3435,7 @@ session_enter(struct session *s, enum state state)
 }
 
 /* Takes the session's place in poll()'s array, or the other way round. */
-static void
-session_wake(struct session *s)
+static void session_wake(struct session *s)
 {
 	s->resting = 0;
 	if (s->slot >= 0)
@@ -3605,8 +3445,7 @@ session_wake(struct session *s)
 	memset(&fds[FD_SESSIONS + 2 * s->slot], 0, 2 * sizeof fds[0]);
 }
 
-static void
-session_unslot(struct session *s)
+static void session_unslot(struct session *s)
 {
 	struct session *last = awake[--awake_len];
 
@@ -3617,8 +3456,7 @@ session_unslot(struct session *s)
 	s->slot = -1;
 }
 
-static void
-log_close_session(const struct session *s)
+static void log_close_session(const struct session *s)
 {
 	static const char *const party[] = { "proxy", "client", "backend" };
 	uint64_t ms = now - s->born;
@@ -3631,8 +3469,7 @@ log_close_session(const struct session *s)
 }
 
 /* The one end of every session. A reset of one side resets the other. */
-static void
-session_close(struct session *s)
+static void session_close(struct session *s)
 {
 	if (s->opened)
 		log_close_session(s);
@@ -3662,13 +3499,14 @@ session_close(struct session *s)
 }
 
 /* Whether nothing is on its way: then the record buffers are of no use to it. */
-static int
-session_rests(const struct session *s)
+static int session_rests(const struct session *s)
 {
 	const br_ssl_engine_context *eng = &s->tls.eng;
 	const struct records *r = s->rec;
 	size_t len;
 
+	if (s->ended & CLIENT_FIN)
+		return 1;       /* what comes now is thrown away */
 	if (r->at != r->end || r->out_end > 0 || s->state == REPLY)
 		return 0;
 	if (s->plain)
@@ -3680,8 +3518,7 @@ session_rests(const struct session *s)
 }
 
 /* What to poll the client for. */
-static short
-client_events(const struct session *s)
+static short client_events(const struct session *s)
 {
 	size_t len;
 	int in;
@@ -3702,8 +3539,7 @@ client_events(const struct session *s)
 }
 
 /* What to poll the backend for. */
-static short
-backend_events(const struct session *s)
+static short backend_events(const struct session *s)
 {
 	size_t len;
 	int in, out;
@@ -3724,8 +3560,7 @@ backend_events(const struct session *s)
 /* Tells poll what the session waits for, which follows from its state and buffers. A descriptor
  * without a wish is left out: poll would report its hang-up for ever. One that waits for a buffer
  * or its turn has no wishes. */
-static void
-session_watch(struct session *s)
+static void session_watch(struct session *s)
 {
 	struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
 	int waits = !link_alone(&s->wait);
@@ -3737,8 +3572,7 @@ session_watch(struct session *s)
 }
 
 /* After a run: gives back what is not needed, restarts what measures progress. */
-static void
-session_settle(struct session *s)
+static void session_settle(struct session *s)
 {
 	if (s->rec && session_rests(s))
 		records_return(s);
@@ -3748,7 +3582,7 @@ session_settle(struct session *s)
 		timer_start(&queues[Q_STALL], &s->stall);
 	if (s->fed)
 		timer_start(&queues[s->state], &s->timer);
-	if (s->state == RELAY && park && !s->rec)
+	if (s->state == RELAY && park && !s->rec && link_alone(&s->wait))
 		timer_start(&queues[Q_PARK], &s->park);
 	else
 		link_drop(&s->park.link);
@@ -3757,8 +3591,7 @@ session_settle(struct session *s)
 
 /* Runs a session: steps it until its state stays, then settles it. The one place where states
  * change and sessions end. `ready` is what poll found. */
-static void
-session_run(struct session *s, unsigned ready)
+static void session_run(struct session *s, unsigned ready)
 {
 	enum state next;
 
@@ -3786,8 +3619,7 @@ session_run(struct session *s, unsigned ready)
 		session_settle(s);
 }
 
-static void
-session_open(int fd, const struct address *peer, enum listener_kind kind)
+static void session_open(int fd, const struct address *peer, enum listener_kind kind)
 {
 	struct session *s = pool_lend(&session_pool);
 
@@ -3811,8 +3643,7 @@ session_open(int fd, const struct address *peer, enum listener_kind kind)
 }
 
 /* Poll found something: a handshake waits for its turn, everything else runs. */
-static void
-session_event(struct session *s, unsigned ready)
+static void session_event(struct session *s, unsigned ready)
 {
 	if (s->state == HANDSHAKE && link_alone(&s->wait)) {
 		link_append(&turns, &s->wait);
@@ -3823,8 +3654,7 @@ session_event(struct session *s, unsigned ready)
 }
 
 /* A session that has been silent for park_ms moves from poll()'s array to the epoll set. */
-static void
-session_rest(struct session *s)
+static void session_rest(struct session *s)
 {
 	struct epoll_event ev = { .events = EPOLLIN | EPOLLONESHOT };
 	int op = s->in_set ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
@@ -3843,8 +3673,7 @@ session_rest(struct session *s)
 
 /* The young session to displace when the table is full: of the oldest few, one from the address
  * that has most of them, if that is more than `than`. */
-static struct session *
-displace_find(unsigned than)
+static struct session *displace_find(unsigned than)
 {
 	static const enum state young[] = { HANDSHAKE, HEAD };
 	struct session *worst = NULL;
@@ -3867,8 +3696,7 @@ displace_find(unsigned than)
 }
 
 /* A connection to open a session for, or to turn away. */
-static void
-listener_take(int fd, const struct address *peer, enum listener_kind kind)
+static void listener_take(int fd, const struct address *peer, enum listener_kind kind)
 {
 	const struct source *o = source_find(peer);
 	enum why why = WHY_NONE;
@@ -3893,10 +3721,9 @@ listener_take(int fd, const struct address *peer, enum listener_kind kind)
 	}
 }
 
-static void
-listener_event(unsigned i)
+static void listener_event(unsigned i)
 {
-	struct sockaddr_storage ss;
+	struct sockaddr_storage ss = { 0 };
 	struct address peer;
 	socklen_t len;
 	int fd, n;
@@ -3919,8 +3746,7 @@ listener_event(unsigned i)
 }
 
 /* Listeners are polled only while a connection could be taken. */
-static void
-listeners_watch(void)
+static void listeners_watch(void)
 {
 	int can = accept_after <= now && (!pool_empty(&session_pool) || crowds > 0);
 	unsigned i;
@@ -3930,8 +3756,7 @@ listeners_watch(void)
 }
 
 /* Milliseconds until the next timer, -1: none. */
-static int
-timers_next(void)
+static int timers_next(void)
 {
 	uint64_t due = UINT64_MAX;
 	unsigned i;
@@ -3954,8 +3779,7 @@ timers_next(void)
 }
 
 /* When others wait for a buffer, closes who sits on one without progress for stall_ms. */
-static void
-stallers_close(void)
+static void stallers_close(void)
 {
 	struct link *list = &queues[Q_STALL].list, *l, *next;
 	int want_records = !link_alone(&records_pool.waiters);
@@ -3976,8 +3800,7 @@ stallers_close(void)
 	}
 }
 
-static void
-timers_run(void)
+static void timers_run(void)
 {
 	struct timer *t;
 	unsigned i;
@@ -3997,8 +3820,7 @@ timers_run(void)
 
 /* Sessions of poll()'s array that have something. From the last to the first: a session that
  * closes is replaced by the last one, which then had its turn. */
-static void
-sessions_poll(void)
+static void sessions_poll(void)
 {
 	unsigned i, ready;
 
@@ -4019,8 +3841,7 @@ sessions_poll(void)
 
 /* Resting sessions that have something. Two descriptors share a session, so the second event may
  * find it awake, or gone. */
-static void
-sessions_epoll(void)
+static void sessions_epoll(void)
 {
 	struct epoll_event ev[64];
 	int i, n = epoll_wait(epoll_fd, ev, LENGTH(ev), 0);
@@ -4034,8 +3855,7 @@ sessions_epoll(void)
 }
 
 /* One handshake step, and all that were given what they waited for. */
-static void
-sessions_turn(void)
+static void sessions_turn(void)
 {
 	struct link *l;
 
@@ -4053,8 +3873,7 @@ sessions_turn(void)
 
 /* ---- signals ---- */
 
-static void
-on_signal(int signo)
+static void on_signal(int signo)
 {
 	if (signo == SIGHUP)
 		caught_hup = 1;
@@ -4062,11 +3881,11 @@ on_signal(int signo)
 		caught_usr1 = 1;
 	else
 		caught_term++;
+	caught_int |= signo == SIGINT;
 }
 
 /* Signals are taken only while poll waits, so that none is lost between a look and the wait. */
-static void
-signals_init(sigset_t *while_polling)
+static void signals_init(sigset_t *while_polling)
 {
 	static const int caught[] = { SIGHUP, SIGTERM, SIGINT, SIGUSR1 };
 	struct sigaction sa = { .sa_handler = on_signal };
@@ -4086,8 +3905,7 @@ signals_init(sigset_t *while_polling)
 
 /* SIGHUP: certificates and keys from their files, names from the resolver. New ones are for new
  * handshakes; whatever fails leaves the old ones. Waits while a handshake uses the other ring. */
-static void
-reload(void)
+static void reload(void)
 {
 	struct keyring *other = keyring == &keyrings[0] ? &keyrings[1] : &keyrings[0];
 	char error[LOG_LINE / 2];
@@ -4099,8 +3917,8 @@ reload(void)
 	for (i = 0; i < BACKENDS; i++)
 		resolver_ask(&servers[i]);
 	if (keyring_load(other, error, sizeof error)) {
-		wipe(keyring->users == 0 ? (void *)keyring : NULL,
-			keyring->users == 0 ? sizeof *keyring : 0);
+		if (keyring->users == 0)
+			wipe(keyring, sizeof *keyring);
 		keyring = other;
 		log_line(LOG_NOTICE, "reload ok certs=%u", (unsigned)CERTS);
 	} else {
@@ -4109,8 +3927,7 @@ reload(void)
 }
 
 /* SIGUSR1 */
-static void
-stats(void)
+static void stats(void)
 {
 	unsigned i;
 
@@ -4129,12 +3946,12 @@ stats(void)
 }
 
 /* SIGTERM, SIGINT: no new connections; sessions have drain_ms. */
-static void
-drain_start(void)
+static void drain_start(void)
 {
 	unsigned i;
 
-	log_line(LOG_NOTICE, "stop signal=SIGTERM sessions=%u", session_pool.lent);
+	log_line(LOG_NOTICE, "stop signal=%s sessions=%u", caught_int ? "SIGINT" : "SIGTERM",
+		session_pool.lent);
 	for (i = 0; i < LISTENERS; i++) {
 		close(fds[FD_LISTEN + i].fd);
 		fds[FD_LISTEN + i].fd = -1;
@@ -4143,8 +3960,7 @@ drain_start(void)
 }
 
 /* The loop has ended: whoever is left is told why. */
-static void
-sessions_end(void)
+static void sessions_end(void)
 {
 	unsigned i;
 
@@ -4156,8 +3972,7 @@ sessions_end(void)
 	}
 }
 
-static void
-signals_act(void)
+static void signals_act(void)
 {
 	if (caught_hup)
 		reload();
@@ -4167,14 +3982,12 @@ signals_act(void)
 		drain_start();
 }
 
-static int
-loop_over(void)
+static int loop_over(void)
 {
 	return caught_term > 1 || (drain_until && (drain_until <= now || session_pool.lent == 0));
 }
 
-static void
-loop(const sigset_t *while_polling)
+static void loop(const sigset_t *while_polling)
 {
 	unsigned i;
 
@@ -4204,8 +4017,7 @@ loop(const sigset_t *while_polling)
 
 /* ---- start ---- */
 
-static void
-tables_init(void)
+static void tables_init(void)
 {
 	static const struct { unsigned queue; uint64_t ms; } times[] = {
 		{ HANDSHAKE, handshake_ms }, { HEAD, head_ms }, { CONNECT, connect_ms },
@@ -4234,8 +4046,7 @@ tables_init(void)
 }
 
 /* Lending record buffers rests on how BearSSL counts in them: tries that on an engine. */
-static void
-lending_test(void)
+static void lending_test(void)
 {
 	struct session *s = &sessions[0];
 	br_ssl_engine_context *eng = &s->tls.eng;
@@ -4255,8 +4066,7 @@ lending_test(void)
 }
 
 /* What the compiler can't know. Dies with the entry's name. */
-static void
-config_check(void)
+static void config_check(void)
 {
 	const struct { const char *name; unsigned value; } above_0[] = {
 		{ "handshake_ms", handshake_ms }, { "head_ms", head_ms }, { "connect_ms", connect_ms },
@@ -4282,8 +4092,7 @@ config_check(void)
 		die("config.h: check_ms: not in this version");
 }
 
-static void
-certs_init(void)
+static void certs_init(void)
 {
 	char error[LOG_LINE];
 
@@ -4292,8 +4101,7 @@ certs_init(void)
 		die("config.h: %s", error);
 }
 
-static unsigned long
-memory_ceiling(void)
+static unsigned long memory_ceiling(void)
 {
 	return sizeof sessions + sizeof records + sizeof heads + sizeof sources + sizeof buckets +
 		sizeof keyrings + sizeof servers + sizeof cache_store + sizeof fds + sizeof awake +
@@ -4301,8 +4109,7 @@ memory_ceiling(void)
 }
 
 /* wssproxy -t */
-static int
-check_print(void)
+static int check_print(void)
 {
 	printf("wssproxy: config.h and its files are good\n"
 		"memory: at most %lu KB of tables: %u sessions of %lu bytes, %u busy of %lu bytes\n",
@@ -4312,8 +4119,7 @@ check_print(void)
 }
 
 /* wssproxy -v */
-static int
-version_print(void)
+static int version_print(void)
 {
 	static const char *const balances[] = { "ROUND_ROBIN", "IP_HASH", "LEAST_CONN",
 		"STICKY_COOKIE" };
@@ -4366,8 +4172,7 @@ version_print(void)
 }
 
 /* Descriptors 0 to 2 are there, so that none of ours becomes one. */
-static void
-standard_descriptors(void)
+static void standard_descriptors(void)
 {
 	int fd;
 
@@ -4379,8 +4184,7 @@ standard_descriptors(void)
 }
 
 /* Waits for the kernel's generator, which has nothing yet in the first seconds of a device's life. */
-static void
-entropy_wait(void)
+static void entropy_wait(void)
 {
 	unsigned char byte;
 
@@ -4390,8 +4194,7 @@ entropy_wait(void)
 		die("getrandom: %s: a kernel of 3.17 or later is needed", strerror(errno));
 }
 
-int
-main(int argc, char *argv[])
+int main(int argc, char *argv[])
 {
 	struct become become;
 	sigset_t while_polling;
@@ -4430,6 +4233,6 @@ main(int argc, char *argv[])
 	become_do(&become, chroot_dir);
 	loop(&while_polling);
 	sessions_end();
-	log_line(LOG_NOTICE, "stop");
+	log_line(LOG_NOTICE, "stop sessions=0");
 	return 0;
 }

@@ -69,57 +69,61 @@ enum log_to {
 	SYSLOG,
 };
 
-/* ---- why a session ends: one value for each reason, see whys[] for status and text ---- */
+/* ---- why a session ends: WHY(name, status of the answer or 0, text for the log) ---- */
+
+#define WHYS(WHY) \
+	WHY(NONE, 0, "none")                             /* none yet; of a parser: whole and good */ \
+	WHY(MORE, 0, "more")                             /* of a parser: more bytes are needed */ \
+	/* the request, before a backend is dialled */ \
+	WHY(REQUEST_LINE, 400, "request-line")           /* not method SP target SP version CRLF */ \
+	WHY(TARGET, 400, "target")                       /* not origin-form, absolute-form or "*" */ \
+	WHY(FIELD, 400, "field")                         /* a line that breaks RFC 9112 5 */ \
+	WHY(HOST, 400, "host")                           /* none, several or a malformed Host */ \
+	WHY(FRAMING, 400, "framing")                     /* Content-Length no number, twofold, or with TE */ \
+	WHY(UPGRADE_BODY, 400, "upgrade-body")           /* an upgrade request that announces a body */ \
+	WHY(KEY, 400, "bad-key")                         /* Sec-WebSocket-Key not once 16 bytes of base64 */ \
+	WHY(PLAIN_HTTP, 400, "plain-http")               /* HTTP in the clear on a TLS port */ \
+	WHY(ORIGIN, 403, "origin")                       /* Origin is not in origins[] */ \
+	WHY(METHOD, 405, "method")                       /* CONNECT */ \
+	WHY(HEAD_TIMEOUT, 408, "head-timeout")           /* head not complete within head_ms */ \
+	WHY(LENGTH, 411, "length-required")              /* Transfer-Encoding: chunked request */ \
+	WHY(LONG_TARGET, 414, "long-target")             /* the request line alone exceeds head_max */ \
+	WHY(NOT_WEBSOCKET, 426, "not-websocket")         /* no upgrade to websocket, and http = REFUSE */ \
+	WHY(WS_VERSION, 426, "ws-version")               /* Sec-WebSocket-Version is not 13 */ \
+	WHY(LARGE_HEAD, 431, "large-head")               /* exceeds head_max or HEAD_FIELDS lines */ \
+	WHY(CODING, 501, "coding")                       /* a Transfer-Encoding other than chunked */ \
+	WHY(HTTP_VERSION, 505, "http-version")           /* not HTTP/1.1 */ \
+	WHY(REDIRECT, 308, "redirect")                   /* REDIRECT listener */ \
+	/* the backend, before the client has an answer */ \
+	WHY(NO_BACKEND, 502, "no-backend")               /* none could be reached */ \
+	WHY(BAD_RESPONSE, 502, "bad-response")           /* malformed, too large, or ended inside its head */ \
+	WHY(BAD_ACCEPT, 502, "bad-accept")               /* a 101 that does not match the request */ \
+	WHY(FULL, 503, "full")                           /* every backend is at max_conns */ \
+	WHY(RESPONSE_TIMEOUT, 504, "response-timeout")   /* no answer within response_ms */ \
+	/* no answer is possible: the client's TLS is not up, or it is gone */ \
+	WHY(HANDSHAKE_TIMEOUT, 0, "handshake-timeout")   /* TLS not up within handshake_ms */ \
+	WHY(TLS_VERSION, 0, "tls-version")               /* no common TLS version */ \
+	WHY(TLS_CIPHER, 0, "tls-cipher")                 /* no common suite, curve or signature */ \
+	WHY(TLS_ALERT, 0, "tls-alert")                   /* the client sent a fatal alert */ \
+	WHY(TLS_ERROR, 0, "tls-error")                   /* any other failure of TLS */ \
+	WHY(PER_IP, 0, "per-ip")                         /* its address has max_per_ip sessions */ \
+	WHY(DISPLACED, 0, "displaced")                   /* table full, and it was not finished */ \
+	WHY(NO_RANDOM, 0, "no-random")                   /* the system has no entropy */ \
+	/* endings of a session of any age */ \
+	WHY(EOF, 0, "eof")                               /* ended in order: FIN, close_notify */ \
+	WHY(RESET, 0, "reset")                           /* RST, or another socket error */ \
+	WHY(TIMEOUT, 0, "timeout")                       /* TCP gave the peer up */ \
+	WHY(IDLE, 0, "idle")                             /* no application byte for idle_ms */ \
+	WHY(STALL, 0, "stall")                           /* sat on a buffer while others waited */ \
+	WHY(FLOOD, 0, "flood")                           /* FLOOD_RECORDS without application data */ \
+	WHY(DONE, 0, "done")                             /* an answer was relayed whole */ \
+	WHY(SHORT, 0, "short")                           /* the backend ended in the middle of its answer */ \
+	WHY(DRAIN, 0, "drain")                           /* SIGTERM, and drain_ms are over */
 
 enum why {
-	WHY_NONE,               /* no reason to end; from a parser: the head is whole and good */
-	WHY_MORE,               /* from a parser only: more bytes are needed */
-	/* the request, before a backend is dialled */
-	WHY_REQUEST_LINE,       /* 400 not method SP target SP version CRLF */
-	WHY_TARGET,             /* 400 not origin-form, absolute-form or "*" */
-	WHY_FIELD,              /* 400 a header line that breaks RFC 9112 5, or a bare CR, LF or NUL */
-	WHY_HOST,               /* 400 none, several or a malformed Host */
-	WHY_FRAMING,            /* 400 Content-Length with Transfer-Encoding, or differing, or no number */
-	WHY_UPGRADE_BODY,       /* 400 an upgrade request that announces a body */
-	WHY_KEY,                /* 400 Sec-WebSocket-Key absent, repeated, or not 16 bytes of base64 */
-	WHY_PLAIN_HTTP,         /* 400 HTTP in the clear on a TLS port */
-	WHY_ORIGIN,             /* 403 Origin is not in origins[] */
-	WHY_METHOD,             /* 405 CONNECT */
-	WHY_HEAD_TIMEOUT,       /* 408 head not complete within head_ms */
-	WHY_LENGTH,             /* 411 Transfer-Encoding: chunked request */
-	WHY_LONG_TARGET,        /* 414 the request line alone exceeds head_max */
-	WHY_NOT_WEBSOCKET,      /* 426 no upgrade to websocket, and http = REFUSE */
-	WHY_WS_VERSION,         /* 426 Sec-WebSocket-Version is not 13 */
-	WHY_LARGE_HEAD,         /* 431 exceeds head_max or HEAD_FIELDS lines */
-	WHY_CODING,             /* 501 a Transfer-Encoding other than chunked */
-	WHY_HTTP_VERSION,       /* 505 not HTTP/1.1 */
-	WHY_REDIRECT,           /* 308 REDIRECT listener */
-	/* the backend, before the client has an answer */
-	WHY_NO_BACKEND,         /* 502 none could be reached */
-	WHY_BAD_RESPONSE,       /* 502 malformed, too large, or ended inside its head */
-	WHY_BAD_ACCEPT,         /* 502 a 101 whose Sec-WebSocket-Accept, Upgrade or Connection is wrong */
-	WHY_FULL,               /* 503 every backend is at max_conns */
-	WHY_RESPONSE_TIMEOUT,   /* 504 no answer within response_ms */
-	/* no answer is possible: the client's TLS is not up, or it is gone */
-	WHY_HANDSHAKE_TIMEOUT,  /* TLS not up within handshake_ms */
-	WHY_TLS_VERSION,        /* no common TLS version */
-	WHY_TLS_CIPHER,         /* no common cipher suite, curve or signature algorithm */
-	WHY_TLS_ALERT,          /* the client sent a fatal alert */
-	WHY_TLS_ERROR,          /* any other protocol or cryptographic failure */
-	WHY_PER_IP,             /* its address has max_per_ip sessions */
-	WHY_DISPLACED,          /* gave its place to another: table full, handshake not finished */
-	WHY_NO_RANDOM,          /* the system has no entropy */
-	/* endings of a session of any age */
-	WHY_EOF,                /* ended in order: FIN, close_notify */
-	WHY_RESET,              /* RST, or another socket error */
-	WHY_TIMEOUT,            /* TCP gave the peer up: keepalive or user_timeout_ms */
-	WHY_IDLE,               /* no application byte for idle_ms */
-	WHY_STALL,              /* sat on a buffer for stall_ms while others waited for one */
-	WHY_FLOOD,              /* records without application data, FLOOD_RECORDS in a row */
-	WHY_DONE,               /* an answer was relayed whole */
-	WHY_SHORT,              /* the backend ended in the middle of its answer */
-	WHY_DRAIN,              /* SIGTERM, and drain_ms are over */
-	WHY_COUNT
+#define WHY(name, status, text) WHY_##name,
+	WHYS(WHY)
+#undef WHY
 };
 
 /* ---- HTTP heads: pure functions over a byte range, no I/O ---- */
