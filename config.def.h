@@ -39,8 +39,10 @@ static const enum balance balance = ROUND_ROBIN;
 static const unsigned hash_bits4 = 32;
 static const unsigned hash_bits6 = 64;
 
-/* Name of the cookie of STICKY_COOKIE. */
+/* STICKY_COOKIE: the cookie's name, and any text that keeps outsiders from computing which address
+ * a cookie stands for. */
 static const char cookie_name[] = "wssproxy";
+static const char cookie_secret[] = "";
 
 /* TLS versions and cipher suites for clients, best first; BR_TLS10 to BR_TLS12 (BearSSL has no
  * TLS 1.3). Versions below 1.2 need CBC suites in the list; 1.2 alone links no CBC code.

@@ -252,6 +252,7 @@ struct session {
 	uint8_t moved, fed;     /* in this run: bytes, application bytes */
 	uint8_t address;        /* which of the backend's is tried */
 	int8_t server;          /* index of the backend, -1 */
+	int8_t sticky;          /* the one that the client's cookie names, -1 */
 	uint16_t room;          /* sendapp bytes that an empty output buffer offers */
 	uint16_t empty_records; /* in a row */
 	int client, backend;    /* descriptors, -1 */
@@ -280,7 +281,7 @@ struct session {
 /* A backend at run time. */
 struct server {
 	char name[128];         /* host:port, for the log */
-	uint64_t id;            /* hash of host and port: the same whatever its place in the list */
+	char cookie[sizeof cookie_name + 17];   /* name=id */
 	struct address address[ADDRESSES_MAX];
 	uint8_t addresses;
 	uint8_t by_name;        /* 1: the resolver is asked */
@@ -306,7 +307,7 @@ static struct keyring keyrings[2], *keyring;
 static struct server servers[BACKENDS];
 static unsigned weights[BACKENDS];
 static int currents[BACKENDS];
-static uint64_t server_ids[BACKENDS];
+static uint64_t server_ids[BACKENDS];   /* hash of the name: the same whatever its place in the list */
 static unsigned char cache_store[session_cache * 100 + 1];
 static br_ssl_session_cache_lru cache;
 static uint16_t suites[LENGTH(ciphers)];        /* ciphers[], in this CPU's order */
@@ -1605,7 +1606,9 @@ static size_t request_render(const struct request *r, const char *buf, const str
 
 	text_span(&t, buf, h->part[0]);
 	text_string(&t, " ");
-	if (r->target.len == 0 || buf[r->target.at] == '?')
+	if (r->target.len == 0 && span_is(buf, h->part[0], "options"))
+		text_string(&t, "*");   /* RFC 9112 3.2.4 */
+	else if (r->target.len == 0 || buf[r->target.at] == '?')
 		text_string(&t, "/");
 	text_span(&t, buf, r->target);
 	text_string(&t, " HTTP/1.1\r\n");
@@ -1844,6 +1847,26 @@ static uint64_t servers_for(const char *target, size_t len)
 	return set;
 }
 
+/* Those of a set that have the fewest sessions for their weight. */
+static uint64_t servers_least(uint64_t set)
+{
+	uint64_t least = 0;
+	unsigned i, best = 0;
+
+	for (i = 0; i < BACKENDS; i++) {
+		uint64_t mine = (uint64_t)servers[i].active * weights[best];
+		uint64_t top = (uint64_t)servers[best].active * weights[i];
+
+		if (!(set >> i & 1) || (least && mine > top))
+			continue;
+		if (!least || mine < top)
+			least = 0;
+		least |= (uint64_t)1 << i;
+		best = i;
+	}
+	return least;
+}
+
 enum { PICK_NONE = -1, PICK_FULL = -2, PICK_WAIT = -3 };
 
 /* The backend to try next: first those in order, then the backups, then those set aside. */
@@ -1866,12 +1889,15 @@ static int server_pick(const struct session *s)
 		else
 			tier[v->aside_until > now ? 2 : backends[i].backup ? 1 : 0] |= bit;
 	}
+	if (s->sticky >= 0 && (tier[0] | tier[1]) >> s->sticky & 1)
+		return s->sticky;
 	for (i = 0; i < LENGTH(tier); i++) {
 		if (tier[i] && balance == IP_HASH)
 			return rendezvous_pick(server_ids, weights, BACKENDS, tier[i], s->peer.ip,
 				s->peer.family == AF_INET ? hash_bits4 : hash_bits6);
 		if (tier[i])
-			return round_robin_pick(weights, currents, BACKENDS, tier[i]);
+			return round_robin_pick(weights, currents, BACKENDS,
+				balance == LEAST_CONN ? servers_least(tier[i]) : tier[i]);
 	}
 	return pending ? PICK_WAIT : full ? PICK_FULL : PICK_NONE;
 }
@@ -2077,6 +2103,23 @@ static void resolver_event(void)
 	}
 }
 
+/* What STICKY_COOKIE calls a backend: the same after a restart and in any order of the list, and no
+ * word of its address. */
+static void cookie_make(struct server *v)
+{
+	br_sha256_context c;
+	unsigned char hash[br_sha256_SIZE];
+	unsigned i;
+
+	br_sha256_init(&c);
+	br_sha256_update(&c, cookie_secret, sizeof cookie_secret);
+	br_sha256_update(&c, v->name, strlen(v->name));
+	br_sha256_out(&c, hash);
+	snprintf(v->cookie, sizeof v->cookie, "%s=", cookie_name);
+	for (i = 0; i < 8; i++)
+		snprintf(v->cookie + sizeof cookie_name + 2 * i, 3, "%02x", hash[i]);
+}
+
 static void servers_init(void)
 {
 	unsigned i;
@@ -2108,7 +2151,8 @@ static void servers_init(void)
 			snprintf(v->name, sizeof v->name, strchr(b->host, ':') ? "[%s]:%s" : "%s:%s",
 				b->host, b->port);
 		}
-		server_ids[i] = v->id = hash_bytes(0, v->name, strlen(v->name));
+		server_ids[i] = hash_bytes(0, v->name, strlen(v->name));
+		cookie_make(v);
 	}
 }
 
@@ -2775,7 +2819,9 @@ static int relay_up(struct session *s)
 		s->ready |= BACKEND_FULL;
 	if (n < 0 && !would_block(errno)) {
 		/* it takes no more, but what it sent before may still be there to read */
-		session_end(s, BY_BACKEND, WHY_RESET);
+		if (s->framing == BODY_TUNNEL)
+			session_end(s, BY_BACKEND, WHY_RESET);
+		s->up_left = 0;
 		s->ended |= BACKEND_FIN;
 		s->ready |= BACKEND_IN;
 	}
@@ -3077,6 +3123,36 @@ static enum state handshake_step(struct session *s)
 	return HANDSHAKE;
 }
 
+/* Whether a Cookie value has this name=value pair (RFC 6265 4.2.1). */
+static int cookie_has(const char *p, size_t len, const char *pair)
+{
+	const char *end = p + len;
+	size_t n = strlen(pair);
+
+	while (p) {
+		while (p < end && (*p == ' ' || *p == ';'))
+			p++;
+		len = (size_t)(end - p);
+		if (len >= n && memcmp(p, pair, n) == 0 && (len == n || p[n] == ';' || p[n] == ' '))
+			return 1;
+		p = memchr(p, ';', len);
+	}
+	return 0;
+}
+
+/* The backend that the request's cookies name, -1: none. */
+static int cookie_find(const struct head *h, const char *buf)
+{
+	unsigned i, k;
+
+	for (i = 0; i < h->nfields; i++)
+		for (k = 0; k < BACKENDS && span_is(buf, h->field[i].name, "cookie"); k++)
+			if (cookie_has(buf + h->field[i].value.at, h->field[i].value.len,
+			    servers[k].cookie))
+				return (int)k;
+	return -1;
+}
+
 /* The request is whole: judges it, and puts what the backend gets in its place. */
 static enum state head_done(struct session *s)
 {
@@ -3091,7 +3167,7 @@ static enum state head_done(struct session *s)
 	s->head = (uint8_t)span_is(hd->bytes, r->head.part[0], "head");
 	if (why == WHY_NONE && s->kind == REDIRECT)
 		why = WHY_REDIRECT;
-	if (why == WHY_NONE && !r->upgrade)
+	if (why == WHY_NONE && !r->upgrade && http == REFUSE)
 		why = WHY_NOT_WEBSOCKET;
 	if (why != WHY_NONE)
 		return session_fail(s, why);
@@ -3101,8 +3177,12 @@ static enum state head_done(struct session *s)
 	log_escape(hd->host, sizeof hd->host, hd->bytes + r->host.at, r->host.len);
 	log_escape(hd->path, sizeof hd->path, target, query ? (size_t)(query - target) : len);
 	s->group = servers_for(target, len);
+	if (balance == STICKY_COOKIE)
+		s->sticky = (int8_t)cookie_find(&r->head, hd->bytes);
 	s->upgrade = (uint8_t)r->upgrade;
-	accept_key(hd->bytes + r->key.at, hd->accept);
+	s->up_left = r->length;
+	if (r->upgrade)
+		accept_key(hd->bytes + r->key.at, hd->accept);
 	f.client = address_format(&s->peer, 0, client);
 	hd->len = request_render(r, hd->bytes, &f, scratch, HEAD_ROOM);
 	if (hd->len == 0)
@@ -3255,6 +3335,19 @@ static void log_open_session(struct session *s, unsigned status)
 		servers[s->server].name, status, (unsigned long long)(now - s->born));
 }
 
+/* Adds the cookie of the session's backend to a rendered head, in front of its empty line. The new
+ * length. */
+static size_t cookie_add(const struct session *s, char *head, size_t len)
+{
+	struct text t = { .p = head, .len = len - 2, .size = HEAD_ROOM };
+
+	text_string(&t, "Set-Cookie: ");
+	text_string(&t, servers[s->server].cookie);
+	text_string(&t, s->plain ? "; Path=/; HttpOnly; SameSite=Lax\r\n\r\n" :
+		"; Path=/; HttpOnly; Secure; SameSite=Lax\r\n\r\n");
+	return t.full ? len : t.len;
+}
+
 /* Puts a rendered answer head, and what came behind it, in place of what came. 0: no room. */
 static int answer_place(struct session *s, const struct response *r)
 {
@@ -3264,6 +3357,8 @@ static int answer_place(struct session *s, const struct response *r)
 
 	if (len == 0)
 		return 0;
+	if (balance == STICKY_COOKIE && s->sticky != s->server)
+		len = cookie_add(s, scratch, len);
 	tail = answer_take(s, hd->bytes + r->head.size, tail);
 	if (len + tail > HEAD_ROOM)
 		return 0;
@@ -3314,8 +3409,26 @@ static enum state response_done(struct session *s)
 	if (!answer_place(s, &r))
 		return session_fail(s, WHY_BAD_RESPONSE);
 	log_open_session(s, r.status);
-	s->up_left = r.framing == BODY_TUNNEL ? UINT64_MAX : 0;
+	if (s->upgrade)
+		s->up_left = r.framing == BODY_TUNNEL ? UINT64_MAX : 0;
 	return r.framing == BODY_TUNNEL ? RELAY : EXCHANGE;
+}
+
+/* The request's body goes to the backend while its answer is awaited. 0: the client is gone. */
+static int response_upload(struct session *s)
+{
+	size_t len;
+
+	while (s->rec && s->up_left > 0 && !(s->ended & BROKEN) && (client_fill(s) | relay_up(s)))
+		;
+	if (s->rec && !(s->ended & BROKEN))
+		client_send(s);
+	if (s->ended & BROKEN)
+		return 0;
+	if (!(s->ended & CLIENT_EOF) || s->up_left == 0 || client_readable(s, &len))
+		return 1;
+	session_end(s, BY_CLIENT, WHY_EOF);
+	return 0;
 }
 
 /* Looks through what came for a whole head; reads when there is none. */
@@ -3326,11 +3439,11 @@ static enum state response_step(struct session *s)
 	enum why why;
 	ssize_t n;
 
-	if (s->rec)
-		client_send(s);
-	if (s->ended & BROKEN)
+	if ((s->up_left > 0 || (s->ready & BACKEND_IN)) && !records_borrow(s))
+		return RESPONSE;
+	if (!response_upload(s))
 		return FREE;
-	if (!(s->ready & BACKEND_IN) || !records_borrow(s))
+	if (!(s->ready & BACKEND_IN))
 		return RESPONSE;
 	n = recv(s->backend, hd->bytes + hd->len, head_max - hd->len, 0);
 	if (n < 0 && would_block(errno))
@@ -3378,7 +3491,7 @@ static enum state relay_step(struct session *s)
 		s->ended |= BACKEND_FIN;
 	}
 	if (client_closed(s) || ((s->ended & BACKEND_EOF) && !s->hd && !client_pending(s, &len) &&
-	    (!client_readable(s, &len) || s->up_left == 0 || (s->ended & BACKEND_FIN))))
+	    (s->framing != BODY_TUNNEL || !client_readable(s, &len) || (s->ended & BACKEND_FIN))))
 		client_finish(s);
 	if ((s->ended & BROKEN) || (s->ended & ENDED) == ENDED)
 		return FREE;
@@ -3523,7 +3636,7 @@ static short client_events(const struct session *s)
 	size_t len;
 	int in;
 
-	if (s->state == CONNECT || s->state == REQUEST || s->state == RESPONSE)
+	if (s->state == CONNECT || s->state == REQUEST || (s->state == RESPONSE && s->up_left == 0))
 		return POLLRDHUP;
 	if (s->ended & CLIENT_FIN)
 		return s->ended & CLIENT_EOF ? 0 : POLLIN;
@@ -3549,7 +3662,7 @@ static short backend_events(const struct session *s)
 	case REQUEST:
 		return POLLOUT;
 	case RESPONSE:
-		return POLLIN;
+		return client_readable(s, &len) && s->up_left > 0 ? POLLIN | POLLOUT : POLLIN;
 	}
 	in = !(s->ended & BACKEND_EOF) && ((s->ended & CLIENT_FIN) || !s->rec ||
 		(!s->hd && client_room(s, &len)));
@@ -3600,7 +3713,8 @@ static void session_run(struct session *s, unsigned ready)
 	s->ready = (uint8_t)ready;
 	s->reads_client = s->reads_backend = READS;
 	s->moved = s->fed = 0;
-	if ((ready & CLIENT_GONE) && s->state >= CONNECT && s->state <= RESPONSE) {
+	if ((ready & CLIENT_GONE) && s->state >= CONNECT && s->state <= RESPONSE &&
+	    (s->state != RESPONSE || s->up_left == 0)) {
 		session_end(s, BY_CLIENT, WHY_EOF);
 		next = FREE;
 	} else if ((ready & EXPIRED) && states[s->state].expired) {
@@ -3629,7 +3743,7 @@ static void session_open(int fd, const struct address *peer, enum listener_kind 
 	s->plain = kind != WSS;
 	s->client = fd;
 	s->backend = s->slot = -1;
-	s->server = -1;
+	s->server = s->sticky = -1;
 	s->born = now;
 	s->peer = *peer;
 	s->source = source_take(peer);
@@ -4082,10 +4196,6 @@ static void config_check(void)
 		die("config.h: idle_ms: must be above head_ms, or 0");
 	if (hash_bits4 < 1 || hash_bits4 > 32 || hash_bits6 < 1 || hash_bits6 > 128)
 		die("config.h: hash_bits4, hash_bits6: 1 to 32, 1 to 128");
-	if (balance == LEAST_CONN || balance == STICKY_COOKIE)
-		die("config.h: balance: LEAST_CONN and STICKY_COOKIE are not in this version");
-	if (http == FORWARD)
-		die("config.h: http: FORWARD is not in this version");
 	if (client_ca)
 		die("config.h: client_ca: not in this version");
 	if (check_ms)
