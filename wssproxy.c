@@ -21,9 +21,8 @@
  * A session is in one state; states[] says how to step it, how long it may stay, and what it
  * ends with when that is over:
  *
- *     FREE > HANDSHAKE > HEAD > CONNECT > REQUEST > RESPONSE > RELAY    > DRAIN > FREE
- *                                                            > EXCHANGE >
- *                               (any of them)                > REPLY    >
+ *     FREE > HANDSHAKE > HEAD > CONNECT > (BACKEND_HANDSHAKE >) REQUEST > RESPONSE >
+ *            RELAY or EXCHANGE, or after any of these REPLY, > DRAIN > FREE
  *
  * A step moves what it can without blocking and returns the state to be in; FREE ends the session.
  * session_run alone enters and closes. What to poll for is derived from state and buffers by
@@ -69,6 +68,9 @@
 #ifndef VERSION
 #define VERSION "0.1"
 #endif
+#ifndef BUILD_TIME
+#define BUILD_TIME 1795305600   /* of this release: no certificate is judged by an earlier clock */
+#endif
 
 #define LENGTH(a)       (sizeof(a) / sizeof((a)[0]))
 #define OWNER(p, type, member)  ((type *)(void *)((char *)(p) - offsetof(type, member)))
@@ -81,6 +83,8 @@ enum {
 	ACCEPTS = 16,           /* connections taken from a listener in one turn */
 	CHAIN_MAX = 8,          /* certificates of a chain */
 	CHAIN_BYTES = 16384,    /* their DER, in all */
+	ANCHORS_MAX = tls_backends ? 256 : 16,  /* trust anchors, of all .ca and client_ca */
+	ANCHOR_BYTES = ANCHORS_MAX * 512,       /* their names and keys, in all */
 	ADDRESSES_MAX = 4,      /* of one backend's name */
 	INTERIM_MAX = 8,        /* 1xx answers before the final one */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
@@ -90,6 +94,7 @@ enum {
 	LISTENERS = LENGTH(listeners),
 	CERTS = LENGTH(certs),
 	BACKENDS = LENGTH(backends),
+	TLS_BACKENDS = tls_backends ? BACKENDS : 0,
 };
 
 _Static_assert(LENGTH(backends) <= BACKENDS_MAX, "config.h: backends[]: at most 64 entries");
@@ -99,6 +104,7 @@ _Static_assert(max_sessions >= 1 && max_sessions <= 100000,
 _Static_assert(max_busy >= 1 && max_busy <= max_sessions,
 	"config.h: max_busy: 1 to max_sessions");
 _Static_assert(head_max >= 1024 && head_max <= 16000, "config.h: head_max: 1024 to 16000");
+_Static_assert(tls_backends == 0 || tls_backends == 1, "config.h: tls_backends: 0 or 1");
 _Static_assert(sizeof cookie_name > 1, "config.h: cookie_name: must not be empty");
 
 /* ---- types and statics ---- */
@@ -110,6 +116,7 @@ enum state {
 	HANDSHAKE,      /* TLS with the client */
 	HEAD,           /* the request head is being read */
 	CONNECT,        /* a backend is being dialled */
+	BACKEND_HANDSHAKE, /* TLS with the backend */
 	REQUEST,        /* the rendered head goes to the backend */
 	RESPONSE,       /* the response head is being read */
 	RELAY,          /* a tunnel, both ways */
@@ -174,9 +181,21 @@ struct identity {
 	br_skey_decoder_context key;    /* the key's numbers lie in here */
 };
 
-/* What certs[] names, read from its files. There are two: SIGHUP fills the one not in use. */
+/* A file's part of a keyring's anchors. */
+struct trust {
+	unsigned first, count;
+};
+
+/* All that config.h names of certificates and keys, read from the files. There are two rings:
+ * SIGHUP fills the one not in use. */
 struct keyring {
 	struct identity id[CERTS];
+	struct identity client_id[TLS_BACKENDS + 1];    /* chain_len 0: none */
+	struct trust backend_ca[TLS_BACKENDS + 1], client_ca;
+	br_x509_trust_anchor anchor[ANCHORS_MAX];
+	unsigned anchors;
+	unsigned char bytes[ANCHOR_BYTES];      /* what the anchors point to */
+	size_t used;
 	unsigned users;         /* handshakes that may still point into it */
 };
 
@@ -186,14 +205,32 @@ struct policy {
 	const struct identity *id;
 };
 
-/* Lent while bytes are on their way between a client and its session. */
-struct records {
-	void *next_free;
-	size_t at, end;         /* of ahead: read, but not taken by the engine yet */
-	size_t out_at, out_end; /* of obuf, for a client in the clear: not sent yet */
+/* The buffers of one connection: an engine's record buffers and the records read ahead of it; or,
+ * for a client in the clear, what was read (ahead) and what is to be sent (obuf). */
+struct buffers {
+	size_t at, end;         /* of ahead: not taken yet */
+	size_t out_at, out_end; /* of obuf, without an engine: not sent yet */
 	unsigned char ibuf[BR_SSL_BUFSIZE_INPUT];
 	unsigned char obuf[BR_SSL_BUFSIZE_OUTPUT];
 	unsigned char ahead[READ_AHEAD];
+};
+
+/* Lent while bytes are on their way: to the client, and to the backend if that has TLS. */
+struct records {
+	void *next_free;
+	struct buffers side[1 + tls_backends];  /* the client's, the backend's */
+};
+
+/* Judges the certificate chain of the other side during a handshake. */
+struct verifier {
+	const br_x509_class *vtable;    /* of first-certificate mode */
+	int certs;                      /* of the chain, so far */
+	const br_x509_pkey *pinned;     /* NULL: any */
+	br_name_element name;           /* where the subject's common name goes */
+	union {
+		br_x509_minimal_context minimal;
+		br_x509_decoder_context first;
+	} u;
 };
 
 /* Lent from the first byte until the answer's head is on its way. Sessions that need both buffers
@@ -203,34 +240,38 @@ struct head_buffer {
 	size_t len;             /* bytes in use */
 	size_t off;             /* of them, sent */
 	union {
-		struct request request;
-		struct response response;
+		struct verifier verifier;       /* in handshakes */
+		struct request request;         /* in HEAD */
+		struct response response;       /* in RESPONSE */
 	} u;
 	unsigned interim;       /* 1xx answers so far */
 	char accept[29];        /* the Sec-WebSocket-Accept that a 101 must carry */
 	char host[128], path[256];      /* for the log, cut to size */
+	char subject[128];      /* common name of the client's verified certificate, "" */
 	char bytes[HEAD_ROOM];
 };
 
-/* How far the two directions have come. */
-enum {
-	CLIENT_EOF  = 1,        /* the client sends no more */
-	BACKEND_EOF = 2,        /* the backend sends no more, or no more that matters */
-	CLIENT_FIN  = 4,        /* the client was told so: close_notify and FIN are out */
-	BACKEND_FIN = 8,        /* the backend was told so: FIN is out */
-	BROKEN      = 16,       /* reset, or TLS failed: no order any more */
-	ENDED       = CLIENT_EOF | BACKEND_EOF | CLIENT_FIN | BACKEND_FIN,
+/* One of the two connections of a session. */
+struct leg {
+	int fd;                         /* -1: none */
+	br_ssl_engine_context *eng;     /* NULL: in the clear */
+	struct buffers *buf;            /* NULL: at rest, or a backend in the clear */
+	uint16_t room;                  /* what an empty output buffer of the engine offers */
+	uint16_t empty_records;         /* in a row, without application data */
+	uint8_t in;                     /* in this run: poll said, and no short read has said otherwise */
+	uint8_t full;                   /* in this run: its socket takes no more */
+	uint8_t reads;                  /* left in this run */
+	uint8_t eof;                    /* all that it sent was taken, and no more comes */
+	uint8_t fin;                    /* it was told the same: close_notify and FIN are out */
 };
 
-/* What a run may try: from poll, taken away by a short read or EAGAIN. */
+/* What poll found for a session. */
 enum {
-	CLIENT_IN    = 1,
-	CLIENT_GONE  = 2,       /* FIN or RST while nobody reads it */
-	BACKEND_IN   = 4,
-	BACKEND_OUT  = 8,
-	CLIENT_FULL  = 16,      /* its socket takes no more in this run */
-	BACKEND_FULL = 32,
-	EXPIRED      = 64,      /* the state's timeout */
+	CLIENT_IN   = 1,
+	CLIENT_GONE = 2,        /* FIN or RST while nobody reads it */
+	BACKEND_IN  = 4,
+	BACKEND_OUT = 8,
+	EXPIRED     = 16,       /* the state's timeout */
 };
 
 struct session {
@@ -239,7 +280,6 @@ struct session {
 	uint8_t state, why, by; /* enum state, why, party */
 	uint8_t kind;           /* enum listener_kind */
 	uint8_t plain;          /* 1: no TLS with the client */
-	uint8_t tls_up;         /* 1: the engine was started */
 	uint8_t young;          /* 1: counted in source->young */
 	uint8_t opened;         /* 1: has its line `open` in the log */
 	uint8_t rejected;       /* 1: has its line `reject` */
@@ -247,15 +287,12 @@ struct session {
 	uint8_t framing;        /* enum framing, of the answer */
 	uint8_t resting;        /* 1: in the epoll set */
 	uint8_t in_set;         /* 1: its descriptors are known to the epoll set */
-	uint8_t ended, ready;   /* see above; ready is of one run */
-	uint8_t reads_client, reads_backend;    /* left in this run */
+	uint8_t broken;         /* 1: reset, or TLS failed: no order any more */
+	uint8_t ready;          /* of this run, see above */
 	uint8_t moved, fed;     /* in this run: bytes, application bytes */
 	uint8_t address;        /* which of the backend's is tried */
 	int8_t server;          /* index of the backend, -1 */
 	int8_t sticky;          /* the one that the client's cookie names, -1 */
-	uint16_t room;          /* sendapp bytes that an empty output buffer offers */
-	uint16_t empty_records; /* in a row */
-	int client, backend;    /* descriptors, -1 */
 	int slot;               /* in awake[], -1 */
 	uint64_t tried;         /* backends */
 	uint64_t group;         /* backends that its path allows */
@@ -264,11 +301,12 @@ struct session {
 	struct chunked chunked;
 	uint64_t rx, tx;        /* application bytes from and for the client */
 	uint64_t born;          /* ms */
+	struct leg client, backend;
 	struct address peer;
 	struct source *source;
 	struct records *rec;
 	struct head_buffer *hd;
-	struct keyring *ring;   /* until the handshake is over */
+	struct keyring *ring;   /* while a handshake is under way */
 	struct link wait;       /* for a buffer, a name, a handshake turn, or in runnable */
 	struct timer timer;     /* the state's */
 	struct timer park;
@@ -278,10 +316,18 @@ struct session {
 	uint8_t tls_made;       /* 1: the slot's context is set up; survives the session */
 };
 
+/* A session's TLS context for its backend: apart, for it is not touched by those without. */
+struct upstream {
+	uint8_t made;           /* 1: set up; survives the session */
+	br_ssl_client_context tls;
+};
+
 /* A backend at run time. */
 struct server {
 	char name[128];         /* host:port, for the log */
 	char cookie[sizeof cookie_name + 17];   /* name=id */
+	uint8_t resumable;      /* 1: session is set */
+	br_ssl_session_parameters session;      /* of its last full TLS handshake */
 	struct address address[ADDRESSES_MAX];
 	uint8_t addresses;
 	uint8_t by_name;        /* 1: the resolver is asked */
@@ -301,6 +347,7 @@ enum { FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_SESSIONS = FD_LISTEN + LISTENERS };
 static struct session sessions[max_sessions];
 static struct records records[max_busy];
 static struct head_buffer heads[max_busy];
+static struct upstream upstreams[tls_backends ? max_sessions : 1];      /* beside sessions[] */
 static struct source sources[max_sessions];
 static struct source *buckets[1024];
 static struct keyring keyrings[2], *keyring;
@@ -610,74 +657,73 @@ static int address_parse(struct address *a, const char *host, const char *port)
 
 /* ---- PEM and keys ---- */
 
-/* What pem_walk hands on: the DER of one object goes to push piece by piece. */
+/* Where pem_walk puts what it finds: a private key into the decoder, or certificates, one after
+ * another, into der, where `took` is told of each. */
 struct pem_sink {
-	struct identity *id;
+	br_skey_decoder_context *key;   /* NULL: certificates are wanted */
+	const char *(*took)(struct pem_sink *, unsigned char *der, size_t len);
+	void *owner;
+	unsigned char *der;
+	size_t len, size;
+	unsigned found;
 	const char *error;
-	int keys;
-	size_t start;           /* of the certificate under way */
 };
 
 static void pem_push_cert(void *ctx, const void *data, size_t len)
 {
 	struct pem_sink *k = ctx;
 
-	if (len > sizeof k->id->der - k->id->der_len) {
-		k->error = "chain larger than CHAIN_BYTES";
+	if (len > k->size - k->len) {
+		k->error = "larger than there is room for";
 		return;
 	}
-	memcpy(k->id->der + k->id->der_len, data, len);
-	k->id->der_len += len;
+	memcpy(k->der + k->len, data, len);
+	k->len += len;
 }
 
 static void pem_push_key(void *ctx, const void *data, size_t len)
 {
 	struct pem_sink *k = ctx;
 
-	br_skey_decoder_push(&k->id->key, data, len);
+	br_skey_decoder_push(k->key, data, len);
 }
 
 /* A PEM object of this name begins: sets where its bytes go; others are passed over. */
-static void pem_begin(br_pem_decoder_context *dc, struct pem_sink *k, int want_keys)
+static void pem_begin(br_pem_decoder_context *dc, struct pem_sink *k)
 {
 	const char *name = br_pem_decoder_name(dc);
 	size_t len = strlen(name);
 	int is_key = len >= 11 && strcmp(name + len - 11, "PRIVATE KEY") == 0;
 
 	br_pem_decoder_setdest(dc, NULL, NULL);
-	if (want_keys && strcmp(name, "ENCRYPTED PRIVATE KEY") == 0) {
+	if (k->key && strcmp(name, "ENCRYPTED PRIVATE KEY") == 0) {
 		k->error = "the key is encrypted: decrypt it (openssl pkey)";
-	} else if (want_keys && is_key) {
-		if (k->keys++)
+	} else if (k->key && is_key) {
+		if (k->found++)
 			k->error = "more than one private key";
-		br_skey_decoder_init(&k->id->key);
+		br_skey_decoder_init(k->key);
 		br_pem_decoder_setdest(dc, pem_push_key, k);
-	} else if (!want_keys && (strcmp(name, "CERTIFICATE") == 0 ||
+	} else if (!k->key && (strcmp(name, "CERTIFICATE") == 0 ||
 	    strcmp(name, "X509 CERTIFICATE") == 0)) {
-		if (k->id->chain_len == CHAIN_MAX)
-			k->error = "more than CHAIN_MAX certificates";
-		k->start = k->id->der_len;
+		k->len = 0;
 		br_pem_decoder_setdest(dc, pem_push_cert, k);
 	}
 }
 
 /* A PEM object ended. */
-static void pem_end(struct pem_sink *k, int want_keys)
+static void pem_end(struct pem_sink *k)
 {
-	struct identity *id = k->id;
-
-	if (want_keys || id->der_len == k->start)
+	if (k->key || k->len == 0 || k->error)
 		return;
-	id->chain[id->chain_len].data = id->der + k->start;
-	id->chain[id->chain_len].data_len = id->der_len - k->start;
-	id->chain_len++;
-	k->start = id->der_len;
+	k->found++;
+	k->error = k->took(k, k->der, k->len);
+	k->len = 0;
 }
 
 /* Walks the objects of a PEM text, which it changes: the decoder wants no CR, and the final
  * newline that editors forget. There must be room for one more byte at text[len]. NULL, or what
  * is wrong with it. */
-static const char *pem_walk(struct pem_sink *k, char *text, size_t len, int want_keys)
+static const char *pem_walk(struct pem_sink *k, char *text, size_t len)
 {
 	br_pem_decoder_context dc;
 	size_t i, n = 0;
@@ -692,11 +738,11 @@ static const char *pem_walk(struct pem_sink *k, char *text, size_t len, int want
 		i += br_pem_decoder_push(&dc, text + i, n - i);
 		switch (br_pem_decoder_event(&dc)) {
 		case BR_PEM_BEGIN_OBJ:
-			pem_begin(&dc, k, want_keys);
+			pem_begin(&dc, k);
 			inside = 1;
 			break;
 		case BR_PEM_END_OBJ:
-			pem_end(k, want_keys);
+			pem_end(k);
 			inside = 0;
 			break;
 		case BR_PEM_ERROR:
@@ -704,31 +750,101 @@ static const char *pem_walk(struct pem_sink *k, char *text, size_t len, int want
 		}
 	}
 	br_pem_decoder_init(&dc);       /* may hold bytes of a key */
-	return k->error ? k->error : inside ? "ends inside a PEM object" : NULL;
+	return k->error ? k->error : inside ? "ends inside a PEM object" :
+		k->found > 0 ? NULL : k->key ? "no private key in it" : "no certificate in it";
 }
 
-static const char *chain_parse(struct identity *id, char *text, size_t len)
+static const char *chain_add(struct pem_sink *k, unsigned char *der, size_t len)
 {
-	struct pem_sink k = { .id = id };
-	const char *error;
+	struct identity *id = k->owner;
 
-	id->chain_len = id->der_len = 0;
-	error = pem_walk(&k, text, len, 0);
-	return error ? error : id->chain_len == 0 ? "no certificate in it" : NULL;
+	if (id->chain_len == CHAIN_MAX)
+		return "more than CHAIN_MAX certificates";
+	id->chain[id->chain_len++] = (br_x509_certificate){ der, len };
+	k->der += len;
+	k->size -= len;
+	return NULL;
 }
 
-static const char *key_parse(struct identity *id, char *text, size_t len)
+static const char *chain_parse(void *owner, char *text, size_t len)
 {
-	struct pem_sink k = { .id = id };
+	struct identity *id = owner;
+	struct pem_sink k = { .took = chain_add, .owner = id, .der = id->der, .size = sizeof id->der };
+
+	id->chain_len = 0;
+	return pem_walk(&k, text, len);
+}
+
+static const char *key_parse(void *owner, char *text, size_t len)
+{
+	struct identity *id = owner;
+	struct pem_sink k = { .key = &id->key };
 	const char *error;
 
 	br_skey_decoder_init(&id->key);
-	error = pem_walk(&k, text, len, 1);
-	if (error)
-		return error;
-	if (k.keys == 0)
-		return "no private key in it";
-	return br_skey_decoder_last_error(&id->key) ? "not an RSA (up to 4096 bits) or EC key" : NULL;
+	error = pem_walk(&k, text, len);
+	return error ? error : br_skey_decoder_last_error(&id->key) ?
+		"not an RSA (up to 4096 bits) or EC key" : NULL;
+}
+
+/* Bytes of a trust anchor go to the ring; NULL when it is full. */
+static unsigned char *anchor_bytes(struct keyring *ring, const void *data, size_t len)
+{
+	unsigned char *p = ring->bytes + ring->used;
+
+	if (len > sizeof ring->bytes - ring->used)
+		return NULL;
+	memcpy(p, data, len);
+	ring->used += len;
+	return p;
+}
+
+static void anchor_name(void *ctx, const void *data, size_t len)
+{
+	struct keyring *ring = ctx;
+	br_x509_trust_anchor *a = &ring->anchor[ring->anchors];
+
+	if (anchor_bytes(ring, data, len))
+		a->dn.len += len;
+	else
+		a->dn.data = NULL;
+}
+
+/* A certificate becomes a trust anchor: its subject and its key. */
+static const char *anchor_add(struct pem_sink *k, unsigned char *der, size_t len)
+{
+	struct keyring *ring = k->owner;
+	br_x509_trust_anchor *a = &ring->anchor[ring->anchors];
+	br_x509_decoder_context dc;
+	const br_x509_pkey *pk;
+
+	if (ring->anchors == ANCHORS_MAX)
+		return "more than ANCHORS_MAX certificates";
+	*a = (br_x509_trust_anchor){ .dn = { ring->bytes + ring->used, 0 } };
+	br_x509_decoder_init(&dc, anchor_name, ring);
+	br_x509_decoder_push(&dc, der, len);
+	if ((pk = br_x509_decoder_get_pkey(&dc)) == NULL)
+		return "a certificate in it is not valid X.509 with an RSA or EC key";
+	a->flags = br_x509_decoder_isCA(&dc) ? BR_X509_TA_CA : 0;
+	a->pkey = *pk;
+	if (pk->key_type == BR_KEYTYPE_RSA) {
+		a->pkey.key.rsa.n = anchor_bytes(ring, pk->key.rsa.n, pk->key.rsa.nlen);
+		a->pkey.key.rsa.e = anchor_bytes(ring, pk->key.rsa.e, pk->key.rsa.elen);
+	} else {
+		a->pkey.key.ec.q = anchor_bytes(ring, pk->key.ec.q, pk->key.ec.qlen);
+	}
+	if (!a->dn.data || !(pk->key_type == BR_KEYTYPE_RSA ? a->pkey.key.rsa.e : a->pkey.key.ec.q))
+		return "more certificates than ANCHOR_BYTES hold";
+	ring->anchors++;
+	return NULL;
+}
+
+static const char *anchors_parse(void *owner, char *text, size_t len)
+{
+	static unsigned char der[8192];
+	struct pem_sink k = { .took = anchor_add, .owner = owner, .der = der, .size = sizeof der };
+
+	return pem_walk(&k, text, len);
 }
 
 /* Whether the private key belongs to this public one. RSA: what one signs, the other verifies
@@ -805,38 +921,81 @@ static ssize_t file_read(const char *path, char *buf, size_t size, const char **
 }
 
 /* Reads one PEM file with the given parser. NULL, or what is wrong with it. */
-static const char *identity_file(struct identity *id, const char *path,
-	const char *(*parse)(struct identity *, char *, size_t))
+static const char *pem_file(void *owner, const char *path,
+	const char *(*parse)(void *, char *, size_t))
 {
-	static char text[65536];
+	static char text[ANCHORS_MAX * 2048];
 	const char *error = NULL;
 	ssize_t len = file_read(path, text, sizeof text, &error);
 
-	if (len >= 0)
-		error = parse(id, text, (size_t)len);
-	wipe(text, sizeof text);
+	if (len >= 0) {
+		error = parse(owner, text, (size_t)len);
+		wipe(text, (size_t)len + 1);
+	}
 	return error;
 }
 
-/* Fills a keyring with what certs[] names. 1, or 0 with the culprit in `error`. */
-static int keyring_load(struct keyring *ring, char *error, size_t size)
+/* Where keyring_load tells of a fault: which entry, which file, what. */
+struct fault {
+	char *text;
+	size_t size;
+};
+
+static int fault_set(struct fault *f, const char *entry, unsigned i, const char *path,
+	const char *what)
+{
+	snprintf(f->text, f->size, "%s[%u]: %s: %s", entry, i, path ? path : "NULL", what);
+	return 0;
+}
+
+static int identity_load(struct identity *id, const char *entry, unsigned i, const char *chain,
+	const char *key, struct fault *f)
+{
+	const char *what;
+
+	if (!chain || !key)
+		return fault_set(f, entry, i, chain, "certificate and key go together");
+	if ((what = pem_file(id, chain, chain_parse)) != NULL)
+		return fault_set(f, entry, i, chain, what);
+	if ((what = pem_file(id, key, key_parse)) != NULL)
+		return fault_set(f, entry, i, key, what);
+	what = identity_check(id);
+	return what ? fault_set(f, entry, i, chain, what) : 1;
+}
+
+static int trust_load(struct keyring *ring, struct trust *t, const char *entry, unsigned i,
+	const char *path, struct fault *f)
+{
+	const char *what;
+
+	t->first = ring->anchors;
+	what = path ? pem_file(ring, path, anchors_parse) : "a PEM file is needed";
+	t->count = ring->anchors - t->first;
+	return what ? fault_set(f, entry, i, path, what) : 1;
+}
+
+/* Fills a keyring with what config.h names. 1, or 0 and the fault. */
+static int keyring_load(struct keyring *ring, struct fault *f)
 {
 	unsigned i;
 
-	for (i = 0; i < CERTS; i++) {
-		struct identity *id = &ring->id[i];
-		const char *path = certs[i].chain, *what;
-
-		if ((what = identity_file(id, path, chain_parse)) == NULL) {
-			path = certs[i].key;
-			what = identity_file(id, path, key_parse);
-		}
-		if (!what && (what = identity_check(id)) != NULL)
-			path = certs[i].chain;
-		if (what) {
-			snprintf(error, size, "certs[%u]: %s: %s", i, path, what);
+	ring->anchors = 0;
+	ring->used = 0;
+	for (i = 0; i < CERTS; i++)
+		if (!identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key, f))
 			return 0;
-		}
+	if (client_ca && !trust_load(ring, &ring->client_ca, "client_ca", 0, client_ca, f))
+		return 0;
+	for (i = 0; tls_backends && i < BACKENDS; i++) {
+		const struct backend *b = &backends[i];
+
+		ring->client_id[i].chain_len = 0;
+		if ((b->cert || b->key) &&
+		    !identity_load(&ring->client_id[i], "backends", i, b->cert, b->key, f))
+			return 0;
+		if ((b->tls == TLS_VERIFY || b->tls == TLS_PIN) &&
+		    !trust_load(ring, &ring->backend_ca[i], "backends", i, b->ca, f))
+			return 0;
 	}
 	return 1;
 }
@@ -1511,6 +1670,13 @@ static int is_forwarded_name(const char *buf, struct span name)
 		name_like(buf, name, "x-forwarded-proto") || name_like(buf, name, "x-real-ip"));
 }
 
+/* The common name of the client's verified certificate goes to the backend under this name, and is
+ * never taken from a client. */
+static int is_subject_name(const char *buf, struct span name)
+{
+	return name_like(buf, name, "x-ssl-client-cn");
+}
+
 /* Names that a Connection field can't take away: they steer the request, its framing, or say who
  * the client is. */
 static int is_protected(const char *buf, struct span name)
@@ -1618,11 +1784,13 @@ static size_t request_render(const struct request *r, const char *buf, const str
 		if (span_is(buf, field.name, "host"))
 			field.value = r->host;
 		if (!is_hop(h, buf, field.name) && !is_forwarded_name(buf, field.name) &&
-		    !is_repeated_length(h, buf, i))
+		    !is_subject_name(buf, field.name) && !is_repeated_length(h, buf, i))
 			text_copy(&t, buf, &field);
 	}
 	if (x_forwarded_for != OFF)
 		render_forwarded(&t, h, buf, f);
+	if (f->subject && *f->subject)
+		text_field(&t, "X-SSL-Client-CN", f->subject);
 	text_string(&t, r->upgrade ? "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" :
 		"Connection: close\r\n\r\n");
 	return t.full ? 0 : t.len;
@@ -2103,6 +2271,15 @@ static void resolver_event(void)
 	}
 }
 
+/* The name to send and to verify; NULL for an address. */
+static const char *backend_sni(const struct backend *b)
+{
+	struct address a;
+
+	return b->sni ? b->sni : address_parse(&a, b->host, "1") ||
+		strncmp(b->host, "unix:", 5) == 0 ? NULL : b->host;
+}
+
 /* What STICKY_COOKIE calls a backend: the same after a restart and in any order of the list, and no
  * word of its address. */
 static void cookie_make(struct server *v)
@@ -2132,10 +2309,13 @@ static void servers_init(void)
 		weights[i] = b->weight ? b->weight : 1;
 		if (weights[i] > WEIGHT_MAX)
 			die("config.h: backends[%u]: weight %u: at most %d", i, b->weight, WEIGHT_MAX);
-		if (b->tls != TLS_OFF || b->cert || b->key)
-			die("config.h: backends[%u]: tls, cert, key: not in this version", i);
 		if (!b->host || !*b->host)
 			die("config.h: backends[%u]: host is missing", i);
+		if (b->tls != TLS_OFF && !tls_backends)
+			die("config.h: backends[%u]: tls: set tls_backends to 1", i);
+		if (b->tls == TLS_VERIFY && !backend_sni(b))
+			die("config.h: backends[%u]: TLS_VERIFY of an address: give the certificate's "
+				"name as .sni", i);
 		if (strncmp(b->host, "unix:", 5) == 0) {
 			if (strlen(b->host + 5) >= sizeof ((struct sockaddr_un *)0)->sun_path)
 				die("config.h: backends[%u]: %s: path too long", i, b->host);
@@ -2215,10 +2395,10 @@ static unsigned char no_records[32];    /* what a resting engine's offsets are b
 
 /* The only two places that touch private fields of BearSSL: the record buffers of an engine that
  * stands at a record boundary hold nothing, so their bases can change. */
-static void engine_lend(br_ssl_engine_context *eng, struct records *r)
+static void engine_lend(br_ssl_engine_context *eng, struct buffers *b)
 {
-	eng->ibuf = r->ibuf;
-	eng->obuf = r->obuf;
+	eng->ibuf = b->ibuf;
+	eng->obuf = b->obuf;
 }
 
 static void engine_take_back(br_ssl_engine_context *eng)
@@ -2227,12 +2407,27 @@ static void engine_take_back(br_ssl_engine_context *eng)
 	eng->obuf = no_records;
 }
 
+static void leg_attach(struct leg *l, struct buffers *b)
+{
+	b->at = b->end = b->out_at = b->out_end = 0;
+	l->buf = b;
+	if (l->eng)
+		engine_lend(l->eng, b);
+}
+
+static void leg_detach(struct leg *l)
+{
+	l->buf = NULL;
+	if (l->eng)
+		engine_take_back(l->eng);
+}
+
 static void records_attach(struct session *s, struct records *r)
 {
 	s->rec = r;
-	r->at = r->end = r->out_at = r->out_end = 0;
-	if (s->tls_up)
-		engine_lend(&s->tls.eng, r);
+	leg_attach(&s->client, &r->side[0]);
+	if (tls_backends && s->backend.eng)
+		leg_attach(&s->backend, &r->side[tls_backends]);
 }
 
 /* Makes sure that s has record buffers. 0: it waits for them, and will be run when it has. */
@@ -2259,8 +2454,8 @@ static void records_return(struct session *s)
 	if (!r)
 		return;
 	s->rec = NULL;
-	if (s->tls_up)
-		engine_take_back(&s->tls.eng);
+	leg_detach(&s->client);
+	leg_detach(&s->backend);
 	if (link_alone(&records_pool.waiters)) {
 		pool_return(&records_pool, r);
 		return;
@@ -2500,15 +2695,14 @@ static int random_bytes(void *buf, size_t len, unsigned flags)
 	return n == (ssize_t)len;
 }
 
-/* Sets up the TLS context of a slot, once in its life: no context is ever copied, and one that
- * was never used costs no memory. */
-static void tls_make(struct session *s)
+/* What engines of both sides have in common. */
+static int engine_make(br_ssl_engine_context *eng)
 {
 	static const char *protocols[] = { "http/1.1" };
-	br_ssl_server_context *cc = &s->tls;
-	br_ssl_engine_context *eng = &cc->eng;
+	unsigned char seed[32];
 
-	br_ssl_server_zero(cc);
+	if (!random_bytes(seed, sizeof seed, GRND_NONBLOCK))
+		return 0;
 	br_ssl_engine_set_versions(eng, tls_min, tls_max);
 	br_ssl_engine_set_suites(eng, suites, LENGTH(suites));
 	br_ssl_engine_set_default_ec(eng);
@@ -2526,34 +2720,93 @@ static void tls_make(struct session *s)
 		br_ssl_engine_set_prf10(eng, &br_tls10_prf);
 		br_ssl_engine_set_default_aes_cbc(eng);
 	}
+	if (tls_backends || client_ca) {
+		br_ssl_engine_set_default_rsavrfy(eng);
+		br_ssl_engine_set_default_ecdsa(eng);
+	}
 	br_ssl_engine_set_protocol_names(eng, protocols, LENGTH(protocols));
-	br_ssl_engine_add_flags(eng, BR_OPT_ENFORCE_SERVER_PREFERENCES |
-		BR_OPT_NO_RENEGOTIATION | BR_OPT_FAIL_ON_ALPN_MISMATCH);
-	if (session_cache > 0)
-		br_ssl_server_set_cache(cc, &cache.vtable);
+	br_ssl_engine_add_flags(eng, BR_OPT_NO_RENEGOTIATION);
+	br_ssl_engine_inject_entropy(eng, seed, sizeof seed);
+	wipe(seed, sizeof seed);
+	return 1;
+}
+
+/* Sets up the TLS context of a slot, once in its life: no context is ever copied, and one that
+ * was never used costs no memory. 0: no entropy. */
+static int tls_make(struct session *s)
+{
+	br_ssl_server_zero(&s->tls);
+	if (!engine_make(&s->tls.eng))
+		return 0;
+	br_ssl_engine_add_flags(&s->tls.eng,
+		BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_FAIL_ON_ALPN_MISMATCH);
+	/* a resumed session shows no certificate, so none is resumed where one is asked for */
+	if (session_cache > 0 && !client_ca)
+		br_ssl_server_set_cache(&s->tls, &cache.vtable);
 	s->tls_made = 1;
+	return 1;
+}
+
+/* Gives an engine its buffers, and the keyring that its handshake points into. */
+static void leg_start(struct session *s, struct leg *l, br_ssl_engine_context *eng)
+{
+	l->eng = eng;
+	br_ssl_engine_set_buffers_bidi(eng, l->buf->ibuf, sizeof l->buf->ibuf,
+		l->buf->obuf, sizeof l->buf->obuf);
+	s->ring = keyring;
+	keyring->users++;
+}
+
+/* The system's time, but not before this program was made: a device without a clock boots in 1970. */
+static time_t clock_floor(void)
+{
+	time_t t = time(NULL);
+
+	return t > (time_t)BUILD_TIME ? t : (time_t)BUILD_TIME;
+}
+
+/* Validates a chain up to the given anchors (RFC 5280, as far as BearSSL's minimal engine goes). */
+static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
+	const struct keyring *ring, const struct trust *trust)
+{
+	static const struct { int id; const br_hash_class *class; } hashes[] = {
+		{ br_sha1_ID, &br_sha1_vtable }, { br_sha224_ID, &br_sha224_vtable },
+		{ br_sha256_ID, &br_sha256_vtable }, { br_sha384_ID, &br_sha384_vtable },
+		{ br_sha512_ID, &br_sha512_vtable },
+	};
+	br_x509_minimal_context *m = &v->u.minimal;
+	time_t t = clock_floor();
+	unsigned i;
+
+	br_x509_minimal_init(m, &br_sha256_vtable, ring->anchor + trust->first, trust->count);
+	br_x509_minimal_set_rsa(m, br_rsa_pkcs1_vrfy_get_default());
+	br_x509_minimal_set_ecdsa(m, br_ec_get_default(), br_ecdsa_vrfy_asn1_get_default());
+	for (i = 0; i < LENGTH(hashes); i++)
+		br_x509_minimal_set_hash(m, hashes[i].id, hashes[i].class);
+	br_x509_minimal_set_time(m, (uint32_t)(t / 86400 + 719528), (uint32_t)(t % 86400));
+	br_ssl_engine_set_x509(eng, &m->vtable);
 }
 
 /* Readies the engine for a ClientHello. 0: no entropy. */
 static int tls_start(struct session *s)
 {
-	br_ssl_engine_context *eng = &s->tls.eng;
-	unsigned char seed[32];
+	static unsigned char oid_cn[] = { 3, 0x55, 4, 3 };
+	struct verifier *v = &s->hd->u.verifier;
 
-	if (!s->tls_made) {
-		if (!random_bytes(seed, sizeof seed, GRND_NONBLOCK))
-			return 0;
-		tls_make(s);
-		br_ssl_engine_inject_entropy(eng, seed, sizeof seed);
-		wipe(seed, sizeof seed);
-	}
+	if (!s->tls_made && !tls_make(s))
+		return 0;
+	leg_start(s, &s->client, &s->tls.eng);
 	s->policy.vtable = &policy_class;
 	br_ssl_server_set_policy(&s->tls, &s->policy.vtable);
-	br_ssl_engine_set_buffers_bidi(eng, s->rec->ibuf, sizeof s->rec->ibuf,
-		s->rec->obuf, sizeof s->rec->obuf);
-	s->tls_up = 1;
-	s->ring = keyring;
-	keyring->users++;
+	if (client_ca) {
+		const struct trust *trust = &keyring->client_ca;
+
+		verifier_chain(v, &s->tls.eng, keyring, trust);
+		v->name = (br_name_element){ oid_cn, s->hd->subject, sizeof s->hd->subject, 0 };
+		br_x509_minimal_set_name_elements(&v->u.minimal, &v->name, 1);
+		br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + trust->first,
+			trust->count);
+	}
 	return br_ssl_server_reset(&s->tls) != 0;
 }
 
@@ -2562,6 +2815,112 @@ static void tls_ring_release(struct session *s)
 	if (s->ring)
 		s->ring->users--;
 	s->ring = NULL;
+}
+
+/* The certificates of backends that are pinned, or not verified: only the first of the chain counts,
+ * and of it only the key. */
+static void first_start_chain(const br_x509_class **ctx, const char *name)
+{
+	(void)name;
+	OWNER(ctx, struct verifier, vtable)->certs = 0;
+}
+
+static void first_start_cert(const br_x509_class **ctx, uint32_t len)
+{
+	struct verifier *v = OWNER(ctx, struct verifier, vtable);
+
+	(void)len;
+	if (v->certs++ == 0)
+		br_x509_decoder_init(&v->u.first, NULL, NULL);
+}
+
+static void first_append(const br_x509_class **ctx, const unsigned char *buf, size_t len)
+{
+	struct verifier *v = OWNER(ctx, struct verifier, vtable);
+
+	if (v->certs == 1)
+		br_x509_decoder_push(&v->u.first, buf, len);
+}
+
+static void first_end_cert(const br_x509_class **ctx)
+{
+	(void)ctx;
+}
+
+static int pkey_equal(const br_x509_pkey *a, const br_x509_pkey *b)
+{
+	if (a->key_type != b->key_type)
+		return 0;
+	if (a->key_type == BR_KEYTYPE_EC)
+		return a->key.ec.curve == b->key.ec.curve && a->key.ec.qlen == b->key.ec.qlen &&
+			memcmp(a->key.ec.q, b->key.ec.q, a->key.ec.qlen) == 0;
+	return a->key.rsa.nlen == b->key.rsa.nlen && a->key.rsa.elen == b->key.rsa.elen &&
+		memcmp(a->key.rsa.n, b->key.rsa.n, a->key.rsa.nlen) == 0 &&
+		memcmp(a->key.rsa.e, b->key.rsa.e, a->key.rsa.elen) == 0;
+}
+
+static unsigned first_end_chain(const br_x509_class **ctx)
+{
+	struct verifier *v = OWNER(ctx, struct verifier, vtable);
+	const br_x509_pkey *pk = v->certs > 0 ? br_x509_decoder_get_pkey(&v->u.first) : NULL;
+
+	if (!pk)
+		return BR_ERR_X509_UNEXPECTED;
+	return !v->pinned || pkey_equal(pk, v->pinned) ? 0 : BR_ERR_X509_NOT_TRUSTED;
+}
+
+static const br_x509_pkey *first_get_pkey(const br_x509_class *const *ctx, unsigned *usages)
+{
+	struct verifier *v = OWNER(ctx, struct verifier, vtable);
+
+	if (usages)
+		*usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
+	return br_x509_decoder_get_pkey(&v->u.first);
+}
+
+static const br_x509_class first_class = {
+	sizeof(struct verifier), first_start_chain, first_start_cert, first_append, first_end_cert,
+	first_end_chain, first_get_pkey,
+};
+
+/* Readies an engine for the backend that was just connected to. 0: no entropy. */
+static int tls_dial(struct session *s)
+{
+	struct upstream *u = &upstreams[tls_backends ? s - sessions : 0];
+	struct verifier *v = &s->hd->u.verifier;
+	struct server *server = &servers[s->server];
+	const unsigned i = (unsigned)s->server;
+	const struct identity *id = &keyring->client_id[i];
+	br_ssl_engine_context *eng = &u->tls.eng;
+
+	if (!u->made) {
+		br_ssl_client_zero(&u->tls);
+		if (!engine_make(eng))
+			return 0;
+		u->made = 1;
+	}
+	s->backend.buf = &s->rec->side[tls_backends];
+	leg_attach(&s->backend, s->backend.buf);
+	leg_start(s, &s->backend, eng);
+	if (backends[i].tls == TLS_VERIFY) {
+		verifier_chain(v, eng, keyring, &keyring->backend_ca[i]);
+	} else {
+		v->vtable = &first_class;
+		v->pinned = backends[i].tls == TLS_PIN ?
+			&keyring->anchor[keyring->backend_ca[i].first].pkey : NULL;
+		br_ssl_engine_set_x509(eng, &v->vtable);
+	}
+	br_ssl_client_set_client_certificate(&u->tls, NULL);
+	if (id->chain_len > 0 && br_skey_decoder_get_rsa(&id->key))
+		br_ssl_client_set_single_rsa(&u->tls, id->chain, id->chain_len,
+			br_skey_decoder_get_rsa(&id->key), br_rsa_pkcs1_sign_get_default());
+	else if (id->chain_len > 0)
+		br_ssl_client_set_single_ec(&u->tls, id->chain, id->chain_len,
+			br_skey_decoder_get_ec(&id->key), BR_KEYTYPE_SIGN, 0,
+			br_ec_get_default(), br_ecdsa_sign_asn1_get_default());
+	if (server->resumable)
+		br_ssl_engine_set_session_parameters(eng, &server->session);
+	return br_ssl_client_reset(&u->tls, backend_sni(&backends[i]), server->resumable) != 0;
 }
 
 static enum why tls_why(int error)
@@ -2573,13 +2932,15 @@ static enum why tls_why(int error)
 	}
 	if (error >= BR_ERR_RECV_FATAL_ALERT)
 		return WHY_TLS_ALERT;
+	if (error == BR_ERR_NO_CLIENT_AUTH || (error >= BR_ERR_X509_OK && error <= BR_ERR_X509_NOT_TRUSTED))
+		return WHY_CLIENT_CERT;
 	return error == BR_ERR_UNSUPPORTED_VERSION || error == BR_ERR_BAD_VERSION ?
 		WHY_TLS_VERSION : error == BR_ERR_NO_RANDOM ? WHY_NO_RANDOM : WHY_TLS_ERROR;
 }
 
 /* On most errors BearSSL just stops; a client in a handshake deserves the alert (RFC 5246 7.2.2),
  * which is still in the clear then. */
-static void tls_alert(const struct session *s, int error)
+static void tls_alert(int fd, int error)
 {
 	unsigned char alert[] = { 21, 3, 3, 0, 2, 2, 80 };      /* internal_error */
 
@@ -2594,8 +2955,11 @@ static void tls_alert(const struct session *s, int error)
 	case BR_ERR_BAD_CCS:            alert[6] = 10; break;   /* unexpected_message */
 	case BR_ERR_BAD_FINISHED:
 	case BR_ERR_BAD_SIGNATURE:      alert[6] = 51; break;   /* decrypt_error */
+	case BR_ERR_NO_CLIENT_AUTH:
 	case BR_ERR_BAD_CIPHER_SUITE:
 	case BR_ERR_INVALID_ALGORITHM:  alert[6] = 40; break;   /* handshake_failure */
+	case BR_ERR_X509_EXPIRED:       alert[6] = 45; break;   /* certificate_expired */
+	case BR_ERR_X509_NOT_TRUSTED:   alert[6] = 48; break;   /* unknown_ca */
 	case BR_ERR_BAD_HANDSHAKE:
 	case BR_ERR_OVERSIZED_ID:
 	case BR_ERR_BAD_SNI:            alert[6] = 50; break;   /* decode_error */
@@ -2604,14 +2968,19 @@ static void tls_alert(const struct session *s, int error)
 	case BR_ERR_BAD_SECRENEG:       alert[6] = 47; break;   /* illegal_parameter */
 	}
 	if (error < BR_ERR_RECV_FATAL_ALERT)
-		send(s->client, alert, sizeof alert, MSG_NOSIGNAL);
+		send(fd, alert, sizeof alert, MSG_NOSIGNAL);
 }
 
-/* ---- moves: bytes between a client's socket, its buffers and its backend ----
+/* ---- moves: bytes between sockets and buffers ----
  *
  * Each moves what it can at once and says whether anything moved; relay_pump repeats them until
  * every one waits on a descriptor, for decrypted bytes raise no event. A read that brings less
  * than there was room for has emptied the socket: poll will tell when there is more. */
+
+static enum party leg_party(const struct session *s, const struct leg *l)
+{
+	return l == &s->client ? BY_CLIENT : BY_BACKEND;
+}
 
 static void session_end(struct session *s, enum party by, enum why why)
 {
@@ -2622,217 +2991,301 @@ static void session_end(struct session *s, enum party by, enum why why)
 }
 
 /* A socket error, or a TLS failure: no order any more. */
-static void session_broke(struct session *s, enum party by, int error)
+static void session_broke(struct session *s, const struct leg *l, enum why why)
 {
-	session_end(s, by, error == ETIMEDOUT ? WHY_TIMEOUT : WHY_RESET);
-	s->ended |= BROKEN;
+	session_end(s, leg_party(s, l), why);
+	s->broken = 1;
 }
 
-static void session_eof(struct session *s, enum party by)
+/* The other side ended in order; in the middle of an answer that has a length, it came short. */
+static void leg_ended(struct session *s, struct leg *l)
 {
-	session_end(s, by, WHY_EOF);
-	s->ended |= by == BY_CLIENT ? CLIENT_EOF : BACKEND_EOF;
+	int inside = l == &s->backend && (s->framing == BODY_LENGTH || s->framing == BODY_CHUNKED);
+
+	session_end(s, leg_party(s, l), inside ? WHY_SHORT : WHY_EOF);
+	l->eof = 1;
+}
+
+/* What the last socket call of a leg means for the session: nothing, or its end. */
+static void leg_error(struct session *s, struct leg *l)
+{
+	l->in = 0;
+	if (!would_block(errno))
+		session_broke(s, l, errno == ETIMEDOUT ? WHY_TIMEOUT : WHY_RESET);
 }
 
 /* Whether the engine is done with for good: failed, or closed by both. */
-static int client_closed(const struct session *s)
+static int leg_closed(const struct leg *l)
 {
-	return !s->plain && br_ssl_engine_current_state(&s->tls.eng) == BR_SSL_CLOSED;
+	return l->eng && br_ssl_engine_current_state(l->eng) == BR_SSL_CLOSED;
 }
 
-/* Plaintext from the client that nobody has taken yet; NULL: none. */
-static unsigned char *client_readable(const struct session *s, size_t *len)
+/* Plaintext that nobody has taken yet; NULL: none. */
+static unsigned char *leg_readable(const struct leg *l, size_t *len)
 {
 	*len = 0;
-	if (!s->rec)
+	if (!l->buf)
 		return NULL;
-	if (!s->plain)
-		return br_ssl_engine_recvapp_buf(&s->tls.eng, len);
-	*len = s->rec->end - s->rec->at;
-	return *len > 0 ? s->rec->ahead + s->rec->at : NULL;
+	if (l->eng)
+		return br_ssl_engine_recvapp_buf(l->eng, len);
+	*len = l->buf->end - l->buf->at;
+	return *len > 0 ? l->buf->ahead + l->buf->at : NULL;
 }
 
 /* `len` of it, above 0, were taken. */
-static void client_consume(struct session *s, size_t len)
+static void leg_consume(struct leg *l, size_t len)
 {
-	s->empty_records = 0;
-	if (s->plain)
-		s->rec->at += len;
+	l->empty_records = 0;
+	if (l->eng)
+		br_ssl_engine_recvapp_ack(l->eng, len);
 	else
-		br_ssl_engine_recvapp_ack(&s->tls.eng, len);
+		l->buf->at += len;
 }
 
-/* Room for plaintext to the client; NULL: none until what is there is sent. */
-static unsigned char *client_room(const struct session *s, size_t *len)
+/* Room for plaintext; NULL: none until what is there is sent. */
+static unsigned char *leg_room(const struct leg *l, size_t *len)
 {
 	*len = 0;
-	if (!s->rec)
+	if (!l->buf)
 		return NULL;
-	if (!s->plain)
-		return br_ssl_engine_sendapp_buf(&s->tls.eng, len);
-	*len = s->rec->out_end > 0 ? 0 : sizeof s->rec->obuf;
-	return *len > 0 ? s->rec->obuf : NULL;
+	if (l->eng)
+		return br_ssl_engine_sendapp_buf(l->eng, len);
+	*len = l->buf->out_end > 0 ? 0 : sizeof l->buf->obuf;
+	return *len > 0 ? l->buf->obuf : NULL;
 }
 
 /* `len` bytes, above 0, were put there: they make one record. */
-static void client_put(struct session *s, size_t len)
+static void leg_put(struct leg *l, size_t len)
 {
-	if (s->plain) {
-		s->rec->out_end = len;
+	if (!l->eng) {
+		l->buf->out_end = len;
 	} else {
-		br_ssl_engine_sendapp_ack(&s->tls.eng, len);
-		br_ssl_engine_flush(&s->tls.eng, 0);
+		br_ssl_engine_sendapp_ack(l->eng, len);
+		br_ssl_engine_flush(l->eng, 0);
 	}
 }
 
-/* Bytes that wait for the client's socket; NULL: none. */
-static unsigned char *client_pending(const struct session *s, size_t *len)
+/* Bytes that wait for the socket; NULL: none. */
+static unsigned char *leg_pending(const struct leg *l, size_t *len)
 {
 	*len = 0;
-	if (!s->rec)
+	if (!l->buf)
 		return NULL;
-	if (!s->plain)
-		return br_ssl_engine_sendrec_buf(&s->tls.eng, len);
-	*len = s->rec->out_end - s->rec->out_at;
-	return *len > 0 ? s->rec->obuf + s->rec->out_at : NULL;
+	if (l->eng)
+		return br_ssl_engine_sendrec_buf(l->eng, len);
+	*len = l->buf->out_end - l->buf->out_at;
+	return *len > 0 ? l->buf->obuf + l->buf->out_at : NULL;
 }
 
-static void client_sent(struct session *s, size_t len)
+static void leg_sent(struct leg *l, size_t len)
 {
-	struct records *r = s->rec;
-
-	if (!s->plain) {
-		br_ssl_engine_sendrec_ack(&s->tls.eng, len);
-	} else if ((r->out_at += len) == r->out_end) {
-		r->out_at = r->out_end = 0;
-	}
+	if (l->eng)
+		br_ssl_engine_sendrec_ack(l->eng, len);
+	else if ((l->buf->out_at += len) == l->buf->out_end)
+		l->buf->out_at = l->buf->out_end = 0;
 }
 
 /* Buffer to socket. */
-static int client_send(struct session *s)
+static int leg_send(struct session *s, struct leg *l)
 {
 	unsigned char *p;
 	size_t len;
 	int moved = 0;
 
-	while (!(s->ready & CLIENT_FULL) && (p = client_pending(s, &len)) != NULL) {
-		ssize_t n = send(s->client, p, len, MSG_NOSIGNAL);
+	while (!l->full && !s->broken && (p = leg_pending(l, &len)) != NULL) {
+		ssize_t n = send(l->fd, p, len, MSG_NOSIGNAL);
 
+		l->full = n < (ssize_t)len;
 		if (n > 0) {
-			client_sent(s, (size_t)n);
+			leg_sent(l, (size_t)n);
 			s->moved = 1;
 			moved = 1;
+		} else if (n < 0) {
+			leg_error(s, l);
 		}
-		if (n < (ssize_t)len)
-			s->ready |= CLIENT_FULL;
-		if (n < 0 && !would_block(errno))
-			session_broke(s, BY_CLIENT, errno);
 	}
 	return moved;
 }
 
 /* Socket to read-ahead. */
-static int client_recv(struct session *s)
+static int leg_recv(struct session *s, struct leg *l)
 {
-	struct records *r = s->rec;
-	ssize_t n = recv(s->client, r->ahead, sizeof r->ahead, 0);
+	struct buffers *b = l->buf;
+	ssize_t n = recv(l->fd, b->ahead, sizeof b->ahead, 0);
 
-	if (n < (ssize_t)sizeof r->ahead || --s->reads_client == 0)
-		s->ready &= (uint8_t)~CLIENT_IN;
+	if (n < (ssize_t)sizeof b->ahead || --l->reads == 0)
+		l->in = 0;
 	if (n == 0)
-		session_eof(s, BY_CLIENT);
-	else if (n < 0 && !would_block(errno))
-		session_broke(s, BY_CLIENT, errno);
+		leg_ended(s, l);
+	else if (n < 0)
+		leg_error(s, l);
 	if (n <= 0)
 		return 0;
-	r->at = 0;
-	r->end = (size_t)n;
+	b->at = 0;
+	b->end = (size_t)n;
 	s->moved = 1;
 	return 1;
 }
 
 /* Read-ahead to engine, at most up to the end of one record. */
-static int client_feed(struct session *s)
+static int leg_feed(struct session *s, struct leg *l)
 {
-	br_ssl_engine_context *eng = &s->tls.eng;
-	struct records *r = s->rec;
+	struct buffers *b = l->buf;
 	unsigned char *p;
 	size_t len, left;
 	int moved = 0;
 
-	while ((left = r->end - r->at) > 0 && (p = br_ssl_engine_recvrec_buf(eng, &len)) != NULL) {
-		if (p == r->ibuf && len == 5) {
+	while ((left = b->end - b->at) > 0 && (p = br_ssl_engine_recvrec_buf(l->eng, &len)) != NULL) {
+		if (p == b->ibuf && len == 5) {
 			if (moved)
 				break;
-			if (++s->empty_records > FLOOD_RECORDS) {
-				session_end(s, BY_CLIENT, WHY_FLOOD);
-				s->ended |= BROKEN;
+			if (++l->empty_records > FLOOD_RECORDS) {
+				session_broke(s, l, WHY_FLOOD);
 				break;
 			}
 		}
 		len = len < left ? len : left;
-		memcpy(p, r->ahead + r->at, len);
-		r->at += len;
+		memcpy(p, b->ahead + b->at, len);
+		b->at += len;
 		moved = 1;
-		br_ssl_engine_recvrec_ack(eng, len);
+		br_ssl_engine_recvrec_ack(l->eng, len);
 	}
 	return moved;
 }
 
-/* Socket to engine: as much as it takes. */
-static int client_fill(struct session *s)
-{
-	struct records *r = s->rec;
-	int moved = 0;
-
-	if (r->at == r->end && (s->ready & CLIENT_IN) && !(s->ended & CLIENT_EOF))
-		moved = client_recv(s);
-	while (!s->plain && !(s->ended & BROKEN) && client_feed(s))
-		moved = 1;
-	if (client_closed(s)) {
-		int error = br_ssl_engine_last_error(&s->tls.eng);
-
-		if (error) {
-			session_end(s, BY_CLIENT, tls_why(error));
-			s->ended |= BROKEN;
-		} else if (!(s->ended & CLIENT_EOF)) {
-			session_eof(s, BY_CLIENT);
-		}
-		r->at = r->end;
-	}
-	return moved;
-}
-
-/* Plaintext to the backend, as far as the request may go. */
-static int relay_up(struct session *s)
+/* Socket to engine: as much as it takes. The socket is looked at only when all before was taken,
+ * so that its end is the end of everything. */
+static int leg_fill(struct session *s, struct leg *l)
 {
 	size_t len;
-	unsigned char *p = client_readable(s, &len);
+	int error, moved = 0;
+
+	if (l->in && !l->eof && l->buf->at == l->buf->end && !leg_readable(l, &len))
+		moved = leg_recv(s, l);
+	if (!l->eng)
+		return moved;
+	while (!s->broken && leg_feed(s, l))
+		moved = 1;
+	if (leg_closed(l)) {
+		l->buf->at = l->buf->end;
+		error = br_ssl_engine_last_error(l->eng);
+		if (error)
+			session_broke(s, l, tls_why(error));
+		else if (!l->eof)
+			leg_ended(s, l);
+	}
+	return moved;
+}
+
+/* Tells one side that no more comes: close_notify behind all that is pending, then FIN. Call again
+ * while fin is 0. */
+static void leg_finish(struct session *s, struct leg *l)
+{
+	size_t len;
+
+	if (l->eng && l->buf && (br_ssl_engine_current_state(l->eng) & BR_SSL_SENDAPP))
+		br_ssl_engine_close(l->eng);
+	leg_send(s, l);
+	if (leg_pending(l, &len) || s->broken)
+		return;
+	if (l->fd >= 0)
+		shutdown(l->fd, SHUT_WR);
+	l->fin = 1;
+}
+
+/* Reads and forgets, so that closing does not reset what the peer has yet to read. */
+static void leg_discard(struct leg *l)
+{
+	ssize_t n = 1;
+	int i;
+
+	for (i = 0; i < READS && n > 0 && !l->eof; i++)
+		n = recv(l->fd, scratch, sizeof scratch, 0);
+	if (n == 0 || (n < 0 && !would_block(errno)))
+		l->eof = 1;
+}
+
+/* ---- relaying ---- */
+
+/* To a backend in the clear, straight from the client's buffer. */
+static size_t backend_write(struct session *s, const unsigned char *p, size_t len)
+{
+	struct leg *l = &s->backend;
 	ssize_t n;
 
-	if (!p || s->up_left == 0 || (s->ready & BACKEND_FULL) || (s->ended & BACKEND_FIN))
+	if (l->full)
 		return 0;
-	if (len > s->up_left)
-		len = (size_t)s->up_left;
-	n = send(s->backend, p, len, MSG_NOSIGNAL);
-	if (n < (ssize_t)len)
-		s->ready |= BACKEND_FULL;
-	if (n < 0 && !would_block(errno)) {
+	n = send(l->fd, p, len, MSG_NOSIGNAL);
+	l->full = n < (ssize_t)len;
+	if (n >= 0)
+		return (size_t)n;
+	if (!would_block(errno)) {
 		/* it takes no more, but what it sent before may still be there to read */
 		if (s->framing == BODY_TUNNEL)
 			session_end(s, BY_BACKEND, WHY_RESET);
 		s->up_left = 0;
-		s->ended |= BACKEND_FIN;
-		s->ready |= BACKEND_IN;
+		l->fin = l->in = 1;
 	}
-	if (n <= 0)
+	return 0;
+}
+
+/* Client to backend, as far as the request may go. */
+static int relay_up(struct session *s)
+{
+	struct leg *to = &s->backend;
+	size_t len, room;
+	unsigned char *p = leg_readable(&s->client, &len), *q;
+
+	if (!p || s->up_left == 0 || to->fin)
 		return 0;
-	client_consume(s, (size_t)n);
-	s->rx += (uint64_t)n;
+	len = len < s->up_left ? len : (size_t)s->up_left;
+	if (!to->eng) {
+		len = backend_write(s, p, len);
+	} else {
+		q = leg_room(to, &room);
+		len = len < room ? len : room;
+		if (len > 0) {
+			memcpy(q, p, len);
+			leg_put(to, len);
+		}
+	}
+	if (len == 0)
+		return 0;
+	leg_consume(&s->client, len);
+	s->rx += len;
 	if (s->up_left != UINT64_MAX)
-		s->up_left -= (uint64_t)n;
+		s->up_left -= len;
 	s->moved = s->fed = 1;
 	return 1;
+}
+
+/* Up to `size` bytes from the backend; 0: none now. */
+static size_t backend_read(struct session *s, unsigned char *out, size_t size)
+{
+	struct leg *l = &s->backend;
+	unsigned char *p;
+	size_t len;
+	ssize_t n;
+
+	if (l->eng) {
+		p = leg_readable(l, &len);
+		len = len < size ? len : size;
+		if (len > 0) {
+			memcpy(out, p, len);
+			leg_consume(l, len);
+		}
+		return len;
+	}
+	if (!l->in || l->eof)
+		return 0;
+	n = recv(l->fd, out, size, 0);
+	if (n < (ssize_t)size || --l->reads == 0)
+		l->in = 0;
+	if (n == 0)
+		leg_ended(s, l);
+	else if (n < 0)
+		leg_error(s, l);
+	return n > 0 ? (size_t)n : 0;
 }
 
 /* How many of `len` bytes from the backend belong to the answer; notes its end. */
@@ -2842,19 +3295,19 @@ static size_t answer_take(struct session *s, const char *p, size_t len)
 	case BODY_LENGTH:
 		len = len < s->down_left ? len : (size_t)s->down_left;
 		s->down_left -= len;
+		if (s->down_left > 0)
+			return len;
 		break;
 	case BODY_CHUNKED:
 		len = chunked_scan(&s->chunked, p, len);
+		if (!s->chunked.done && !s->chunked.bad)
+			return len;
 		break;
+	default:
+		return len;
 	}
-	if ((s->framing == BODY_LENGTH && s->down_left == 0) ||
-	    (s->framing == BODY_CHUNKED && s->chunked.done)) {
-		session_end(s, BY_BACKEND, WHY_DONE);
-		s->ended |= BACKEND_EOF;
-	} else if (s->framing == BODY_CHUNKED && s->chunked.bad) {
-		session_end(s, BY_BACKEND, WHY_SHORT);
-		s->ended |= BACKEND_EOF;
-	}
+	session_end(s, BY_BACKEND, s->chunked.bad ? WHY_SHORT : WHY_DONE);
+	s->backend.eof = 1;
 	return len;
 }
 
@@ -2866,55 +3319,34 @@ static int relay_head(struct session *s, unsigned char *room, size_t len)
 	if (len > hd->len - hd->off)
 		len = hd->len - hd->off;
 	memcpy(room, hd->bytes + hd->off, len);
-	client_put(s, len);
+	leg_put(&s->client, len);
 	hd->off += len;
 	if (hd->off == hd->len)
 		head_return(s);
 	return 1;
 }
 
-/* Backend to engine. */
+/* Backend to client. */
 static int relay_down(struct session *s)
 {
 	size_t len;
-	unsigned char *room = client_room(s, &len);
-	ssize_t n;
+	unsigned char *room = leg_room(&s->client, &len);
 
 	if (!room)
 		return 0;
 	if (s->hd)
 		return relay_head(s, room, len);
-	if (!(s->ready & BACKEND_IN) || (s->ended & BACKEND_EOF))
+	if (s->backend.eof)
 		return 0;
-	n = recv(s->backend, room, len, 0);
-	if (n < (ssize_t)len || --s->reads_backend == 0)
-		s->ready &= (uint8_t)~BACKEND_IN;
-	if (n < 0 && !would_block(errno))
-		session_broke(s, BY_BACKEND, errno);
-	if (n == 0 && (s->framing == BODY_LENGTH || s->framing == BODY_CHUNKED))
-		session_end(s, BY_BACKEND, WHY_SHORT);
-	if (n == 0)
-		session_eof(s, BY_BACKEND);
-	if (n <= 0)
+	len = backend_read(s, room, len);
+	if (len == 0)
 		return 0;
 	s->moved = s->fed = 1;
-	len = answer_take(s, (char *)room, (size_t)n);
+	len = answer_take(s, (char *)room, len);
 	s->tx += len;
 	if (len > 0)
-		client_put(s, len);
+		leg_put(&s->client, len);
 	return 1;
-}
-
-/* Reads and forgets, so that closing does not reset what the peer has yet to read. */
-static void socket_discard(struct session *s, int fd, enum party by)
-{
-	ssize_t n = 1;
-	int i;
-
-	for (i = 0; i < READS && n > 0 && fd >= 0; i++)
-		n = recv(fd, scratch, sizeof scratch, 0);
-	if (n == 0 || (n < 0 && !would_block(errno)))
-		s->ended |= by == BY_CLIENT ? CLIENT_EOF : BACKEND_EOF;
 }
 
 static void relay_pump(struct session *s)
@@ -2922,30 +3354,15 @@ static void relay_pump(struct session *s)
 	int moved;
 
 	do {
-		moved = client_fill(s);
+		moved = leg_fill(s, &s->client);
 		moved |= relay_up(s);
+		if (s->backend.eng) {
+			moved |= leg_send(s, &s->backend);
+			moved |= leg_fill(s, &s->backend);
+		}
 		moved |= relay_down(s);
-		moved |= client_send(s);
-	} while (moved && !(s->ended & BROKEN));
-}
-
-/* Tells the client that no more comes: close_notify behind all that is pending, then FIN. The
- * backend learns the same, for no one takes the client's bytes any more. */
-static void client_finish(struct session *s)
-{
-	br_ssl_engine_context *eng = &s->tls.eng;
-	size_t len;
-
-	if (!s->plain && (br_ssl_engine_current_state(eng) & BR_SSL_SENDAPP))
-		br_ssl_engine_close(eng);
-	client_send(s);
-	if (client_pending(s, &len) || (s->ended & BROKEN))
-		return;
-	shutdown(s->client, SHUT_WR);
-	s->ended |= CLIENT_FIN;
-	if (s->backend >= 0 && !(s->ended & BACKEND_FIN))
-		shutdown(s->backend, SHUT_WR);
-	s->ended |= BACKEND_FIN;
+		moved |= leg_send(s, &s->client);
+	} while (moved && !s->broken);
 }
 
 /* ---- answers of our own ---- */
@@ -3041,11 +3458,19 @@ static void log_reject(const struct address *peer, unsigned status, enum why why
 		address_format(peer, 1, client), number, whys[why].text);
 }
 
+/* Forgets the connection to a backend. */
+static void backend_hangup(struct session *s)
+{
+	if (s->backend.fd >= 0)
+		close(s->backend.fd);
+	memset(&s->backend, 0, sizeof s->backend);
+	s->backend.fd = -1;
+	tls_ring_release(s);
+}
+
 static void server_leave(struct session *s)
 {
-	if (s->backend >= 0)
-		close(s->backend);
-	s->backend = -1;
+	backend_hangup(s);
 	if (s->server >= 0)
 		servers[s->server].active--;
 	s->server = -1;
@@ -3062,65 +3487,69 @@ static enum state session_fail(struct session *s, enum why why)
 	reply_compose(s, why);
 	server_leave(s);
 	s->up_left = 0;
-	s->ended |= BACKEND_EOF | BACKEND_FIN;
+	s->backend.eof = s->backend.fin = 1;
 	return REPLY;
 }
 
 /* ---- steps ---- */
 
-/* The client's TLS stands. */
-static enum state handshake_done(struct session *s)
+/* One step of a leg's TLS handshake: at most one record, for its arithmetic takes 2 ms on a PC and
+ * 100 ms on a small MIPS. What remains in the read-ahead takes its turn again. 1: TLS stands. */
+static int leg_handshake(struct session *s, struct leg *l)
 {
-	size_t room;
+	if (!leg_send(s, l))
+		leg_feed(s, l);
+	leg_send(s, l);
+	if (leg_closed(l)) {
+		int error = br_ssl_engine_last_error(l->eng);
 
-	br_ssl_engine_sendapp_buf(&s->tls.eng, &room);
-	s->room = (uint16_t)room;
-	s->empty_records = 0;
-	tls_ring_release(s);
-	return HEAD;
+		tls_alert(l->fd, error);
+		session_broke(s, l, error ? tls_why(error) : WHY_EOF);
+		return 0;
+	}
+	if (br_ssl_engine_sendapp_buf(l->eng, &(size_t){ 0 }) != NULL) {
+		size_t room;
+
+		br_ssl_engine_sendapp_buf(l->eng, &room);
+		l->room = (uint16_t)room;
+		l->empty_records = 0;
+		tls_ring_release(s);
+		return 1;
+	}
+	if (l->buf->at < l->buf->end && !l->full)
+		link_append(&turns, &s->wait);
+	return 0;
 }
 
 /* HTTP in the clear on a TLS port is answered in the clear. */
-static int looks_like_http(const struct records *r)
+static int looks_like_http(const struct buffers *b)
 {
-	return r->end - r->at >= 4 && is_alnum(r->ahead[r->at]) && is_alnum(r->ahead[r->at + 1]) &&
-		(is_alnum(r->ahead[r->at + 2]) || r->ahead[r->at + 2] == ' ');
+	const unsigned char *p = b->ahead + b->at;
+
+	return b->end - b->at >= 4 && is_alnum(p[0]) && is_alnum(p[1]) &&
+		(is_alnum(p[2]) || p[2] == ' ');
 }
 
-/* At most one record in each turn of the loop, for its arithmetic takes 2 ms on a PC and 100 ms on
- * a small MIPS: what remains in the read-ahead takes its turn again. */
 static enum state handshake_step(struct session *s)
 {
-	br_ssl_engine_context *eng = &s->tls.eng;
-	int first = !s->tls_up;
+	struct leg *l = &s->client;
 
 	if (!head_borrow(s) || !records_borrow(s))
 		return HANDSHAKE;
-	if (s->rec->at == s->rec->end && (s->ready & CLIENT_IN) && !client_recv(s))
-		return s->ended & (CLIENT_EOF | BROKEN) ? FREE : HANDSHAKE;
-	if (first && looks_like_http(s->rec)) {
+	if (l->buf->at == l->buf->end && l->in && !leg_recv(s, l))
+		return l->eof || s->broken ? FREE : HANDSHAKE;
+	if (!l->eng && looks_like_http(l->buf)) {
 		s->plain = 1;
-		s->rec->at = s->rec->end;
+		l->buf->at = l->buf->end;
 		return session_fail(s, WHY_PLAIN_HTTP);
 	}
-	if (first && !tls_start(s))
+	if (!l->eng && !tls_start(s))
 		return session_fail(s, WHY_NO_RANDOM);
-	if (!client_send(s))
-		client_feed(s);
-	client_send(s);
-	if (client_closed(s)) {
-		tls_alert(s, br_ssl_engine_last_error(eng));
-		session_end(s, BY_CLIENT, br_ssl_engine_last_error(eng) ?
-			tls_why(br_ssl_engine_last_error(eng)) : WHY_EOF);
-		return FREE;
+	if (leg_handshake(s, l)) {
+		memset(&s->hd->u, 0, sizeof s->hd->u);
+		return HEAD;
 	}
-	if (s->ended & BROKEN)
-		return FREE;
-	if (br_ssl_engine_current_state(eng) & BR_SSL_SENDAPP)
-		return handshake_done(s);
-	if (s->rec->at < s->rec->end && !(s->ready & CLIENT_FULL))
-		link_append(&turns, &s->wait);
-	return HANDSHAKE;
+	return s->broken ? FREE : HANDSHAKE;
 }
 
 /* Whether a Cookie value has this name=value pair (RFC 6265 4.2.1). */
@@ -3162,7 +3591,7 @@ static enum state head_done(struct session *s)
 	char client[ADDRESS_TEXT];
 	const char *target, *query;
 	enum why why = request_check(r, hd->bytes);
-	size_t len;
+	size_t len, i;
 
 	s->head = (uint8_t)span_is(hd->bytes, r->head.part[0], "head");
 	if (why == WHY_NONE && s->kind == REDIRECT)
@@ -3184,6 +3613,10 @@ static enum state head_done(struct session *s)
 	if (r->upgrade)
 		accept_key(hd->bytes + r->key.at, hd->accept);
 	f.client = address_format(&s->peer, 0, client);
+	f.subject = hd->subject;
+	for (i = 0; hd->subject[i]; i++)
+		if (is_control((unsigned char)hd->subject[i]))
+			hd->subject[i] = '?';
 	hd->len = request_render(r, hd->bytes, &f, scratch, HEAD_ROOM);
 	if (hd->len == 0)
 		return session_fail(s, WHY_LARGE_HEAD);
@@ -3202,38 +3635,36 @@ static enum state head_step(struct session *s)
 		return HEAD;
 	hd = s->hd;
 	do {
-		client_send(s);
-		while ((p = client_readable(s, &len)) != NULL) {
+		leg_send(s, &s->client);
+		while ((p = leg_readable(&s->client, &len)) != NULL) {
 			room = head_max - hd->len;
 			len = len < room ? len : room;
 			memcpy(hd->bytes + hd->len, p, len);
 			why = request_parse(&hd->u.request, hd->bytes, hd->len + len);
 			if (why == WHY_NONE) {
-				client_consume(s, hd->u.request.head.size - hd->len);
+				leg_consume(&s->client, hd->u.request.head.size - hd->len);
 				return head_done(s);
 			}
-			client_consume(s, len);
+			leg_consume(&s->client, len);
 			hd->len += len;
 			if (why != WHY_MORE)
 				return session_fail(s, why);
 		}
-	} while (client_fill(s) && !(s->ended & BROKEN));
-	return s->ended & (CLIENT_EOF | BROKEN) ? FREE : HEAD;
+	} while (leg_fill(s, &s->client) && !s->broken);
+	return s->client.eof || s->broken ? FREE : HEAD;
 }
 
 /* The connection to a backend's address failed: the next address, or none of this backend's. */
-static void connect_failed(struct session *s, int error)
+static void connect_failed(struct session *s, const char *why)
 {
 	int i = s->server;
 
-	if (s->backend >= 0)
-		close(s->backend);
-	s->backend = -1;
+	backend_hangup(s);
 	if (++s->address < servers[i].addresses)
 		return;
 	s->tried |= (uint64_t)1 << i;
 	server_leave(s);
-	server_failed(&servers[i], connect_why(error));
+	server_failed(&servers[i], why);
 }
 
 /* Dials until a connect is under way or no backend is left. */
@@ -3255,14 +3686,14 @@ static enum state connect_next(struct session *s)
 			s->address = 0;
 			servers[i].active++;
 		}
-		s->backend = server_dial((unsigned)s->server, s->address);
-		if (s->backend >= 0) {
+		s->backend.fd = server_dial((unsigned)s->server, s->address);
+		if (s->backend.fd >= 0) {
 			timer_start(&queues[CONNECT], &s->timer);
 			return CONNECT;
 		}
 		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)
 			return session_fail(s, WHY_NO_BACKEND);
-		connect_failed(s, errno);
+		connect_failed(s, connect_why(errno));
 	}
 }
 
@@ -3271,39 +3702,117 @@ static enum state connect_step(struct session *s)
 	int error = 0;
 	socklen_t len = sizeof error;
 
-	if (s->backend < 0)
+	if (s->backend.fd < 0)
 		return s->ready & EXPIRED ? session_fail(s, WHY_NO_BACKEND) : connect_next(s);
 	if (!(s->ready & (BACKEND_OUT | EXPIRED)))
 		return CONNECT;
 	if (s->ready & EXPIRED)
 		error = ETIMEDOUT;
-	else if (getsockopt(s->backend, SOL_SOCKET, SO_ERROR, &error, &len) < 0)
+	else if (getsockopt(s->backend.fd, SOL_SOCKET, SO_ERROR, &error, &len) < 0)
 		error = errno;
+	if (error == 0 && tls_backends && backends[s->server].tls != TLS_OFF)
+		return BACKEND_HANDSHAKE;
 	if (error == 0) {
 		server_good(&servers[s->server]);
 		return REQUEST;
 	}
-	connect_failed(s, error);
+	connect_failed(s, connect_why(error));
 	return connect_next(s);
+}
+
+/* For the log: why a backend's handshake failed. */
+static const char *handshake_why(const struct session *s)
+{
+	static char text[24];
+	int error = s->backend.eng ? br_ssl_engine_last_error(s->backend.eng) : 0;
+	int alert = error - BR_ERR_RECV_FATAL_ALERT;
+
+	if (s->ready & EXPIRED)
+		return "tls-timeout";
+	switch (error) {
+	case BR_ERR_OK:                         return "tls-eof";
+	case BR_ERR_X509_EXPIRED:               return "expired";
+	case BR_ERR_X509_BAD_SERVER_NAME:       return "name-mismatch";
+	case BR_ERR_X509_NOT_TRUSTED:
+		return backends[s->server].tls == TLS_PIN ? "pin-mismatch" : "unknown-ca";
+	case BR_ERR_X509_BAD_SIGNATURE:         return "bad-signature";
+	}
+	/* alerts of RFC 5246 7.2.2 on our certificate, and on the lack of one */
+	if (error < BR_ERR_SEND_FATAL_ALERT && ((alert >= 41 && alert <= 49) || alert == 116))
+		return "certificate-refused";
+	snprintf(text, sizeof text, alert >= 0 && alert < 256 ? "tls-alert-%d" : "tls-error-%d",
+		alert >= 0 && alert < 256 ? alert : error);
+	return text;
+}
+
+/* A backend that fails here has not seen a byte of the request: there may be another. */
+static enum state backend_handshake_step(struct session *s)
+{
+	struct leg *l = &s->backend;
+	struct server *v = &servers[s->server];
+
+	if (!records_borrow(s))
+		return BACKEND_HANDSHAKE;
+	if (!l->eng && !tls_dial(s))
+		return session_fail(s, WHY_NO_BACKEND);
+	if (l->buf->at < l->buf->end || !l->in || leg_recv(s, l)) {
+		if (leg_handshake(s, l)) {
+			br_ssl_engine_get_session_parameters(l->eng, &v->session);
+			v->resumable = v->session.session_id_len > 0;
+			server_good(v);
+			return REQUEST;
+		}
+	}
+	if (!s->broken && !l->eof && !(s->ready & EXPIRED))
+		return BACKEND_HANDSHAKE;
+	v->resumable = 0;
+	s->address = ADDRESSES_MAX;
+	connect_failed(s, handshake_why(s));
+	s->broken = 0;
+	s->why = WHY_NONE;
+	return CONNECT;
+}
+
+/* Head bytes to the backend, in the clear or through its engine. Bytes taken, -1: none ever. */
+static ssize_t request_write(struct session *s, const char *p, size_t len)
+{
+	unsigned char *q;
+	size_t room;
+	ssize_t n;
+
+	if (!s->backend.eng) {
+		n = send(s->backend.fd, p, len, MSG_NOSIGNAL);
+		return n < 0 && would_block(errno) ? 0 : n;
+	}
+	q = leg_room(&s->backend, &room);
+	len = len < room ? len : room;
+	if (len > 0) {
+		memcpy(q, p, len);
+		leg_put(&s->backend, len);
+	}
+	leg_send(s, &s->backend);
+	return s->broken ? -1 : (ssize_t)len;
 }
 
 static enum state request_step(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
-	ssize_t n = send(s->backend, hd->bytes + hd->off, hd->len - hd->off, MSG_NOSIGNAL);
+	size_t len;
+	ssize_t n;
 
-	if (n < 0 && would_block(errno))
+	if (s->backend.eng && !records_borrow(s))
 		return REQUEST;
-	if (n < 0 && hd->off == 0) {
+	n = request_write(s, hd->bytes + hd->off, hd->len - hd->off);
+	if (n < 0 && hd->off == 0 && !s->backend.eng) {
 		s->address = ADDRESSES_MAX;
-		connect_failed(s, errno);
+		connect_failed(s, connect_why(errno));
 		return CONNECT;
 	}
 	if (n < 0)
 		return session_fail(s, WHY_BAD_RESPONSE);
 	s->moved = 1;
 	hd->off += (size_t)n;
-	if (hd->off < hd->len)
+	if (hd->off < hd->len || leg_pending(&s->backend, &len))
 		return REQUEST;
 	servers[s->server].sessions++;
 	hd->len = hd->off = 0;
@@ -3377,14 +3886,14 @@ static enum state interim_done(struct session *s)
 	struct response *r = &hd->u.response;
 	size_t room, size = r->head.size;
 	size_t len = response_render(r, hd->bytes, scratch, HEAD_ROOM);
-	unsigned char *p = client_room(s, &room);
+	unsigned char *p = leg_room(&s->client, &room);
 
 	if (++hd->interim > INTERIM_MAX)
 		return session_fail(s, WHY_BAD_RESPONSE);
 	if (p && len > 0 && len <= room) {
 		memcpy(p, scratch, len);
-		client_put(s, len);
-		client_send(s);
+		leg_put(&s->client, len);
+		leg_send(s, &s->client);
 	}
 	memmove(hd->bytes, hd->bytes + size, hd->len - size);
 	hd->len -= size;
@@ -3419,13 +3928,13 @@ static int response_upload(struct session *s)
 {
 	size_t len;
 
-	while (s->rec && s->up_left > 0 && !(s->ended & BROKEN) && (client_fill(s) | relay_up(s)))
-		;
-	if (s->rec && !(s->ended & BROKEN))
-		client_send(s);
-	if (s->ended & BROKEN)
+	while (s->up_left > 0 && !s->broken && (leg_fill(s, &s->client) | relay_up(s)))
+		if (s->backend.eng)
+			leg_send(s, &s->backend);
+	leg_send(s, &s->client);
+	if (s->broken)
 		return 0;
-	if (!(s->ended & CLIENT_EOF) || s->up_left == 0 || client_readable(s, &len))
+	if (!s->client.eof || s->up_left == 0 || leg_readable(&s->client, &len))
 		return 1;
 	session_end(s, BY_CLIENT, WHY_EOF);
 	return 0;
@@ -3437,20 +3946,20 @@ static enum state response_step(struct session *s)
 	struct head_buffer *hd = s->hd;
 	enum state next = RESPONSE;
 	enum why why;
-	ssize_t n;
+	size_t n;
 
-	if ((s->up_left > 0 || (s->ready & BACKEND_IN)) && !records_borrow(s))
+	if ((s->up_left > 0 || s->backend.in) && !records_borrow(s))
 		return RESPONSE;
-	if (!response_upload(s))
+	if (s->rec && !response_upload(s))
 		return FREE;
-	if (!(s->ready & BACKEND_IN))
-		return RESPONSE;
-	n = recv(s->backend, hd->bytes + hd->len, head_max - hd->len, 0);
-	if (n < 0 && would_block(errno))
-		return RESPONSE;
-	if (n <= 0)
+	if (s->rec && s->backend.eng)
+		leg_fill(s, &s->backend);
+	n = s->broken ? 0 : backend_read(s, (unsigned char *)hd->bytes + hd->len, head_max - hd->len);
+	if (s->broken || s->backend.eof)
 		return session_fail(s, WHY_BAD_RESPONSE);
-	hd->len += (size_t)n;
+	if (n == 0)
+		return RESPONSE;
+	hd->len += n;
 	s->moved = 1;
 	do {
 		why = response_parse(&hd->u.response, hd->bytes, hd->len);
@@ -3462,41 +3971,58 @@ static enum state response_step(struct session *s)
 	return next;
 }
 
+/* Whether nothing more goes up: the client has ended, and what it sent is through. */
+static int relay_up_over(const struct session *s)
+{
+	size_t len;
+
+	return s->up_left == 0 || !leg_readable(&s->client, &len);
+}
+
+/* Whether nothing more goes down: the backend has ended, or its answer, and all is sent. A tunnel
+ * waits until the client's bytes are through as well: close_notify would drop them. */
+static int relay_down_over(const struct session *s)
+{
+	size_t len;
+
+	if (leg_closed(&s->client))
+		return 1;
+	if (!s->backend.eof || s->hd || leg_pending(&s->client, &len))
+		return 0;
+	return s->framing != BODY_TUNNEL || s->backend.fin || relay_up_over(s);
+}
+
 /* Tunnels, plain answers, our own, and their endings. */
 static enum state relay_step(struct session *s)
 {
-	size_t len;
+	struct leg *c = &s->client, *b = &s->backend;
 
 	if (s->ready & EXPIRED) {
 		if (s->state == REPLY || s->state == DRAIN)
 			return FREE;
 		session_end(s, BY_PROXY, WHY_IDLE);
-		s->ended |= BACKEND_EOF;
+		b->eof = 1;
 	}
-	if (s->ended & CLIENT_FIN) {
-		if (!(s->ended & CLIENT_EOF))
-			socket_discard(s, s->client, BY_CLIENT);
-		if (!(s->ended & BACKEND_EOF))
-			socket_discard(s, s->backend, BY_BACKEND);
-		return (s->ended & ENDED) == ENDED ? FREE : DRAIN;
+	if (!c->fin) {
+		if (!records_borrow(s))
+			return s->state;
+		relay_pump(s);
+		if (!s->broken && c->eof && !b->fin && relay_up_over(s))
+			leg_finish(s, b);
+		if (!s->broken && relay_down_over(s))
+			leg_finish(s, c);
+		if (!s->broken && c->fin && !b->fin)
+			leg_finish(s, b);
 	}
-	if (!records_borrow(s))
-		return s->state;
-	relay_pump(s);
-	if (s->ended & BROKEN)
+	if (c->fin) {
+		/* no one takes what may still come */
+		b->fin = 1;
+		leg_discard(c);
+		leg_discard(b);
+	}
+	if (s->broken || (c->fin && c->eof && b->eof))
 		return FREE;
-	if ((s->ended & CLIENT_EOF) && !(s->ended & BACKEND_FIN) &&
-	    (!client_readable(s, &len) || s->up_left == 0)) {
-		shutdown(s->backend, SHUT_WR);
-		s->ended |= BACKEND_FIN;
-	}
-	if (client_closed(s) || ((s->ended & BACKEND_EOF) && !s->hd && !client_pending(s, &len) &&
-	    (s->framing != BODY_TUNNEL || !client_readable(s, &len) || (s->ended & BACKEND_FIN))))
-		client_finish(s);
-	if ((s->ended & BROKEN) || (s->ended & ENDED) == ENDED)
-		return FREE;
-	return (s->ended & CLIENT_FIN) || (s->ready & EXPIRED) ||
-		(s->state == RELAY && (s->ended & BACKEND_FIN)) ? DRAIN : s->state;
+	return c->fin || (s->ready & EXPIRED) || (s->state == RELAY && b->fin) ? DRAIN : s->state;
 }
 
 /* What a session may do in each state, and how it ends when its time there is over; WHY_NONE: the
@@ -3510,6 +4036,8 @@ static const struct {
 	[HANDSHAKE] = { "handshake", handshake_step, WHY_HANDSHAKE_TIMEOUT },
 	[HEAD]      = { "head", head_step, WHY_HEAD_TIMEOUT },
 	[CONNECT]   = { "connect", connect_step, WHY_NONE },
+	[BACKEND_HANDSHAKE] = { "backend-handshake",
+		tls_backends ? backend_handshake_step : NULL, WHY_NONE },
 	[REQUEST]   = { "request", request_step, WHY_RESPONSE_TIMEOUT },
 	[RESPONSE]  = { "response", response_step, WHY_RESPONSE_TIMEOUT },
 	[RELAY]     = { "relay", relay_step, WHY_NONE },
@@ -3519,6 +4047,12 @@ static const struct {
 };
 
 /* ---- sessions: opened, run, watched, closed ---- */
+
+/* Whether a body goes up while the answer is awaited. */
+static int is_uploading(const struct session *s)
+{
+	return s->state == RESPONSE && s->up_left > 0;
+}
 
 static int is_young(const struct session *s)
 {
@@ -3590,11 +4124,11 @@ static void session_close(struct session *s)
 		log_reject(&s->peer, 0, s->why);
 	totals.rx += s->rx;
 	totals.tx += s->tx;
-	if ((s->ended & BROKEN) && s->by == BY_BACKEND && s->opened)
-		socket_abort(s->client);
-	if ((s->ended & BROKEN) && s->by == BY_CLIENT && s->backend >= 0)
-		socket_abort(s->backend);
-	close(s->client);
+	if (s->broken && s->by == BY_BACKEND && s->opened)
+		socket_abort(s->client.fd);
+	if (s->broken && s->by == BY_CLIENT && s->backend.fd >= 0)
+		socket_abort(s->backend.fd);
+	close(s->client.fd);
 	server_leave(s);
 	tls_ring_release(s);
 	records_return(s);
@@ -3611,62 +4145,63 @@ static void session_close(struct session *s)
 	pool_return(&session_pool, s);
 }
 
-/* Whether nothing is on its way: then the record buffers are of no use to it. */
+/* Whether nothing is on its way in a leg's buffers: an engine stands at a record boundary both ways. */
+static int leg_rests(const struct leg *l)
+{
+	size_t len;
+
+	if (!l->buf)
+		return 1;
+	if (l->buf->at != l->buf->end || l->buf->out_end > 0)
+		return 0;
+	if (!l->eng)
+		return 1;
+	return br_ssl_engine_recvrec_buf(l->eng, &len) == l->buf->ibuf && len == 5 &&
+		br_ssl_engine_sendapp_buf(l->eng, &len) != NULL && len == l->room;
+}
+
+/* Whether the record buffers are of no use to a session now. */
 static int session_rests(const struct session *s)
 {
-	const br_ssl_engine_context *eng = &s->tls.eng;
-	const struct records *r = s->rec;
-	size_t len;
-
-	if (s->ended & CLIENT_FIN)
+	if (s->client.fin)
 		return 1;       /* what comes now is thrown away */
-	if (r->at != r->end || r->out_end > 0 || s->state == REPLY)
-		return 0;
-	if (s->plain)
-		return 1;
-	if (s->state == HANDSHAKE)
-		return 0;
-	return br_ssl_engine_recvrec_buf(eng, &len) == r->ibuf && len == 5 &&
-		br_ssl_engine_sendapp_buf(eng, &len) != NULL && len == s->room;
+	return s->state != HANDSHAKE && s->state != BACKEND_HANDSHAKE && s->state != REPLY &&
+		leg_rests(&s->client) && leg_rests(&s->backend);
 }
 
-/* What to poll the client for. */
-static short client_events(const struct session *s)
+/* What to poll a leg with buffers for. */
+static short leg_events(const struct leg *l)
 {
 	size_t len;
-	int in;
+	int in = !l->eof;
 
-	if (s->state == CONNECT || s->state == REQUEST || (s->state == RESPONSE && s->up_left == 0))
-		return POLLRDHUP;
-	if (s->ended & CLIENT_FIN)
-		return s->ended & CLIENT_EOF ? 0 : POLLIN;
-	if (!s->rec)
-		return POLLIN;
-	if (s->plain)
-		in = s->rec->at == s->rec->end;
-	else
-		in = !s->tls_up || (s->rec->at == s->rec->end &&
-			(br_ssl_engine_current_state(&s->tls.eng) & BR_SSL_RECVREC));
-	return (short)((in && !(s->ended & CLIENT_EOF) ? POLLIN : 0) |
-		(client_pending(s, &len) ? POLLOUT : 0));
+	if (l->buf && !l->fin) {
+		in = in && l->buf->at == l->buf->end;
+		in = in && (!l->eng || (br_ssl_engine_current_state(l->eng) & BR_SSL_RECVREC));
+	}
+	return (short)((in ? POLLIN : 0) | (leg_pending(l, &len) ? POLLOUT : 0));
 }
 
-/* What to poll the backend for. */
+/* While a backend is sought and asked, a client that has nothing to say is watched for its end. */
+static short client_events(const struct session *s)
+{
+	if (s->state >= CONNECT && s->state <= RESPONSE && !is_uploading(s))
+		return POLLRDHUP;
+	return leg_events(&s->client);
+}
+
 static short backend_events(const struct session *s)
 {
 	size_t len;
 	int in, out;
 
-	switch (s->state) {
-	case CONNECT:
-	case REQUEST:
+	if (s->state == CONNECT || (s->state == REQUEST && !s->backend.eng))
 		return POLLOUT;
-	case RESPONSE:
-		return client_readable(s, &len) && s->up_left > 0 ? POLLIN | POLLOUT : POLLIN;
-	}
-	in = !(s->ended & BACKEND_EOF) && ((s->ended & CLIENT_FIN) || !s->rec ||
-		(!s->hd && client_room(s, &len)));
-	out = !(s->ended & BACKEND_FIN) && s->up_left > 0 && client_readable(s, &len);
+	if (s->backend.eng)
+		return leg_events(&s->backend);
+	in = !s->backend.eof && (s->state == RESPONSE || s->client.fin || !s->rec ||
+		(!s->hd && leg_room(&s->client, &len)));
+	out = !s->backend.fin && s->up_left > 0 && leg_readable(&s->client, &len);
 	return (short)((in ? POLLIN : 0) | (out ? POLLOUT : 0));
 }
 
@@ -3679,9 +4214,9 @@ static void session_watch(struct session *s)
 	int waits = !link_alone(&s->wait);
 
 	p[0].events = waits ? 0 : client_events(s);
-	p[0].fd = p[0].events ? s->client : -1;
-	p[1].events = waits || s->backend < 0 ? 0 : backend_events(s);
-	p[1].fd = p[1].events ? s->backend : -1;
+	p[0].fd = p[0].events ? s->client.fd : -1;
+	p[1].events = waits || s->backend.fd < 0 ? 0 : backend_events(s);
+	p[1].fd = p[1].events ? s->backend.fd : -1;
 }
 
 /* After a run: gives back what is not needed, restarts what measures progress. */
@@ -3711,10 +4246,13 @@ static void session_run(struct session *s, unsigned ready)
 	session_wake(s);
 	link_drop(&s->wait);
 	s->ready = (uint8_t)ready;
-	s->reads_client = s->reads_backend = READS;
+	s->client.in = (ready & CLIENT_IN) != 0;
+	s->backend.in = (ready & BACKEND_IN) != 0;
+	s->client.full = s->backend.full = 0;
+	s->client.reads = s->backend.reads = READS;
 	s->moved = s->fed = 0;
 	if ((ready & CLIENT_GONE) && s->state >= CONNECT && s->state <= RESPONSE &&
-	    (s->state != RESPONSE || s->up_left == 0)) {
+	    !is_uploading(s)) {
 		session_end(s, BY_CLIENT, WHY_EOF);
 		next = FREE;
 	} else if ((ready & EXPIRED) && states[s->state].expired) {
@@ -3741,8 +4279,8 @@ static void session_open(int fd, const struct address *peer, enum listener_kind 
 	s->id = ++last_id;
 	s->kind = (uint8_t)kind;
 	s->plain = kind != WSS;
-	s->client = fd;
-	s->backend = s->slot = -1;
+	s->client.fd = fd;
+	s->backend.fd = s->slot = -1;
 	s->server = s->sticky = -1;
 	s->born = now;
 	s->peer = *peer;
@@ -3759,7 +4297,8 @@ static void session_open(int fd, const struct address *peer, enum listener_kind 
 /* Poll found something: a handshake waits for its turn, everything else runs. */
 static void session_event(struct session *s, unsigned ready)
 {
-	if (s->state == HANDSHAKE && link_alone(&s->wait)) {
+	if ((s->state == HANDSHAKE || (s->state == BACKEND_HANDSHAKE && !(ready & CLIENT_GONE))) &&
+	    link_alone(&s->wait)) {
 		link_append(&turns, &s->wait);
 		session_watch(s);
 	} else {
@@ -3775,8 +4314,8 @@ static void session_rest(struct session *s)
 
 	link_drop(&s->park.link);
 	ev.data.u32 = (uint32_t)(s - sessions);
-	if (epoll_fd < 0 || epoll_ctl(epoll_fd, op, s->client, &ev) < 0 ||
-	    epoll_ctl(epoll_fd, op, s->backend, &ev) < 0)
+	if (epoll_fd < 0 || epoll_ctl(epoll_fd, op, s->client.fd, &ev) < 0 ||
+	    epoll_ctl(epoll_fd, op, s->backend.fd, &ev) < 0)
 		return;         /* it keeps its poll slot, and is in no danger */
 	s->in_set = 1;
 	s->resting = 1;
@@ -3976,7 +4515,7 @@ static void sessions_turn(void)
 	if (!link_alone(&turns)) {
 		l = turns.next;
 		link_drop(l);
-		session_run(OWNER(l, struct session, wait), CLIENT_IN);
+		session_run(OWNER(l, struct session, wait), CLIENT_IN | BACKEND_IN);
 	}
 	while (!link_alone(&runnable)) {
 		l = runnable.next;
@@ -4023,14 +4562,17 @@ static void reload(void)
 {
 	struct keyring *other = keyring == &keyrings[0] ? &keyrings[1] : &keyrings[0];
 	char error[LOG_LINE / 2];
+	struct fault f = { error, sizeof error };
 	unsigned i;
 
 	if (other->users > 0)
 		return;
 	caught_hup = 0;
-	for (i = 0; i < BACKENDS; i++)
+	for (i = 0; i < BACKENDS; i++) {
 		resolver_ask(&servers[i]);
-	if (keyring_load(other, error, sizeof error)) {
+		servers[i].resumable = 0;
+	}
+	if (keyring_load(other, &f)) {
 		if (keyring->users == 0)
 			wipe(keyring, sizeof *keyring);
 		keyring = other;
@@ -4135,6 +4677,7 @@ static void tables_init(void)
 {
 	static const struct { unsigned queue; uint64_t ms; } times[] = {
 		{ HANDSHAKE, handshake_ms }, { HEAD, head_ms }, { CONNECT, connect_ms },
+		{ BACKEND_HANDSHAKE, handshake_ms },
 		{ REQUEST, response_ms }, { RESPONSE, response_ms }, { RELAY, idle_ms },
 		{ EXCHANGE, idle_ms }, { REPLY, linger_ms }, { DRAIN, linger_ms },
 		{ Q_PARK, park_ms }, { Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms },
@@ -4163,14 +4706,14 @@ static void tables_init(void)
 static void lending_test(void)
 {
 	struct session *s = &sessions[0];
+	struct buffers *b = &records[0].side[0];
 	br_ssl_engine_context *eng = &s->tls.eng;
 	static unsigned char seed[32];
 	size_t len;
 
 	tls_make(s);
 	br_ssl_engine_inject_entropy(eng, seed, sizeof seed);
-	br_ssl_engine_set_buffers_bidi(eng, records[0].ibuf, sizeof records[0].ibuf,
-		records[0].obuf, sizeof records[0].obuf);
+	br_ssl_engine_set_buffers_bidi(eng, b->ibuf, sizeof b->ibuf, b->obuf, sizeof b->obuf);
 	if (!br_ssl_server_reset(&s->tls))
 		die("BearSSL: br_ssl_server_reset: error %d", br_ssl_engine_last_error(eng));
 	engine_take_back(eng);
@@ -4196,8 +4739,6 @@ static void config_check(void)
 		die("config.h: idle_ms: must be above head_ms, or 0");
 	if (hash_bits4 < 1 || hash_bits4 > 32 || hash_bits6 < 1 || hash_bits6 > 128)
 		die("config.h: hash_bits4, hash_bits6: 1 to 32, 1 to 128");
-	if (client_ca)
-		die("config.h: client_ca: not in this version");
 	if (check_ms)
 		die("config.h: check_ms: not in this version");
 }
@@ -4205,9 +4746,10 @@ static void config_check(void)
 static void certs_init(void)
 {
 	char error[LOG_LINE];
+	struct fault f = { error, sizeof error };
 
 	keyring = &keyrings[0];
-	if (!keyring_load(keyring, error, sizeof error))
+	if (!keyring_load(keyring, &f))
 		die("config.h: %s", error);
 }
 

@@ -105,6 +105,7 @@ enum log_to {
 	WHY(TLS_VERSION, 0, "tls-version")               /* no common TLS version */ \
 	WHY(TLS_CIPHER, 0, "tls-cipher")                 /* no common suite, curve or signature */ \
 	WHY(TLS_ALERT, 0, "tls-alert")                   /* the client sent a fatal alert */ \
+	WHY(CLIENT_CERT, 0, "client-cert")               /* no certificate that client_ca accepts */ \
 	WHY(TLS_ERROR, 0, "tls-error")                   /* any other failure of TLS */ \
 	WHY(PER_IP, 0, "per-ip")                         /* its address has max_per_ip sessions */ \
 	WHY(DISPLACED, 0, "displaced")                   /* table full, and it was not finished */ \
@@ -176,6 +177,7 @@ struct response {
 struct forwarded {
 	const char *client;         /* client's address, no port, no brackets */
 	const char *proto;          /* "https" or "http" */
+	const char *subject;        /* common name of the client's verified certificate, or NULL, "" */
 };
 
 /* Parses what is there of a head, request or response; call it again with more bytes behind the
