@@ -132,6 +132,7 @@ enum {
 	Q_PARK = STATES,        /* resting sessions that still have a poll slot */
 	Q_STALL,                /* sessions that hold a buffer, by their last progress */
 	Q_RESOLVE,              /* backends whose name is to be tried again */
+	Q_CHECK,                /* backends whose next active check is due */
 	QUEUES
 };
 
@@ -167,7 +168,7 @@ struct pool {
 /* The sessions of one address (IPv6: of one /64). */
 struct source {
 	struct source *next;    /* of the free list, or of its bucket */
-	unsigned char key[8];
+	unsigned char key[9];   /* IPv4 address, or the first half of an IPv6 one; family */
 	unsigned sessions;
 	unsigned young;         /* those in HANDSHAKE or HEAD */
 };
@@ -268,10 +269,11 @@ struct leg {
 /* What poll found for a session. */
 enum {
 	CLIENT_IN   = 1,
-	CLIENT_GONE = 2,        /* FIN or RST while nobody reads it */
-	BACKEND_IN  = 4,
-	BACKEND_OUT = 8,
-	EXPIRED     = 16,       /* the state's timeout */
+	CLIENT_GONE = 2,        /* FIN or RST, while nobody reads it */
+	CLIENT_RESET = 4,       /* RST */
+	BACKEND_IN  = 8,
+	BACKEND_OUT = 16,
+	EXPIRED     = 32,       /* the state's timeout */
 };
 
 struct session {
@@ -338,11 +340,13 @@ struct server {
 	unsigned fails;         /* since fail_since */
 	uint64_t fail_since, aside_until;
 	uint64_t sessions, failures;    /* totals */
-	struct timer retry;
+	struct timer retry, check;
 };
 
-/* poll()'s array: the resolver, the epoll set, the listeners, and two for each awake session. */
-enum { FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_SESSIONS = FD_LISTEN + LISTENERS };
+/* poll()'s array: the resolver, the epoll set, the listeners, the checks of the backends, and two for
+ * each awake session. */
+enum { FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_CHECK = FD_LISTEN + LISTENERS,
+	FD_SESSIONS = FD_CHECK + BACKENDS };
 
 static struct session sessions[max_sessions];
 static struct records records[max_busy];
@@ -1136,7 +1140,7 @@ static void core_forbid(void)
 /* Every session needs two descriptors. */
 static void descriptors_raise(void)
 {
-	const rlim_t need = 2 * max_sessions + LISTENERS + 16;
+	const rlim_t need = 2 * max_sessions + LISTENERS + BACKENDS + 16;
 	struct rlimit r;
 
 	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
@@ -2148,6 +2152,49 @@ static int server_dial(unsigned i, unsigned which)
 	return -1;
 }
 
+/* Active checks: every check_ms a TCP connect. One that has not succeeded when the next is due has
+ * failed; its backend is aside until a check succeeds, or, should checks stop, for a while. */
+static void check_over(unsigned i, const char *why)
+{
+	struct server *v = &servers[i];
+
+	if (fds[FD_CHECK + i].fd >= 0)
+		close(fds[FD_CHECK + i].fd);
+	fds[FD_CHECK + i].fd = -1;
+	if (!why) {
+		server_good(v);
+		return;
+	}
+	server_failed(v, why);
+	if (v->down)
+		v->aside_until = now + 2 * check_ms + fail_ms;
+}
+
+static void check_start(unsigned i)
+{
+	struct server *v = &servers[i];
+	struct pollfd *p = &fds[FD_CHECK + i];
+
+	timer_start(&queues[Q_CHECK], &v->check);
+	if (p->fd >= 0)
+		check_over(i, "check-timeout");
+	if (v->addresses == 0)
+		return;
+	p->fd = server_dial(i, 0);
+	p->events = POLLOUT;
+	if (p->fd < 0 && errno != EMFILE && errno != ENFILE && errno != ENOBUFS && errno != ENOMEM)
+		check_over(i, connect_why(errno));
+}
+
+static void check_event(unsigned i)
+{
+	int error = 0;
+	socklen_t len = sizeof error;
+
+	getsockopt(fds[FD_CHECK + i].fd, SOL_SOCKET, SO_ERROR, &error, &len);
+	check_over(i, error ? connect_why(error) : NULL);
+}
+
 /* ---- names ----
  *
  * getaddrinfo blocks, for half a minute when it likes, so a child of ours calls it: forked before
@@ -2306,6 +2353,7 @@ static void servers_init(void)
 		struct server *v = &servers[i];
 
 		link_init(&v->retry.link);
+		link_init(&v->check.link);
 		weights[i] = b->weight ? b->weight : 1;
 		if (weights[i] > WEIGHT_MAX)
 			die("config.h: backends[%u]: weight %u: at most %d", i, b->weight, WEIGHT_MAX);
@@ -2338,18 +2386,18 @@ static void servers_init(void)
 
 /* ---- sources: how many sessions an address has ---- */
 
-static struct source **
-source_bucket(const struct address *a, unsigned char key[8])
+static struct source **source_bucket(const struct address *a, unsigned char key[9])
 {
-	memset(key, 0, 8);
+	memset(key, 0, 9);
 	memcpy(key, a->ip, a->family == AF_INET ? 4 : 8);
-	return &buckets[hash_bytes(a->family, key, 8) % LENGTH(buckets)];
+	key[8] = a->family;
+	return &buckets[hash_bytes(0, key, 9) % LENGTH(buckets)];
 }
 
 /* The source of an address, NULL if it has no session. */
 static struct source *source_find(const struct address *a)
 {
-	unsigned char key[8];
+	unsigned char key[9];
 	struct source *o = *source_bucket(a, key);
 
 	while (o && memcmp(o->key, key, sizeof key) != 0)
@@ -2378,7 +2426,7 @@ static struct source *source_take(const struct address *a)
 
 static void source_release(struct source *o, const struct address *a)
 {
-	unsigned char key[8];
+	unsigned char key[9];
 	struct source **p = source_bucket(a, key);
 
 	if (--o->sessions > 0)
@@ -2997,12 +3045,13 @@ static void session_broke(struct session *s, const struct leg *l, enum why why)
 	s->broken = 1;
 }
 
-/* The other side ended in order; in the middle of an answer that has a length, it came short. */
+/* A side ended in order. To an answer without a length that is its end; one with a length came short. */
 static void leg_ended(struct session *s, struct leg *l)
 {
-	int inside = l == &s->backend && (s->framing == BODY_LENGTH || s->framing == BODY_CHUNKED);
+	enum framing framing = l == &s->backend ? s->framing : BODY_TUNNEL;
 
-	session_end(s, leg_party(s, l), inside ? WHY_SHORT : WHY_EOF);
+	session_end(s, leg_party(s, l), framing == BODY_TUNNEL ? WHY_EOF :
+		framing == BODY_EOF ? WHY_DONE : WHY_SHORT);
 	l->eof = 1;
 }
 
@@ -3219,12 +3268,14 @@ static size_t backend_write(struct session *s, const unsigned char *p, size_t le
 	l->full = n < (ssize_t)len;
 	if (n >= 0)
 		return (size_t)n;
-	if (!would_block(errno)) {
+	if (errno == EPIPE || errno == ECONNRESET) {
 		/* it takes no more, but what it sent before may still be there to read */
 		if (s->framing == BODY_TUNNEL)
 			session_end(s, BY_BACKEND, WHY_RESET);
 		s->up_left = 0;
 		l->fin = l->in = 1;
+	} else {
+		leg_error(s, l);
 	}
 	return 0;
 }
@@ -4253,7 +4304,8 @@ static void session_run(struct session *s, unsigned ready)
 	s->moved = s->fed = 0;
 	if ((ready & CLIENT_GONE) && s->state >= CONNECT && s->state <= RESPONSE &&
 	    !is_uploading(s)) {
-		session_end(s, BY_CLIENT, WHY_EOF);
+		session_end(s, BY_CLIENT, ready & CLIENT_RESET ? WHY_RESET : WHY_EOF);
+		s->broken = (ready & CLIENT_RESET) != 0;
 		next = FREE;
 	} else if ((ready & EXPIRED) && states[s->state].expired) {
 		next = session_fail(s, states[s->state].expired);
@@ -4468,6 +4520,8 @@ static void timers_run(void)
 		session_rest(OWNER(t, struct session, park));
 	while ((t = timer_due(&queues[Q_RESOLVE])) != NULL)
 		resolver_ask(OWNER(t, struct server, retry));
+	while ((t = timer_due(&queues[Q_CHECK])) != NULL)
+		check_start((unsigned)(OWNER(t, struct server, check) - servers));
 	stallers_close();
 }
 
@@ -4486,6 +4540,7 @@ static void sessions_poll(void)
 		p[0].revents = p[1].revents = 0;
 		ready = c & (POLLIN | POLLHUP | POLLERR) ? CLIENT_IN : 0;
 		ready |= c & (POLLRDHUP | POLLHUP | POLLERR) ? CLIENT_GONE : 0;
+		ready |= c & POLLERR ? CLIENT_RESET : 0;
 		ready |= b & (POLLIN | POLLHUP | POLLERR) ? BACKEND_IN : 0;
 		ready |= b & (POLLOUT | POLLHUP | POLLERR) ? BACKEND_OUT : 0;
 		session_event(awake[i], ready);
@@ -4662,6 +4717,9 @@ static void loop(const sigset_t *while_polling)
 				sessions_epoll();
 			if (fds[FD_RESOLVER].revents)
 				resolver_event();
+			for (i = 0; check_ms && i < BACKENDS; i++)
+				if (fds[FD_CHECK + i].revents)
+					check_event(i);
 		}
 		timers_run();
 		sessions_turn();
@@ -4681,6 +4739,7 @@ static void tables_init(void)
 		{ REQUEST, response_ms }, { RESPONSE, response_ms }, { RELAY, idle_ms },
 		{ EXCHANGE, idle_ms }, { REPLY, linger_ms }, { DRAIN, linger_ms },
 		{ Q_PARK, park_ms }, { Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms },
+		{ Q_CHECK, check_ms },
 	};
 	unsigned i;
 
@@ -4739,8 +4798,6 @@ static void config_check(void)
 		die("config.h: idle_ms: must be above head_ms, or 0");
 	if (hash_bits4 < 1 || hash_bits4 > 32 || hash_bits6 < 1 || hash_bits6 > 128)
 		die("config.h: hash_bits4, hash_bits6: 1 to 32, 1 to 128");
-	if (check_ms)
-		die("config.h: check_ms: not in this version");
 }
 
 static void certs_init(void)
@@ -4883,6 +4940,8 @@ int main(int argc, char *argv[])
 		listener_open(i);
 	epoll_fd = fds[FD_EPOLL].fd = park ? epoll_create1(EPOLL_CLOEXEC) : -1;
 	become_do(&become, chroot_dir);
+	for (i = 0; check_ms && i < BACKENDS; i++)
+		check_start(i);
 	loop(&while_polling);
 	sessions_end();
 	log_line(LOG_NOTICE, "stop sessions=0");
