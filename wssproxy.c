@@ -1804,6 +1804,7 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 {
 	const struct head *h = &r->head;
 	struct text t = { .p = out, .size = size };
+	const int bodiless = r->status < 200 || r->status == 204;
 	unsigned i;
 
 	text_string(&t, "HTTP/1.1 ");
@@ -1814,10 +1815,10 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 	for (i = 0; i < h->nfields; i++) {
 		struct span name = h->field[i].name;
 
-		if (is_repeated_length(h, buf, i))
+		/* RFC 9110 8.6, RFC 9112 6.1: answers that have no body say nothing of it */
+		if (span_is(buf, name, "content-length") && (bodiless || is_repeated_length(h, buf, i)))
 			continue;
-		if (!is_hop(h, buf, name) || (span_is(buf, name, "transfer-encoding") &&
-		    r->status >= 200 && r->status != 204))
+		if (!is_hop(h, buf, name) || (span_is(buf, name, "transfer-encoding") && !bodiless))
 			text_copy(&t, buf, &h->field[i]);
 	}
 	if (r->framing == BODY_TUNNEL)
@@ -3015,7 +3016,7 @@ static void tls_alert(int fd, int error)
 	case BR_ERR_BAD_FRAGLEN:
 	case BR_ERR_BAD_SECRENEG:       alert[6] = 47; break;   /* illegal_parameter */
 	}
-	if (error < BR_ERR_RECV_FATAL_ALERT)
+	if (error != BR_ERR_OK && error < BR_ERR_RECV_FATAL_ALERT)
 		send(fd, alert, sizeof alert, MSG_NOSIGNAL);
 }
 
@@ -3548,6 +3549,8 @@ static enum state session_fail(struct session *s, enum why why)
  * 100 ms on a small MIPS. What remains in the read-ahead takes its turn again. 1: TLS stands. */
 static int leg_handshake(struct session *s, struct leg *l)
 {
+	size_t room;
+
 	if (!leg_send(s, l))
 		leg_feed(s, l);
 	leg_send(s, l);
@@ -3558,10 +3561,7 @@ static int leg_handshake(struct session *s, struct leg *l)
 		session_broke(s, l, error ? tls_why(error) : WHY_EOF);
 		return 0;
 	}
-	if (br_ssl_engine_sendapp_buf(l->eng, &(size_t){ 0 }) != NULL) {
-		size_t room;
-
-		br_ssl_engine_sendapp_buf(l->eng, &room);
+	if (br_ssl_engine_sendapp_buf(l->eng, &room) != NULL) {
 		l->room = (uint16_t)room;
 		l->empty_records = 0;
 		tls_ring_release(s);
@@ -3643,6 +3643,7 @@ static enum state head_done(struct session *s)
 	const char *target, *query;
 	enum why why = request_check(r, hd->bytes);
 	size_t len, i;
+	int own;
 
 	s->head = (uint8_t)span_is(hd->bytes, r->head.part[0], "head");
 	if (why == WHY_NONE && s->kind == REDIRECT)
@@ -3651,8 +3652,9 @@ static enum state head_done(struct session *s)
 		why = WHY_NOT_WEBSOCKET;
 	if (why != WHY_NONE)
 		return session_fail(s, why);
-	target = r->target.len > 0 && hd->bytes[r->target.at] == '/' ? hd->bytes + r->target.at : "/";
-	len = *target == '/' && target != hd->bytes + r->target.at ? 1 : r->target.len;
+	own = r->target.len > 0 && hd->bytes[r->target.at] == '/';
+	target = own ? hd->bytes + r->target.at : "/";
+	len = own ? r->target.len : 1;
 	query = memchr(target, '?', len);
 	log_escape(hd->host, sizeof hd->host, hd->bytes + r->host.at, r->host.len);
 	log_escape(hd->path, sizeof hd->path, target, query ? (size_t)(query - target) : len);
@@ -4548,7 +4550,8 @@ static void sessions_poll(void)
 }
 
 /* Resting sessions that have something. Two descriptors share a session, so the second event may
- * find it awake, or gone. */
+ * find it awake, or gone; it is taken all the same, and before anyone reads what it tells of, for
+ * only an event that is delivered disarms its descriptor. */
 static void sessions_epoll(void)
 {
 	struct epoll_event ev[64];
@@ -4712,9 +4715,9 @@ static void loop(const sigset_t *while_polling)
 		clock_read();
 		signals_act();
 		if (n > 0) {
-			sessions_poll();
 			if (fds[FD_EPOLL].revents)
 				sessions_epoll();
+			sessions_poll();
 			if (fds[FD_RESOLVER].revents)
 				resolver_event();
 			for (i = 0; check_ms && i < BACKENDS; i++)
