@@ -94,7 +94,6 @@ enum {
 	LISTENERS = LENGTH(listeners),
 	CERTS = LENGTH(certs),
 	BACKENDS = LENGTH(backends),
-	TLS_BACKENDS = tls_backends ? BACKENDS : 0,
 };
 
 _Static_assert(LENGTH(backends) <= BACKENDS_MAX, "config.h: backends[]: at most 64 entries");
@@ -191,8 +190,8 @@ struct trust {
  * SIGHUP fills the one not in use. */
 struct keyring {
 	struct identity id[CERTS];
-	struct identity client_id[TLS_BACKENDS + 1];    /* chain_len 0: none */
-	struct trust backend_ca[TLS_BACKENDS + 1], client_ca;
+	struct identity client_id[tls_backends ? BACKENDS : 1]; /* chain_len 0: none */
+	struct trust backend_ca[BACKENDS], client_ca;
 	br_x509_trust_anchor anchor[ANCHORS_MAX];
 	unsigned anchors;
 	unsigned char bytes[ANCHOR_BYTES];      /* what the anchors point to */
@@ -293,9 +292,9 @@ struct session {
 	uint8_t ready;          /* of this run, see above */
 	uint8_t moved, fed;     /* in this run: bytes, application bytes */
 	uint8_t address;        /* which of the backend's is tried */
-	int8_t server;          /* index of the backend, -1 */
-	int8_t sticky;          /* the one that the client's cookie names, -1 */
 	int slot;               /* in awake[], -1 */
+	int server;             /* index of the backend, -1 */
+	int sticky;             /* the one that the client's cookie names, -1 */
 	uint64_t tried;         /* backends */
 	uint64_t group;         /* backends that its path allows */
 	uint64_t up_left;       /* bytes that may still go to the backend */
@@ -372,7 +371,7 @@ static struct pollfd fds[FD_SESSIONS + 2 * max_sessions];
 static struct session *awake[max_sessions];
 static unsigned awake_len;
 static unsigned crowds;         /* sources with more than one young session */
-static int epoll_fd = -1, log_fd = -1;
+static int epoll_fd = -1, log_fd = STDERR_FILENO;
 static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
 static uint64_t accept_after;   /* listeners rest until then */
 static uint64_t drain_until;    /* 0: not draining */
@@ -466,7 +465,6 @@ static void log_open(void)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
 
-	log_fd = STDERR_FILENO;
 	if (log_to != SYSLOG)
 		return;
 	log_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -955,6 +953,7 @@ static int fault_set(struct fault *f, const char *entry, unsigned i, const char 
 static int identity_load(struct identity *id, const char *entry, unsigned i, const char *chain,
 	const char *key, struct fault *f)
 {
+	struct stat st;
 	const char *what;
 
 	if (!chain || !key)
@@ -963,6 +962,8 @@ static int identity_load(struct identity *id, const char *entry, unsigned i, con
 		return fault_set(f, entry, i, chain, what);
 	if ((what = pem_file(id, key, key_parse)) != NULL)
 		return fault_set(f, entry, i, key, what);
+	if (stat(key, &st) == 0 && (st.st_mode & (S_IRWXG | S_IRWXO)))
+		log_line(LOG_WARNING, "warning key=%s is open to group or others: chmod 600", key);
 	what = identity_check(id);
 	return what ? fault_set(f, entry, i, chain, what) : 1;
 }
@@ -978,6 +979,24 @@ static int trust_load(struct keyring *ring, struct trust *t, const char *entry, 
 	return what ? fault_set(f, entry, i, path, what) : 1;
 }
 
+static int keyring_load_backends(struct keyring *ring, struct fault *f)
+{
+	unsigned i;
+
+	for (i = 0; i < BACKENDS; i++) {
+		const struct backend *b = &backends[i];
+
+		ring->client_id[i].chain_len = 0;
+		if ((b->cert || b->key) &&
+		    !identity_load(&ring->client_id[i], "backends", i, b->cert, b->key, f))
+			return 0;
+		if ((b->tls == TLS_VERIFY || b->tls == TLS_PIN) &&
+		    !trust_load(ring, &ring->backend_ca[i], "backends", i, b->ca, f))
+			return 0;
+	}
+	return 1;
+}
+
 /* Fills a keyring with what config.h names. 1, or 0 and the fault. */
 static int keyring_load(struct keyring *ring, struct fault *f)
 {
@@ -990,18 +1009,7 @@ static int keyring_load(struct keyring *ring, struct fault *f)
 			return 0;
 	if (client_ca && !trust_load(ring, &ring->client_ca, "client_ca", 0, client_ca, f))
 		return 0;
-	for (i = 0; tls_backends && i < BACKENDS; i++) {
-		const struct backend *b = &backends[i];
-
-		ring->client_id[i].chain_len = 0;
-		if ((b->cert || b->key) &&
-		    !identity_load(&ring->client_id[i], "backends", i, b->cert, b->key, f))
-			return 0;
-		if ((b->tls == TLS_VERIFY || b->tls == TLS_PIN) &&
-		    !trust_load(ring, &ring->backend_ca[i], "backends", i, b->ca, f))
-			return 0;
-	}
-	return 1;
+	return !tls_backends || keyring_load_backends(ring, f);
 }
 
 /* ---- sockets ---- */
@@ -2187,13 +2195,28 @@ static void check_start(unsigned i)
 		check_over(i, connect_why(errno));
 }
 
-static void check_event(unsigned i)
+static void checks_start(void)
 {
-	int error = 0;
-	socklen_t len = sizeof error;
+	unsigned i;
 
-	getsockopt(fds[FD_CHECK + i].fd, SOL_SOCKET, SO_ERROR, &error, &len);
-	check_over(i, error ? connect_why(error) : NULL);
+	for (i = 0; i < BACKENDS; i++)
+		check_start(i);
+}
+
+static void checks_poll(void)
+{
+	unsigned i;
+
+	for (i = 0; i < BACKENDS; i++) {
+		const struct pollfd *p = &fds[FD_CHECK + i];
+		int error = 0;
+		socklen_t len = sizeof error;
+
+		if (p->fd < 0 || !p->revents)
+			continue;
+		getsockopt(p->fd, SOL_SOCKET, SO_ERROR, &error, &len);
+		check_over(i, error ? connect_why(error) : NULL);
+	}
 }
 
 /* ---- names ----
@@ -2345,6 +2368,30 @@ static void cookie_make(struct server *v)
 		snprintf(v->cookie + sizeof cookie_name + 2 * i, 3, "%02x", hash[i]);
 }
 
+/* Host and port of a backend: a socket's path, an address, or a name. */
+static void server_place(unsigned i)
+{
+	const struct backend *b = &backends[i];
+	struct server *v = &servers[i];
+
+	if (!b->host || !*b->host)
+		die("config.h: backends[%u]: host is missing", i);
+	if (strncmp(b->host, "unix:", 5) == 0) {
+		if (strlen(b->host + 5) >= sizeof ((struct sockaddr_un *)0)->sun_path)
+			die("config.h: backends[%u]: %s: path too long", i, b->host);
+		v->address[0].family = AF_UNIX;
+		v->addresses = 1;
+		snprintf(v->name, sizeof v->name, "%s", b->host);
+		return;
+	}
+	if (!b->port || !address_parse(&v->address[0], "0.0.0.0", b->port))
+		die("config.h: backends[%u]: port \"%s\": give a decimal number", i,
+			b->port ? b->port : "NULL");
+	v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
+	v->by_name = !v->addresses;
+	snprintf(v->name, sizeof v->name, strchr(b->host, ':') ? "[%s]:%s" : "%s:%s", b->host, b->port);
+}
+
 static void servers_init(void)
 {
 	unsigned i;
@@ -2358,28 +2405,12 @@ static void servers_init(void)
 		weights[i] = b->weight ? b->weight : 1;
 		if (weights[i] > WEIGHT_MAX)
 			die("config.h: backends[%u]: weight %u: at most %d", i, b->weight, WEIGHT_MAX);
-		if (!b->host || !*b->host)
-			die("config.h: backends[%u]: host is missing", i);
+		server_place(i);
 		if (b->tls != TLS_OFF && !tls_backends)
 			die("config.h: backends[%u]: tls: set tls_backends to 1", i);
 		if (b->tls == TLS_VERIFY && !backend_sni(b))
 			die("config.h: backends[%u]: TLS_VERIFY of an address: give the certificate's "
 				"name as .sni", i);
-		if (strncmp(b->host, "unix:", 5) == 0) {
-			if (strlen(b->host + 5) >= sizeof ((struct sockaddr_un *)0)->sun_path)
-				die("config.h: backends[%u]: %s: path too long", i, b->host);
-			v->address[0].family = AF_UNIX;
-			v->addresses = 1;
-			snprintf(v->name, sizeof v->name, "%s", b->host);
-		} else {
-			if (!b->port || !address_parse(&v->address[0], "0.0.0.0", b->port))
-				die("config.h: backends[%u]: port \"%s\": give a decimal number", i,
-					b->port ? b->port : "NULL");
-			v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
-			v->by_name = !v->addresses;
-			snprintf(v->name, sizeof v->name, strchr(b->host, ':') ? "[%s]:%s" : "%s:%s",
-				b->host, b->port);
-		}
 		server_ids[i] = hash_bytes(0, v->name, strlen(v->name));
 		cookie_make(v);
 	}
@@ -2836,26 +2867,30 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	br_ssl_engine_set_x509(eng, &m->vtable);
 }
 
-/* Readies the engine for a ClientHello. 0: no entropy. */
-static int tls_start(struct session *s)
+/* The client must show a certificate; its common name goes to the head buffer. */
+static void tls_ask_certificate(struct session *s)
 {
 	static unsigned char oid_cn[] = { 3, 0x55, 4, 3 };
 	struct verifier *v = &s->hd->u.verifier;
+	const struct trust *trust = &keyring->client_ca;
 
+	verifier_chain(v, &s->tls.eng, keyring, trust);
+	v->name = (br_name_element){ oid_cn, s->hd->subject, sizeof s->hd->subject, 0 };
+	br_x509_minimal_set_name_elements(&v->u.minimal, &v->name, 1);
+	br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + trust->first,
+		trust->count);
+}
+
+/* Readies the engine for a ClientHello. 0: no entropy. */
+static int tls_start(struct session *s)
+{
 	if (!s->tls_made && !tls_make(s))
 		return 0;
 	leg_start(s, &s->client, &s->tls.eng);
 	s->policy.vtable = &policy_class;
 	br_ssl_server_set_policy(&s->tls, &s->policy.vtable);
-	if (client_ca) {
-		const struct trust *trust = &keyring->client_ca;
-
-		verifier_chain(v, &s->tls.eng, keyring, trust);
-		v->name = (br_name_element){ oid_cn, s->hd->subject, sizeof s->hd->subject, 0 };
-		br_x509_minimal_set_name_elements(&v->u.minimal, &v->name, 1);
-		br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + trust->first,
-			trust->count);
-	}
+	if (client_ca)
+		tls_ask_certificate(s);
 	return br_ssl_server_reset(&s->tls) != 0;
 }
 
@@ -3660,7 +3695,7 @@ static enum state head_done(struct session *s)
 	log_escape(hd->path, sizeof hd->path, target, query ? (size_t)(query - target) : len);
 	s->group = servers_for(target, len);
 	if (balance == STICKY_COOKIE)
-		s->sticky = (int8_t)cookie_find(&r->head, hd->bytes);
+		s->sticky = cookie_find(&r->head, hd->bytes);
 	s->upgrade = (uint8_t)r->upgrade;
 	s->up_left = r->length;
 	if (r->upgrade)
@@ -3735,7 +3770,7 @@ static enum state connect_next(struct session *s)
 			}
 			if (i < 0)
 				return session_fail(s, i == PICK_FULL ? WHY_FULL : WHY_NO_BACKEND);
-			s->server = (int8_t)i;
+			s->server = i;
 			s->address = 0;
 			servers[i].active++;
 		}
@@ -4720,9 +4755,7 @@ static void loop(const sigset_t *while_polling)
 			sessions_poll();
 			if (fds[FD_RESOLVER].revents)
 				resolver_event();
-			for (i = 0; check_ms && i < BACKENDS; i++)
-				if (fds[FD_CHECK + i].revents)
-					check_event(i);
+			checks_poll();
 		}
 		timers_run();
 		sessions_turn();
@@ -4830,6 +4863,11 @@ static int check_print(void)
 	return 0;
 }
 
+static const char *text_or(const char *text)
+{
+	return text ? text : "NULL";
+}
+
 /* wssproxy -v */
 static int version_print(void)
 {
@@ -4837,10 +4875,11 @@ static int version_print(void)
 		"STICKY_COOKIE" };
 	static const char *const kinds[] = { "WSS", "WS", "REDIRECT" };
 	static const char *const forwards[] = { "APPEND", "REPLACE", "OFF" };
+	static const char *const modes[] = { "TLS_OFF", "TLS_VERIFY", "TLS_PIN", "TLS_NOVERIFY" };
 #define NUMBER(name) { #name, name }
 	static const struct { const char *name; unsigned value; } numbers[] = {
 		NUMBER(hash_bits4), NUMBER(hash_bits6), NUMBER(ciphers_by_cpu), NUMBER(session_cache),
-		NUMBER(check_accept), NUMBER(max_sessions), NUMBER(max_busy), NUMBER(max_per_ip),
+		NUMBER(check_accept), NUMBER(tls_backends), NUMBER(max_sessions), NUMBER(max_busy), NUMBER(max_per_ip),
 		NUMBER(head_max), NUMBER(handshake_ms), NUMBER(head_ms), NUMBER(connect_ms),
 		NUMBER(response_ms), NUMBER(idle_ms), NUMBER(linger_ms), NUMBER(stall_ms),
 		NUMBER(drain_ms), NUMBER(park), NUMBER(park_ms), NUMBER(max_fails), NUMBER(fail_ms),
@@ -4860,12 +4899,16 @@ static int version_print(void)
 		printf("listeners[%u] = %s %s %s\n", i, listeners[i].address, listeners[i].port,
 			kinds[listeners[i].kind]);
 	for (i = 0; i < CERTS; i++)
-		printf("certs[%u] = %s %s %s\n", i, certs[i].name ? certs[i].name : "NULL",
-			certs[i].chain, certs[i].key);
+		printf("certs[%u] = %s %s %s\n", i, text_or(certs[i].name), certs[i].chain,
+			certs[i].key);
 	for (i = 0; i < BACKENDS; i++)
 		printf("backends[%u] = %s path=%s weight=%u backup=%d max_conns=%u\n", i,
-			servers[i].name, backends[i].path ? backends[i].path : "NULL", weights[i],
+			servers[i].name, text_or(backends[i].path), weights[i],
 			backends[i].backup, backends[i].max_conns);
+	for (i = 0; i < BACKENDS; i++)
+		printf("backends[%u] = tls=%s sni=%s ca=%s cert=%s key=%s\n", i,
+			modes[backends[i].tls], text_or(backends[i].sni), text_or(backends[i].ca),
+			text_or(backends[i].cert), text_or(backends[i].key));
 	printf("balance = %s\ncookie_name = %s\n", balances[balance], cookie_name);
 	printf("tls_min = 1.%u\ntls_max = 1.%u\nciphers =", tls_min - BR_TLS10, tls_max - BR_TLS10);
 	for (i = 0; i < LENGTH(suites); i++)
@@ -4874,12 +4917,11 @@ static int version_print(void)
 	for (i = 0; i < LENGTH(origins) && origins[i]; i++)
 		printf(" %s", origins[i]);
 	printf("\nx_forwarded_for = %s\nclient_ca = %s\n", forwards[x_forwarded_for],
-		client_ca ? client_ca : "NULL");
+		text_or(client_ca));
 	for (i = 0; i < LENGTH(numbers); i++)
 		printf("%s = %u\n", numbers[i].name, numbers[i].value);
-	printf("user = %s\ngroup = %s\nchroot_dir = %s\nlog_to = %s\n", user ? user : "NULL",
-		group ? group : "NULL", chroot_dir ? chroot_dir : "NULL",
-		log_to == STDERR ? "STDERR" : "SYSLOG");
+	printf("user = %s\ngroup = %s\nchroot_dir = %s\nlog_to = %s\n", text_or(user), text_or(group),
+		text_or(chroot_dir), log_to == STDERR ? "STDERR" : "SYSLOG");
 	return 0;
 }
 
@@ -4933,18 +4975,22 @@ int main(int argc, char *argv[])
 	signals_init(&while_polling);
 	descriptors_raise();
 	resolver_start(&become);
-	certs_init();
 	log_open();
+	certs_init();
 	entropy_wait();
 	lending_test();
+	for (i = 0; i < BACKENDS; i++)
+		if (backends[i].tls == TLS_NOVERIFY)
+			log_line(LOG_WARNING, "warning backend=%s TLS_NOVERIFY: anyone who can reach its "
+				"address can pass for it", servers[i].name);
 	log_line(LOG_NOTICE, "start version=%s sessions=%u busy=%u memory=%luKB", VERSION,
 		(unsigned)max_sessions, (unsigned)max_busy, memory_ceiling() / 1024);
 	for (i = 0; i < LISTENERS; i++)
 		listener_open(i);
 	epoll_fd = fds[FD_EPOLL].fd = park ? epoll_create1(EPOLL_CLOEXEC) : -1;
 	become_do(&become, chroot_dir);
-	for (i = 0; check_ms && i < BACKENDS; i++)
-		check_start(i);
+	if (check_ms > 0)
+		checks_start();
 	loop(&while_polling);
 	sessions_end();
 	log_line(LOG_NOTICE, "stop sessions=0");
