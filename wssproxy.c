@@ -3574,6 +3574,7 @@ static enum state session_fail(struct session *s, enum why why)
 	reply_compose(s, why);
 	server_leave(s);
 	s->up_left = 0;
+	s->broken = 0;          /* if anything was, it was the backend */
 	s->backend.eof = s->backend.fin = 1;
 	return REPLY;
 }
@@ -4011,14 +4012,17 @@ static enum state response_done(struct session *s)
 	return r.framing == BODY_TUNNEL ? RELAY : EXCHANGE;
 }
 
-/* The request's body goes to the backend while its answer is awaited. 0: the client is gone. */
+/* The request's body goes to the backend while its answer is awaited. 0: one of them is gone. */
 static int response_upload(struct session *s)
 {
 	size_t len;
+	int moved;
 
-	while (s->up_left > 0 && !s->broken && (leg_fill(s, &s->client) | relay_up(s)))
-		if (s->backend.eng)
-			leg_send(s, &s->backend);
+	do {
+		moved = s->backend.eng && leg_send(s, &s->backend);
+		if (s->up_left > 0 && !s->broken)
+			moved |= leg_fill(s, &s->client) | relay_up(s);
+	} while (moved && !s->broken);
 	leg_send(s, &s->client);
 	if (s->broken)
 		return 0;
@@ -4039,7 +4043,7 @@ static enum state response_step(struct session *s)
 	if ((s->up_left > 0 || s->backend.in) && !records_borrow(s))
 		return RESPONSE;
 	if (s->rec && !response_upload(s))
-		return FREE;
+		return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
 	if (s->rec && s->backend.eng)
 		leg_fill(s, &s->backend);
 	n = s->broken ? 0 : backend_read(s, (unsigned char *)hd->bytes + hd->len, head_max - hd->len);
