@@ -1,0 +1,79 @@
+# wssproxy. `make` builds it after config.h, which it makes from config.def.h the first time.
+# What is set by ?= can be set on the command line or in the environment as well; what the sources
+# need apart from that is in FLAGS.
+CC      ?= cc
+CFLAGS  ?= -Os -fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2
+CPPFLAGS ?=
+LDFLAGS ?= -pie
+LDLIBS  ?=
+PREFIX  ?= /usr/local
+DESTDIR ?=
+# The configuration, and the program to make of it.
+CONFIG  ?= config.h
+OUT     ?= wssproxy
+# A source tree of BearSSL, which is built with the same compiler and linked in; empty: the
+# system's library.
+BEARSSL ?=
+# Where `make demo` listens.
+PORT    ?= 8443
+
+VERSION = 0.1
+SRC     = wssproxy.c
+SMALL   = -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables
+FLAGS   = -std=c11 -D_GNU_SOURCE -DVERSION='"$(VERSION)"' -DCONFIG='"$(CONFIG)"' -I. \
+	$(BEARSSL:%=-isystem %/inc) -fPIE $(SMALL) $(CPPFLAGS) $(CFLAGS) \
+	-Wl,--gc-sections -Wl,-z,relro -Wl,-z,now $(LDFLAGS)
+# Objects of the library lie inside its tree, apart for each compiler and its flags.
+OBJECTS = build/$$(echo '$(CC) $(CFLAGS)' | cksum | tr -dc 0-9)
+
+all: $(OUT)
+
+$(OUT): $(SRC) wssproxy.c wssproxy.h $(CONFIG) $(OUT).flags
+	@test -z '$(BEARSSL)' || { cd '$(BEARSSL)' && mkdir -p $(OBJECTS)/obj && $(MAKE) lib BUILD=$(OBJECTS) \
+	CC='$(CC)' CFLAGS='-fPIC $(SMALL) $(CFLAGS)' AR="$${AR:-$$($(CC) -print-prog-name=ar)}"; }
+	tree='$(BEARSSL)'; $(CC) $(FLAGS) $${SOURCE_DATE_EPOCH:+-DBUILD_TIME=$$SOURCE_DATE_EPOCH} \
+	-o $@ $(SRC) $(LDLIBS) $${tree:+-L$$tree/$(OBJECTS)} -lbearssl
+
+# What the program was last built with: another compiler or other flags build it again.
+$(OUT).flags: FORCE
+	@echo '$(CC) $(FLAGS) $(LDLIBS) $(BEARSSL)' "$$SOURCE_DATE_EPOCH" >$@.new; \
+	if cmp -s $@.new $@; then rm -f $@.new; else mv $@.new $@; fi
+
+config.h: config.def.h
+	@if test -f $@; then echo 'warning: config.def.h is newer than config.h: compare, then touch config.h' >&2; \
+	else cp config.def.h $@; fi
+
+# Installs what was built before, whatever it was built with.
+install:
+	@test -f $(OUT) || $(MAKE) $(OUT)
+	mkdir -p '$(DESTDIR)$(PREFIX)/sbin' '$(DESTDIR)$(PREFIX)/share/man/man8'
+	cp -f $(OUT) '$(DESTDIR)$(PREFIX)/sbin/wssproxy'
+	chmod 755 '$(DESTDIR)$(PREFIX)/sbin/wssproxy'
+	cp -f wssproxy.8 '$(DESTDIR)$(PREFIX)/share/man/man8/wssproxy.8'
+	chmod 644 '$(DESTDIR)$(PREFIX)/share/man/man8/wssproxy.8'
+
+uninstall:
+	rm -f '$(DESTDIR)$(PREFIX)/sbin/wssproxy' '$(DESTDIR)$(PREFIX)/share/man/man8/wssproxy.8'
+
+DIST = wssproxy-$(VERSION)
+dist:
+	rm -rf $(DIST) && mkdir $(DIST)
+	cp -R .ci .gitignore LICENSE Makefile README config.def.h wssproxy.8 wssproxy.c wssproxy.h tests $(DIST)
+	rm -rf $(DIST)/tests/build && find $(DIST) -name '__pycache__' -prune -exec rm -rf {} +
+	tar cf - $(DIST) | gzip -9n >$(DIST).tar.gz
+	rm -rf $(DIST)
+
+# config.h stays: it is the user's.
+clean:
+	rm -rf $(OUT) $(OUT).flags $(DIST) $(DIST).tar.gz tests/build
+
+# The demo, and the tests: `check` is all of the others after it, and what they need installed.
+demo:
+	@CC='$(CC)' MAKE='$(MAKE)' PORT='$(PORT)' sh tests/demo/run
+
+check check-unit check-e2e check-warnings lint:
+	@CC='$(CC)' MAKE='$(MAKE)' sh tests/check $@
+
+FORCE:
+
+.PHONY: all install uninstall dist clean demo check check-unit check-e2e check-warnings lint FORCE
