@@ -1,0 +1,131 @@
+import os
+import resource
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+import pki
+from harness import BUILD, PATIENCE, WORKER, WSS, Proxy
+from peers import NodeServer, Place, Places, PythonServer, Scripted, Stream
+
+
+def pytest_configure():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    pki.make_all()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    if report.failed:
+        for n, proxy in enumerate(getattr(item, "proxies", [])):
+            report.sections.append((f"log of proxy {n}", proxy.log.text))
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """No test hangs, whatever its waits forgot."""
+    def too_long(*_):
+        raise TimeoutError("the test took too long")
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(8 * PATIENCE)
+    yield
+    signal.alarm(0)
+
+
+@pytest.fixture(autouse=True)
+def streams():
+    yield
+    for stream in Stream.kept:
+        stream.close()
+    Stream.kept.clear()
+
+
+@pytest.fixture(scope="session")
+def places():
+    return Places(socket.AF_INET, "127.0.0.1"), Places(socket.AF_INET6, "::1")
+
+
+@pytest.fixture
+def place(places):
+    """Gives an address that refuses connections until a backend listens there."""
+    used = [0, 0]
+
+    def give(v6=False):
+        index = used[v6]
+        used[v6] += 1
+        return Place(places[v6].address, places[v6].get(index))
+    return give
+
+
+@pytest.fixture
+def keeper():
+    """Closes at the end what a test opened."""
+    kept = []
+
+    def keep(thing):
+        kept.append(thing)
+        return thing
+    yield keep
+    for thing in reversed(kept):
+        thing.close()
+
+
+@pytest.fixture
+def scripted(place, keeper):
+    return lambda at=None, **options: keeper(Scripted(at or place(), **options))
+
+
+@pytest.fixture
+def python_server(place, keeper):
+    return lambda at=None, **options: keeper(PythonServer(at or place(), **options))
+
+
+@pytest.fixture
+def node_server(place, keeper):
+    return lambda at=None: keeper(NodeServer(at or place()))
+
+
+@pytest.fixture(params=["python", "node"])
+def server(request):
+    """A WebSocket backend of each library."""
+    return request.getfixturevalue(f"{request.param}_server")()
+
+
+def certificate(name, key=None, server_name=None):
+    """An entry of certs[]."""
+    return (server_name, pki.DIR / f"{name}.pem", pki.DIR / f"{key or name + '.key'}")
+
+
+def whole_config(backends, config):
+    entries = {"listeners": [("127.0.0.1", "0", WSS)], "certs": [certificate("ec256")],
+               "backends": [b if isinstance(b, dict) else b.entry() for b in backends]}
+    return {**entries, **config}
+
+
+@pytest.fixture
+def proxy(request):
+    """Starts a wssproxy in front of those backends; at the end it must be alive and well, or have
+    ended as a program should."""
+    request.node.proxies = started = []
+
+    def start(*backends, popen=None, ready=True, **config):
+        p = Proxy(whole_config(backends, config), **(popen or {}))
+        started.append(p)
+        return p.wait_ready() if ready else p
+    yield start
+    faults = [p.faults() for p in started]
+    assert not any(faults), faults
+
+
+@pytest.fixture
+def live_files():
+    """A directory whose name is the same in each run, for files that change while a proxy runs."""
+    path = BUILD / f"live-{WORKER}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path

@@ -1,0 +1,255 @@
+"""What happens at each limit: sessions, addresses, buffers, descriptors, time."""
+
+import os
+import resource
+import shutil
+import ssl
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+import pki
+from conftest import whole_config
+from harness import PATIENCE, SANITIZE, WS, build, config_text, eventually
+from peers import ask, client_context, connect, head, open_tunnel, switching, tcp, upgrade
+
+
+def is_served(stream):
+    """Whether a request on a plain connection gets an answer."""
+    stream.send(head("GET / HTTP/1.1", {"Host": "example.test"}))
+    return stream.read_head().status == 426
+
+
+def idle_cpu(p, seconds=0.5):
+    """CPU seconds that it burns while nothing happens."""
+    before = p.cpu_seconds()
+    threading.Event().wait(seconds)
+    return p.cpu_seconds() - before
+
+
+# ---- max_per_ip ----
+
+def test_max_per_ip(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_per_ip=2)
+    first, _ = open_tunnel(p, backend, source="127.0.0.2")
+    open_tunnel(p, backend, source="127.0.0.2")
+    third = tcp(p, source="127.0.0.2")
+    with pytest.raises((ConnectionResetError, AssertionError)):
+        third.read(1)
+    line = p.log.wait_ending("per-ip", status="-")
+    assert line["client"].startswith("127.0.0.2:")
+    open_tunnel(p, backend, source="127.0.0.3")
+
+
+def test_place_within_max_per_ip_is_given_back(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_per_ip=1, linger_ms=100)
+    for n in range(5):
+        client, server = open_tunnel(p, backend)
+        client.close()
+        server.close()
+        p.log.wait("close", nth=n + 1)
+
+
+def test_no_limit_per_ip(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_per_ip=0)
+    for _ in range(140):        # more than the default of 128
+        open_tunnel(p, backend)
+
+
+# ---- max_sessions ----
+
+PLAIN = [("127.0.0.1", "0", WS)]
+
+
+def test_full_table_makes_clients_wait_for_a_place(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, listeners=PLAIN, max_sessions=2, max_busy=2)
+    tunnels = [open_tunnel(p, backend) for _ in range(2)]
+    waiting = connect(p)
+    waiting.send(upgrade())
+    assert idle_cpu(p) < 0.1
+    assert not waiting.has_input() and backend.untouched()
+    for end in tunnels[0]:
+        end.close()
+    server = backend.accept()
+    server.read_head()
+    server.send(switching())
+    assert waiting.read_head().status == 101
+
+
+def test_full_table_does_not_touch_tunnels(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, listeners=PLAIN, max_sessions=2, max_busy=2)
+    tunnels = [open_tunnel(p, backend) for _ in range(2)]
+    waiting = [connect(p) for _ in range(5)]
+    for client, server in tunnels * 3:
+        client.send(b"still mine")
+        assert server.read(10) == b"still mine"
+    assert len(waiting) == 5 and not p.log.all("close")
+
+
+def test_displaced_is_an_unfinished_one_of_the_address_with_most(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_sessions=4, max_busy=4)
+    client, server = open_tunnel(p, backend, source="127.0.0.2")
+    lurkers = [tcp(p, source=address) for address in ("127.0.0.3", "127.0.0.4", "127.0.0.4")]
+    newcomer, _ = open_tunnel(p, backend, source="127.0.0.5")
+    line = p.log.wait_ending("displaced", status="-")
+    assert line["client"].startswith("127.0.0.4:")
+    assert not lurkers[0].has_input()
+    client.send(b"untouched")
+    assert server.read(9) == b"untouched"
+
+
+def test_flood_of_silent_connections_keeps_nobody_out(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_sessions=8, max_busy=8)
+    lurkers = [tcp(p, source="127.0.0.2") for _ in range(50)]
+    for _ in range(3):
+        open_tunnel(p, backend, source="127.0.0.3")
+    assert len(lurkers) == 50
+
+
+# ---- max_busy and stall_ms ----
+
+def half_a_record(client):
+    client.sock.sendall(client.records(b"never finished")[:8])
+
+
+def test_session_that_sits_on_the_last_buffer_is_closed_when_others_wait(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_busy=1, stall_ms=400)
+    sitting, _ = open_tunnel(p, backend)
+    half_a_record(sitting)
+    eventually(lambda: p.totals()["records"] == "1")
+    open_tunnel(p, backend)     # needs that buffer
+    p.log.wait("close", why="stall")
+    assert len(p.log.all("close")) == 1
+
+
+def test_session_that_sits_on_a_buffer_may_stay_while_none_waits(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_busy=2, stall_ms=200)
+    sitting, server = open_tunnel(p, backend)
+    record = sitting.records(b"finished at last")
+    sitting.sock.sendall(record[:8])
+    threading.Event().wait(0.6)
+    sitting.sock.sendall(record[8:])
+    assert server.read(16) == b"finished at last"
+
+
+def client_hello():
+    outgoing = ssl.MemoryBIO()
+    tls = client_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
+def test_stalled_handshake_gives_its_buffer_up(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_busy=1, stall_ms=400)
+    sitting = tcp(p)
+    sitting.send(client_hello()[:-1])
+    eventually(lambda: p.totals()["records"] == "1")
+    open_tunnel(p, backend)
+    p.log.wait_ending("stall", status="-")
+
+
+def test_sessions_wait_for_a_buffer_and_get_it(proxy, scripted):
+    """Ten clients in the middle of a request, two buffers."""
+    backend = scripted()
+    p = proxy(backend, max_busy=2, stall_ms=60000)
+    clients = [threading.Thread(target=lambda: connect(p).send(upgrade())) for _ in range(10)]
+    for client in clients:
+        client.start()
+    for _ in clients:
+        server = backend.accept()
+        server.read_head()
+        server.send(switching())
+    for client in clients:
+        client.join()
+    p.log.wait("open", nth=10)
+
+
+# ---- descriptors ----
+
+def test_exhausted_descriptors_stop_the_listener_not_the_sessions(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, listeners=PLAIN)
+    client, server = open_tunnel(p, backend)
+    limit = resource.prlimit(p.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, (p.descriptors(), limit[1]))
+    waiting = connect(p)
+    assert idle_cpu(p) < 0.1
+    client.send(b"alive")
+    assert server.read(5) == b"alive"
+    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, limit)
+    assert is_served(waiting)
+
+
+def test_no_descriptor_for_the_backend(proxy, scripted):
+    """Only the client's fits: it gets an answer, and the next client is served."""
+    backend = scripted()
+    p = proxy(backend, listeners=PLAIN)
+    open_tunnel(p, backend)
+    limit = resource.prlimit(p.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, (p.descriptors() + 1, limit[1]))
+    assert ask(p, upgrade())[0].status in (502, 503)
+    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, limit)
+    open_tunnel(p, backend)
+
+
+def as_nobody():
+    """Options of a process that can't raise its limits, if we are one that could."""
+    return {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+
+
+@pytest.fixture
+def anyones(place):
+    """A configuration, and its binary, in a directory that anyone may read."""
+    path = Path(tempfile.mkdtemp(prefix="wssproxy-"))
+    path.chmod(0o755)
+    for name in ("ec256.pem", "ec256.key"):
+        shutil.copy(pki.DIR / name, path)
+        if os.geteuid() == 0:
+            os.chown(path / name, 65534, 65534)
+    entries = whole_config([place()], {"certs": [(None, path / "ec256.pem", path / "ec256.key")]})
+    yield path, entries
+    shutil.rmtree(path)
+
+
+def test_soft_limit_of_descriptors_is_raised(proxy, place):
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    low = ["sh", "-c", 'ulimit -S -n 64 && exec "$0"']
+    p = proxy(place(), popen={"wrapper": low})
+    assert 1024 < resource.prlimit(p.pid, resource.RLIMIT_NOFILE)[0] <= hard
+
+
+def test_hard_limit_too_low_for_the_table_is_said_at_start(anyones):
+    path, entries = anyones
+    binary = shutil.copy(build(config_text(entries)), path)
+    result = subprocess.run(["sh", "-c", 'ulimit -n 64 && exec "$0"', binary], text=True,
+                            capture_output=True, timeout=PATIENCE, **as_nobody())
+    assert result.returncode == 1
+    assert "max_sessions" in result.stderr
+
+
+# ---- the ceiling ----
+
+def test_memory_does_not_grow_with_a_stalled_client(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend)
+    stalled, flooding = open_tunnel(p, backend)
+    before = p.memory_kb("Rss")
+    flooding.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        while True:
+            flooding.sock.sendall(bytes(1 << 20))
+    assert p.memory_kb("Rss") - before < (4000 if SANITIZE else 200)

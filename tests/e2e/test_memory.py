@@ -1,0 +1,159 @@
+"""What is left behind, and what rests: descriptors after many sessions, memory of idle ones."""
+
+import random
+
+import pytest
+
+from harness import SANITIZE, WS, WSS, eventually
+from peers import (accept_of, ask, client_context, connect, head, open_tunnel, switching, tcp,
+                   upgrade)
+
+BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
+
+
+# Endings: each opens a session of its own and ends it in its own way.
+
+def closed_by_client(p, backend, kind, tls):
+    client, server = open_tunnel(p, backend, kind, **tls)
+    client.close()
+    server.close()
+
+
+def closed_by_backend(p, backend, kind, tls):
+    client, server = open_tunnel(p, backend, kind, **tls)
+    server.close()
+    client.close()
+
+
+def reset_by_client(p, backend, kind, tls):
+    client, server = open_tunnel(p, backend, kind, **tls)
+    client.reset()
+    server.close()
+
+
+def reset_by_backend(p, backend, kind, tls):
+    client, server = open_tunnel(p, backend, kind, **tls)
+    server.reset()
+    client.close()
+
+
+def refused_request(p, backend, kind, tls):
+    client = connect(p, kind, **tls)
+    client.send(upgrade(Host=None))
+    client.read_to_end()
+    client.close()
+
+
+def refused_by_backend(p, backend, kind, tls):
+    client = connect(p, kind, **tls)
+    client.send(upgrade())
+    with backend.accept() as server:
+        server.read_head()
+        server.send(head("HTTP/1.1 403 No", {"Content-Length": "0"}))
+        client.read_to_end()
+    client.close()
+
+
+def wrong_accept(p, backend, kind, tls):
+    client = connect(p, kind, **tls)
+    client.send(upgrade())
+    with backend.accept() as server:
+        server.read_head()
+        server.send(switching(Sec_WebSocket_Accept=accept_of("wrong")))
+        client.read_to_end()
+    client.close()
+
+
+def left_inside_the_head(p, backend, kind, tls):
+    client = connect(p, kind, **tls)
+    client.send(b"GET / HT")
+    client.close()
+
+
+def left_while_the_backend_thinks(p, backend, kind, tls):
+    client = connect(p, kind, **tls)
+    client.send(upgrade())
+    with backend.accept() as server:
+        client.close()
+        server.read_to_end()
+
+
+def left_at_once(p, backend, kind, tls):
+    tcp(p, kind).close()
+
+
+def spoke_noise(p, backend, kind, tls):
+    with tcp(p, kind) as client:
+        client.send(b"\x16\x03\x01\x00\x05noise\r\n\r\n")
+        client.half_close()
+        try:
+            client.read_to_end()
+        except ConnectionResetError:
+            pass
+
+
+ENDINGS = [closed_by_client, closed_by_backend, reset_by_client, reset_by_backend,
+           refused_request, refused_by_backend, wrong_accept, left_inside_the_head,
+           left_while_the_backend_thinks, left_at_once, spoke_noise]
+
+
+def endings(p):
+    return len(p.log.all("close")) + len(p.log.all("reject"))
+
+
+def test_1000_sessions_of_all_endings_leave_no_descriptor(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, listeners=BOTH, max_sessions=64, linger_ms=1000)
+    open_tunnel(p, backend)[0].close()      # what the first one opens for good is open now
+    p.log.wait_ending("eof")
+    eventually(lambda: p.log.all("close"))
+    before = p.descriptors()
+    context = client_context()
+    session = connect(p, context=context).tls.session
+    dice = random.Random(7)
+    for n in range(1000):
+        kind = WSS if n % 2 else WS
+        tls = {"context": context, "session": session} if kind == WSS else {}
+        dice.choice(ENDINGS)(p, backend, kind, tls)
+    eventually(lambda: endings(p) >= 1001)
+    eventually(lambda: p.descriptors() <= before)
+    totals = p.totals()
+    assert [totals[pool] for pool in ("sessions", "awake", "records", "heads")] == ["0"] * 4
+
+
+def test_all_sessions_of_the_table_can_be_used_again_and_again(proxy, scripted):
+    """A slot that is lost would be missed at the end."""
+    backend = scripted()
+    p = proxy(backend, listeners=BOTH, max_sessions=8, max_busy=8, linger_ms=200)
+    for ending in ENDINGS * 3:
+        ending(p, backend, WS, {})
+    tunnels = [open_tunnel(p, backend, WS) for _ in range(8)]
+    assert len(tunnels) == 8
+
+
+@pytest.mark.parametrize("park", [1, 0])
+def test_memory_of_1000_idle_sessions(proxy, scripted, park):
+    """Private memory of a session that has spoken and rests; README's number is 4.5 KB."""
+    backend = scripted()
+    p = proxy(backend, max_sessions=1024, max_per_ip=0, park=park, park_ms=100,
+              keepalive_s=0)
+    context = client_context()
+    start = p.memory_kb()
+    first, _ = open_tunnel(p, backend, context=context)
+    session = first.tls.session
+    tunnels = [open_tunnel(p, backend, context=context, session=session) for _ in range(999)]
+    for client, server in tunnels:
+        client.send(b"x" * 100)
+        assert server.read(100) == b"x" * 100
+        server.send(b"y" * 100)
+        assert client.read(100) == b"y" * 100
+    if park:
+        eventually(lambda: p.parked() >= 2000)
+    eventually(lambda: p.totals()["records"] == p.totals()["heads"] == "0")
+    each = (p.memory_kb() - start) / 1000
+    print(f"{each:.2f} KB for each of 1000 idle sessions (park = {park}); idle program {start} KB")
+    if not SANITIZE:
+        assert each < 8
+    client, server = tunnels[500]
+    client.send(b"awake")
+    assert server.read(5) == b"awake"

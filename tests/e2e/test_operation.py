@@ -1,0 +1,511 @@
+"""Starting, checking, signals, logs and privileges."""
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+import pki
+from conftest import certificate, whole_config
+from harness import (PATIENCE, SYSLOG, WS, WSS, BuildFailed, Log, build, config_text, eventually,
+                     run_once)
+from peers import Stream, ask, client_context, connect, head, open_tunnel, tcp, upgrade
+
+GET = head("GET / HTTP/1.1", {"Host": "example.test"})
+
+
+def serves(proxy, trust="ec256"):
+    client = connect(proxy, context=client_context(trust))
+    client.send(GET)
+    return client.read_head().status == 426
+
+
+# ---- options ----
+
+def test_check_accepts_a_good_configuration_and_prints_the_ceiling(place):
+    result = run_once(whole_config([place()], {}), "-t")
+    assert result.returncode == 0
+    assert re.search(r"\d", result.stdout + result.stderr)
+
+
+def test_check_needs_no_port(place):
+    """It is run beside the proxy that it checks for."""
+    here = place()
+    with here.listen():
+        config = {"listeners": [(here.host, here.port, WS)]}
+        assert run_once(whole_config([place()], config), "-t").returncode == 0
+
+
+def test_version_prints_the_configuration_one_entry_a_line(place):
+    here = place()
+    result = run_once(whole_config([here], {"head_ms": 4321}), "-v")
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0
+    assert any("wssproxy" in line for line in lines)
+    assert any("BearSSL" in line for line in lines)
+    assert any(line.startswith("head_ms") and "4321" in line for line in lines)
+    assert any("backend" in line and here.port in line for line in lines)
+    assert any("listener" in line and "127.0.0.1" in line for line in lines)
+
+
+@pytest.mark.parametrize("args", [["-x"], ["-t", "more"], ["file"]])
+def test_bad_usage_ends_with_2(place, args):
+    result = run_once(whole_config([place()], {}), *args)
+    assert result.returncode == 2
+    assert "usage" in result.stderr.lower()
+
+
+# ---- what keeps it from starting ----
+
+BROKEN = {
+    # entries of config.h, and what the message must name
+    "no-certificate": ([(None, "/nonexistent/cert.pem", pki.DIR / "ec256.key")],
+                       ["/nonexistent/cert.pem", "No such file"]),
+    "no-key": ([(None, pki.DIR / "ec256.pem", "/nonexistent/key.pem")],
+               ["/nonexistent/key.pem", "No such file"]),
+    "key-of-another-ec": ([certificate("ec256", "other.key")], ["certs[0]", "ec256.pem"]),
+    "key-of-another-rsa": ([certificate("rsa2048", "rsa3072.key")], ["rsa2048.pem"]),
+    "key-of-another-kind": ([certificate("ec256", "rsa2048.key")], ["ec256.pem"]),
+    "truncated-certificate": ([certificate("truncated", "ec256.key")], ["truncated.pem"]),
+    "truncated-key": ([certificate("ec256", "truncated.key")], ["truncated.key"]),
+    "key-as-certificate": ([(None, pki.DIR / "ec256.key", pki.DIR / "ec256.key")], ["ec256.key"]),
+    "certificate-as-key": ([certificate("ec256", "ec256.pem")], ["ec256.pem"]),
+    "directory": ([(None, pki.DIR, pki.DIR / "ec256.key")], [str(pki.DIR)]),
+    "empty-file": ([(None, "/dev/null", pki.DIR / "ec256.key")], ["/dev/null"]),
+}
+
+
+@pytest.mark.parametrize("certs, named", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_files_are_named(place, certs, named):
+    entries = whole_config([place()], {"certs": certs})
+    for args in ([], ["-t"]):
+        result = run_once(entries, *args)
+        assert result.returncode == 1
+        assert all(part in result.stderr for part in named), result.stderr
+
+
+def test_port_in_use_is_named(place):
+    here = place()
+    with here.listen():
+        config = {"listeners": [(here.host, here.port, WS)]}
+        result = run_once(whole_config([place()], config))
+    assert result.returncode == 1
+    assert all(part in result.stderr for part in (here.host, here.port, "in use"))
+
+
+@pytest.mark.parametrize("config, named", [
+    ({"listeners": [("not an address", "443", WSS)]}, "not an address"),
+    ({"listeners": [("127.0.0.1", "no-such-port", WSS)]}, "no-such-port"),
+    ({"user": "no-such-user"}, "no-such-user"),
+    ({"group": "no-such-group"}, "no-such-group"),
+    ({"chroot_dir": "/no/such/dir"}, "/no/such/dir"),
+])
+def test_bad_entry_is_named(place, config, named):
+    if os.geteuid() != 0 and "chroot_dir" in config:
+        pytest.skip("needs root")
+    result = run_once(whole_config([place()], config))
+    assert result.returncode == 1
+    assert named in result.stderr
+
+
+@pytest.mark.parametrize("entry, value", [
+    ("max_sessions", 0), ("max_busy", 0), ("head_max", 100), ("head_max", 60000),
+    ("head_ms", 0), ("idle_ms", 100), ("hash_bits4", 33), ("hash_bits6", 129)])
+def test_bad_number_is_refused_and_named(place, entry, value):
+    """By the compiler where it can know, at start where it can't."""
+    entries = whole_config([place()], {entry: value})
+    try:
+        result = run_once(entries, "-t")
+    except BuildFailed as refusal:
+        message = re.search("static assertion failed.*", str(refusal))[0]
+    else:
+        assert result.returncode == 1
+        message = result.stderr
+    assert entry in message
+
+
+# ---- log ----
+
+def test_start_and_listen_lines(proxy, place):
+    p = proxy(place(), listeners=[("127.0.0.1", "0", WSS), ("::1", "0", WS)])
+    assert p.log.lines[0].event == "start" and p.log.lines[0]["version"]
+    assert [line["kind"] for line in p.log.all("listen")] == ["WSS", "WS"]
+    assert re.fullmatch(r"\[::1\]:\d+", p.log.all("listen")[1]["address"])
+
+
+def test_open_and_close_lines(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend)
+    client, server = open_tunnel(p, backend, request=upgrade("/chat?secret=1"))
+    line = p.log.wait("open")
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", line["client"])
+    assert line["host"] == "example.test"
+    assert line["path"] == "/chat"
+    assert line["backend"] == backend.name
+    assert line["resumed"] == "0" and line["ms"].isdigit()
+    client.send(b"12345")
+    assert server.read(5) == b"12345"
+    server.send(b"1234567")
+    server.close()
+    client.read_to_end()
+    client.close()
+    end = p.log.wait("close")
+    assert (end["id"], end["by"], end["why"]) == (line["id"], "backend", "eof")
+    assert re.fullmatch(r"\d+\.\d", end["s"])
+    assert (end["rx"], end["tx"]) == ("5", "7")
+
+
+def test_log_holds_no_query_strings(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend)
+    open_tunnel(p, backend, request=upgrade("/chat?token=hidden"))
+    ask(p, head("GET /page?token=hidden HTTP/1.1", {"Host": "example.test"}))
+    p.log.wait_ending("not-websocket")
+    assert "hidden" not in p.log.text
+
+
+def test_odd_bytes_are_escaped_in_the_log(proxy, scripted):
+    """One session, one line, and no field that it did not earn."""
+    backend = scripted()
+    p = proxy(backend)
+    open_tunnel(p, backend, request=upgrade('/a"b=c'))
+    assert p.log.wait("open")["path"] == r"/a\x22b\x3dc"
+
+
+def test_log_sessions_0_leaves_open_and_close_out(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, log_sessions=0)
+    client, server = open_tunnel(p, backend)
+    server.close()
+    client.read_to_end()
+    client.close()
+    ask(p, GET)
+    p.log.wait("reject", why="not-websocket")
+    assert not p.log.all("open") and not p.log.all("close")
+
+
+@pytest.fixture
+def without_reader(place):
+    """A proxy that logs into a small pipe that nobody reads; closes, if asked, its reading end."""
+    processes = []
+
+    def start(close):
+        here = place()
+        config = {"listeners": [(here.host, here.port, WS)]}
+        read_end, write_end = os.pipe()
+        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 8192)
+        binary = build(config_text(whole_config([place()], config)))
+        processes.append(subprocess.Popen([binary], stderr=write_end))
+        os.close(write_end)
+        with os.fdopen(read_end, "rb", buffering=0, closefd=close) as log:
+            text = b""
+            while b"listen" not in text:
+                more = log.read(4096)
+                assert more, text
+                text += more
+        return here
+    yield start
+    for process in processes:
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["reader-died", "reader-stuck"])
+def test_log_that_nobody_reads_stops_nothing(without_reader, close):
+    here = without_reader(close)
+    for _ in range(200):
+        with Stream(socket.create_connection((here.host, int(here.port)))) as client:
+            client.send(GET)
+            assert client.read_head().status == 426
+
+
+# ---- SIGHUP ----
+
+@pytest.fixture
+def live_certs(live_files):
+    """A certs[] entry whose files can be exchanged."""
+    chain, key = live_files / "cert.pem", live_files / "key.pem"
+
+    def put(name, key_name=None):
+        for source, target in ((f"{name}.pem", chain), (f"{key_name or name}.key", key)):
+            shutil.copy(pki.DIR / source, target.with_suffix(".new"))
+            target.with_suffix(".new").rename(target)
+    put("ec256")
+    return [(None, chain, key)], put
+
+
+def test_sighup_loads_new_certificates_and_touches_no_session(proxy, scripted, live_certs):
+    certs, put = live_certs
+    backend = scripted()
+    p = proxy(backend, certs=certs)
+    client, server = open_tunnel(p, backend)
+    put("other")
+    p.signal(signal.SIGHUP)
+    assert p.log.wait("reload", ok=True)["certs"] == "1"
+    assert serves(p, "other")
+    client.send(b"still here")
+    assert server.read(10) == b"still here"
+
+
+@pytest.mark.parametrize("name, key", [("truncated", "ec256"), ("ec256", "truncated"),
+                                       ("ec256", "other")])
+def test_sighup_with_broken_files_keeps_the_old(proxy, scripted, live_certs, name, key):
+    certs, put = live_certs
+    backend = scripted()
+    p = proxy(backend, certs=certs)
+    client, server = open_tunnel(p, backend)
+    put(name, key)
+    p.signal(signal.SIGHUP)
+    assert str(certs[0][1].parent) in p.log.wait("reload", failed=True).text
+    assert serves(p, "ec256")
+    client.send(b"still here")
+    assert server.read(10) == b"still here"
+    put("other")
+    p.signal(signal.SIGHUP)
+    p.log.wait("reload", ok=True)
+    assert serves(p, "other")
+
+
+def test_sighup_with_a_missing_file_keeps_the_old(proxy, place, live_certs):
+    certs, _ = live_certs
+    p = proxy(place(), certs=certs)
+    certs[0][2].unlink()
+    p.signal(signal.SIGHUP)
+    assert "key.pem" in p.log.wait("reload", failed=True).text
+    assert serves(p, "ec256")
+
+
+def test_sighup_changes_the_kind_of_key(proxy, place, live_certs):
+    certs, put = live_certs
+    p = proxy(place(), certs=certs)
+    for n, name in enumerate(("rsa2048", "ec384", "rsa3072", "ec256")):
+        put(name)
+        p.signal(signal.SIGHUP)
+        p.log.wait("reload", ok=True, nth=n + 1)
+        assert serves(p, name)
+
+
+def test_sighup_while_a_handshake_is_under_way(proxy, place, live_certs):
+    certs, put = live_certs
+    p = proxy(place(), certs=certs)
+    half = tcp(p)
+    half.send(b"\x16\x03\x01")
+    put("other")
+    p.signal(signal.SIGHUP)
+    p.log.wait("reload", ok=True)
+    assert serves(p, "other")
+
+
+# ---- SIGTERM ----
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_idle_proxy_ends_with_0(proxy, place, number):
+    p = proxy(place())
+    p.signal(number)
+    assert p.wait_exit() == 0
+    assert p.log.wait("stop")["signal"] == number.name
+
+
+def test_drain_lets_sessions_finish_and_takes_no_more(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, drain_ms=60000)
+    client, server = open_tunnel(p, backend)
+    p.signal(signal.SIGTERM)
+    p.log.wait("stop")
+    eventually(lambda: is_refused(p))
+    client.send(b"not yet")
+    assert server.read(7) == b"not yet"
+    client.close_notify()
+    assert server.read_to_end() == b""
+    server.close()
+    client.close()
+    assert p.wait_exit() == 0
+    p.log.wait("close", why="eof")
+
+
+def is_refused(p):
+    try:
+        tcp(p).close()
+        return False
+    except ConnectionRefusedError:
+        return True
+
+
+def test_drain_ends_after_drain_ms(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, drain_ms=300)
+    client, server = open_tunnel(p, backend)
+    p.signal(signal.SIGTERM)
+    assert client.read_to_end() == b""
+    assert p.wait_exit() == 0
+    p.log.wait("close", by="proxy", why="drain")
+
+
+def test_second_sigterm_ends_at_once(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, drain_ms=600000)
+    open_tunnel(p, backend)
+    p.signal(signal.SIGTERM)
+    p.log.wait("stop")
+    p.signal(signal.SIGTERM)
+    assert p.wait_exit() == 0
+
+
+def test_drain_with_sessions_at_rest(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, drain_ms=300, park_ms=50)
+    open_tunnel(p, backend)
+    eventually(lambda: p.parked() == 2)
+    p.signal(signal.SIGTERM)
+    assert p.wait_exit() == 0
+    p.log.wait("close", why="drain")
+
+
+def test_restart_on_the_same_port_at_once(proxy, place):
+    """What the one before it closed first is still in TIME_WAIT."""
+    here, listener = place(), place()
+    for _ in range(2):
+        p = proxy(here, listeners=[(listener.host, listener.port, WS)])
+        assert ask(p, GET)[0].status == 426
+        p.signal(signal.SIGTERM)
+        assert p.wait_exit() == 0
+
+
+# ---- SIGUSR1 ----
+
+def test_sigusr1_logs_totals(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend)
+    client, server = open_tunnel(p, backend)
+    client.send(b"12345")
+    assert server.read(5) == b"12345"
+    p.signal(signal.SIGUSR1)
+    totals = p.log.wait_text(r"^stats .*sessions=")
+    assert totals["sessions"] == "1"
+    assert p.log.wait_text(r"^stats backend=")["backend"] == backend.name
+
+
+def test_sigusr1_has_a_line_for_each_backend(proxy, place):
+    places = [place(), place(), place()]
+    p = proxy(*places)
+    p.signal(signal.SIGUSR1)
+    p.log.wait_text(r"^stats backend=", nth=3)
+    lines = [line for line in p.log.all("stats") if "backend" in line.fields]
+    assert [line["backend"] for line in lines] == [here.name for here in places]
+
+
+def test_many_signals_harm_nobody(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend)
+    client, server = open_tunnel(p, backend)
+    for n in range(200):
+        p.signal((signal.SIGUSR1, signal.SIGHUP, signal.SIGPIPE)[n % 3])
+        client.send(b"%03d" % n)
+        assert server.read(3) == b"%03d" % n
+
+
+# ---- privileges ----
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def status_of(p):
+    """What the kernel says of it, once it serves: ports are announced before privileges go."""
+    assert serves(p)
+    lines = Path(f"/proc/{p.pid}/status").read_text().splitlines()
+    return {key: value.split() for key, _, value in (line.partition(":") for line in lines)}
+
+
+@as_root
+def test_user_and_group_are_given_up_for_good(proxy, place):
+    p = proxy(place(), user="nobody", group="nogroup")
+    status = status_of(p)
+    assert status["Uid"] == ["65534"] * 4
+    assert status["Gid"] == ["65534"] * 4
+    assert set(status["Groups"]) <= {"65534"}
+    assert int(status["CapEff"][0], 16) == int(status["CapPrm"][0], 16) == 0
+
+
+@as_root
+def test_user_alone_takes_its_group(proxy, place):
+    p = proxy(place(), user="nobody")
+    status = status_of(p)
+    assert status["Uid"] == status["Gid"] == ["65534"] * 4
+    assert set(status["Groups"]) <= {"65534"}
+
+
+@as_root
+def test_user_and_group_by_number(proxy, place):
+    p = proxy(place(), user="65534", group="65534")
+    assert status_of(p)["Uid"] == ["65534"] * 4
+
+
+@as_root
+def test_chroot(proxy, scripted, live_files):
+    backend = scripted()
+    p = proxy(backend, chroot_dir=live_files, user="nobody")
+    assert serves(p)
+    assert os.readlink(f"/proc/{p.pid}/root") == str(live_files)
+    assert os.readlink(f"/proc/{p.pid}/cwd") == str(live_files)
+    open_tunnel(p, backend)     # there is no /dev/urandom in there
+
+
+@as_root
+def test_sighup_in_a_chroot_reads_certificates_in_there(proxy, place, live_files, live_certs):
+    certs, put = live_certs
+    p = proxy(place(), certs=certs, chroot_dir=live_files)
+    inside = live_files / str(live_files).lstrip("/")
+    inside.mkdir(parents=True)
+    shutil.copy(pki.DIR / "other.pem", inside / "cert.pem")
+    shutil.copy(pki.DIR / "other.key", inside / "key.pem")
+    p.signal(signal.SIGHUP)
+    p.log.wait("reload", ok=True)
+    assert serves(p, "other")
+
+
+def test_it_leaves_no_core_with_keys(proxy, place):
+    p = proxy(place())
+    limits = Path(f"/proc/{p.pid}/limits").read_text()
+    assert re.search(r"^Max core file size +0 +0 ", limits, re.M)
+
+
+# ---- syslog ----
+
+@as_root
+def test_syslog(proxy, scripted):
+    if Path("/dev/log").exists():
+        pytest.skip("/dev/log is taken")
+    log = Log()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sink:
+        sink.bind("/dev/log")
+        try:
+            threading.Thread(target=read_syslog, args=(sink, log), daemon=True).start()
+            backend = scripted()
+            p = proxy(backend, log_to=SYSLOG, ready=False)
+            p.wait_ready(log)
+            open_tunnel(p, backend)
+            log.wait("open")
+            p.signal(signal.SIGTERM)
+            log.wait("stop")
+            p.signal(signal.SIGTERM)
+            assert p.wait_exit() == 0
+        finally:
+            os.unlink("/dev/log")
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+def read_syslog(sink, log):
+    """Facility daemon is 3: priorities 24 to 31."""
+    while True:
+        datagram = sink.recv(8192)
+        if not datagram:
+            return
+        match = re.fullmatch(rb"<(2[4-9]|3[01])>(?:.* )?wssproxy(?:\[\d+\])?: (.*)", datagram, re.S)
+        log.feed(match[2].decode().rstrip("\n\0") if match else f"odd {datagram!r}")

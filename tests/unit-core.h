@@ -1,0 +1,1503 @@
+/* unit-core.h - the log, timers, pools, addresses, sources, and the choice among backends. */
+
+/* ---- the log ---- */
+
+/* Undoes \xNN. The length, -1: not something that log_escape may write. */
+static long
+unescape(const char *s, char *out)
+{
+	static const char hex[] = "0123456789abcdef";
+	long n = 0;
+
+	for (; *s != '\0'; s++) {
+		if (*s <= ' ' || *s >= 0x7f || *s == '"')
+			return -1;
+		if (*s != '\\') {
+			out[n++] = *s;
+			continue;
+		}
+		if (s[1] != 'x' || s[2] == '\0' || strchr(hex, s[2]) == NULL ||
+		    s[3] == '\0' || strchr(hex, s[3]) == NULL)
+			return -1;
+		out[n++] = (char)((strchr(hex, s[2]) - hex) << 4 | (strchr(hex, s[3]) - hex));
+		s += 3;
+	}
+	return n;
+}
+
+/* Whatever comes in: one word that can't end the line, the word or a quotation, and says exactly
+ * what came, cut where the room ends. */
+static void
+check_escape(const char *in, size_t len, size_t size)
+{
+	char *out = guard_room(&output, size), back[2048] = "";
+	long n;
+
+	log_escape(out, size, guard_copy(&input, in, len), len);
+	CHECK(memchr(out, '\0', size) != NULL);
+	n = unescape(out, back);
+	CHECK(n >= 0 && (size_t)n <= len);
+	if (n < 0)
+		return;
+	CHECK_BYTES(back, (size_t)n, in, (size_t)n);
+	if (size > 4 * len)
+		CHECK_INT(n, len);
+	else if ((size_t)n < len)
+		CHECK(strlen(out) + 5 > size);          /* as much as there was room for */
+}
+
+static void
+test_log_escape(void)
+{
+	static const char line[] = "x\r\nopen id=1 client=127.0.0.1:1 path=\"/\"\\x41\t\x1b[31m\x7f\xc3\xa4\0y";
+	char out[100], bytes[256];
+	size_t size;
+	int c;
+
+	log_escape(out, sizeof out, LIT("/chat/a-b_c.d~e;f:g@h,i!$&'()*+"));
+	CHECK_STR(out, "/chat/a-b_c.d~e;f:g@h,i!$&'()*+");
+	log_escape(out, sizeof out, LIT("a b\nc\"d\\e\xff"));
+	CHECK_STR(out, "a\\x20b\\x0ac\\x22d\\x5ce\\xff");
+	log_escape(out, sizeof out, LIT(""));
+	CHECK_STR(out, "");
+	for (c = 0; c < 256; c++)
+		bytes[c] = (char)c;
+	for (size = 1; size < 1100; size++) {
+		at("%zu bytes of room", size);
+		check_escape(bytes, sizeof bytes, size);
+		check_escape(line, sizeof line - 1, size);
+	}
+}
+
+/* The log is a pipe for a while. */
+static int log_pipe[2];
+
+static void
+log_open_pipe(void)
+{
+	if (pipe(log_pipe) < 0) {
+		perror("pipe");
+		exit(2);
+	}
+	log_fd = log_pipe[1];
+}
+
+static const char *
+log_read(void)
+{
+	static char text[8192];
+	struct pollfd p = { .fd = log_pipe[0], .events = POLLIN };
+	ssize_t n = 0;
+
+	if (poll(&p, 1, 0) == 1)
+		n = read(log_pipe[0], text, sizeof text - 1);
+	text[n > 0 ? n : 0] = '\0';
+	return text;
+}
+
+static void
+test_log_line(void)
+{
+	char text[3000];
+	const char *got;
+	size_t n;
+
+	log_open_pipe();
+	log_line(LOG_INFO, "open id=%u", 7u);
+	CHECK_STR(log_read(), "open id=7\n");
+	memset(text, 'x', sizeof text);
+	for (n = LOG_LINE - 20; n < LOG_LINE + 20; n++) {
+		at("%zu bytes", n);
+		text[n] = '\0';
+		log_line(LOG_INFO, "%s", text);
+		got = log_read();
+		CHECK(strlen(got) <= LOG_LINE);
+		CHECK(strlen(got) >= (n < LOG_LINE - 10 ? n + 1 : LOG_LINE - 10));
+		CHECK(strchr(got, '\n') == got + strlen(got) - 1);
+		text[n] = 'x';
+	}
+}
+
+/* The line of the design, byte for byte. */
+static void
+test_log_reject(void)
+{
+	struct address a = { .ip = { 192, 0, 2, 9 }, .port = 51234, .family = AF_INET };
+
+	log_open_pipe();
+	log_reject(&a, 400, WHY_KEY);
+	CHECK_STR(log_read(), "reject client=192.0.2.9:51234 status=400 why=bad-key\n");
+}
+
+/* A reader that does not read costs lines, never time. */
+static void
+test_log_full(void)
+{
+	uint64_t lost = totals.log_lost;
+	unsigned i;
+
+	log_open_pipe();
+	for (i = 0; i < 100000 / 40; i++)
+		log_line(LOG_INFO, "a line of some forty bytes, number %u", i);
+	CHECK(totals.log_lost > lost);
+}
+
+/* ---- lists and timers ---- */
+
+static struct session *
+session_make(unsigned i)
+{
+	struct session *s = &sessions[i];
+
+	memset(s, 0, sizeof *s);
+	s->client.fd = s->backend.fd = s->slot = -1;
+	s->server = s->sticky = -1;
+	s->id = i;
+	link_init(&s->wait);
+	link_init(&s->timer.link);
+	link_init(&s->park.link);
+	link_init(&s->stall.link);
+	return s;
+}
+
+static void
+test_lists(void)
+{
+	struct link list, l[4];
+	unsigned i;
+
+	link_init(&list);
+	for (i = 0; i < 4; i++)
+		link_init(&l[i]);
+	CHECK(link_alone(&list) && link_alone(&l[0]));
+	for (i = 0; i < 4; i++)
+		link_append(&list, &l[i]);
+	CHECK(list.next == &l[0] && l[0].next == &l[1] && l[3].next == &list && list.prev == &l[3]);
+	link_append(&list, &l[1]);              /* moves to the end */
+	CHECK(l[0].next == &l[2] && l[2].prev == &l[0] && list.prev == &l[1] && l[3].next == &l[1]);
+	link_drop(&l[0]);
+	CHECK(list.next == &l[2] && l[2].prev == &list && link_alone(&l[0]));
+	link_drop(&l[0]);                       /* harmless */
+	CHECK(link_alone(&l[0]) && list.next == &l[2]);
+	for (i = 0; i < 4; i++)
+		link_drop(&l[i]);
+	CHECK(link_alone(&list));
+}
+
+static void
+test_timers(void)
+{
+	struct queue q = { .ms = 100 }, never = { .ms = 0 };
+	struct timer t[4];
+	unsigned i;
+
+	link_init(&q.list);
+	link_init(&never.list);
+	for (i = 0; i < 4; i++)
+		link_init(&t[i].link);
+	CHECK(timer_due(&q) == NULL);
+	for (i = 0; i < 3; i++) {
+		now = 1000 + 10 * i;
+		timer_start(&q, &t[i]);
+	}
+	now = 1099;
+	CHECK(timer_due(&q) == NULL);
+	now = 1100;
+	CHECK(timer_due(&q) == &t[0]);
+	CHECK(timer_due(&q) == &t[0]);          /* it stays until it is taken out */
+	link_drop(&t[0].link);
+	CHECK(timer_due(&q) == NULL);
+	timer_start(&q, &t[1]);                 /* restarted: behind the others */
+	now = 1120;
+	CHECK(timer_due(&q) == &t[2]);
+	link_drop(&t[2].link);
+	CHECK(timer_due(&q) == NULL);
+	now = 1200;
+	CHECK(timer_due(&q) == &t[1]);
+	timer_start(&never, &t[1]);             /* moves to another queue, where it is never due */
+	CHECK(timer_due(&q) == NULL);
+	now = UINT64_MAX / 2;
+	CHECK(timer_due(&never) == NULL && link_alone(&never.list));
+}
+
+/* A million starts and ends later the queue is still in order, and holds whom it should. */
+static void
+test_timers_order(void)
+{
+	struct queue q = { .ms = 50 };
+	struct timer t[64];
+	const struct link *l;
+	uint64_t last;
+	unsigned i, k, running = 0;
+
+	link_init(&q.list);
+	for (i = 0; i < COUNT(t); i++)
+		link_init(&t[i].link);
+	now = 1;
+	for (i = 0; i < 100000; i++) {
+		k = random_below(COUNT(t));
+		now += random_below(3);
+		if (random_below(4) == 0)
+			link_drop(&t[k].link);
+		else
+			timer_start(&q, &t[k]);
+	}
+	for (l = q.list.next, last = 0, i = 0; l != &q.list; l = l->next, i++) {
+		const struct timer *x = (const struct timer *)(const void *)l;
+
+		CHECK(x->due >= last && x->due <= now + 50);
+		last = x->due;
+	}
+	for (k = 0; k < COUNT(t); k++)
+		running += !link_alone(&t[k].link);
+	CHECK_INT(i, running);
+}
+
+/* How long poll may wait: until the first of all queues' first. */
+static void
+test_timers_next(void)
+{
+	struct session *s, *other;
+
+	tables_init();
+	s = session_make(0);
+	other = session_make(1);
+	now = 5000;
+	CHECK_INT(timers_next(), -1);
+	timer_start(&queues[RELAY], &s->timer);
+	CHECK_INT(timers_next(), idle_ms);
+	timer_start(&queues[HEAD], &other->timer);
+	CHECK_INT(timers_next(), head_ms);
+	timer_start(&queues[Q_PARK], &s->park);
+	CHECK_INT(timers_next(), park_ms);
+	now += park_ms - 1;
+	CHECK_INT(timers_next(), 1);
+	now += 1;
+	CHECK_INT(timers_next(), 0);
+	now += 1000000;
+	CHECK_INT(timers_next(), 0);
+	now -= 1000000;
+	link_drop(&s->park.link);
+	CHECK_INT(timers_next(), head_ms - park_ms);
+	/* who sits on a buffer is of interest only while others wait for one */
+	timer_start(&queues[Q_STALL], &s->stall);
+	CHECK_INT(timers_next(), head_ms - park_ms);
+	link_append(&records_pool.waiters, &other->wait);
+	CHECK_INT(timers_next(), stall_ms);
+	link_append(&heads_pool.waiters, &other->wait);
+	CHECK_INT(timers_next(), stall_ms);
+	link_drop(&other->wait);
+	/* drain and the pause of the listeners count as well */
+	accept_after = now + 300;
+	CHECK_INT(timers_next(), 300);
+	drain_until = now + 200;
+	CHECK_INT(timers_next(), 200);
+	drain_until = now;
+	CHECK_INT(timers_next(), 0);
+}
+
+/* ---- pools ---- */
+
+static void
+test_pool(void)
+{
+	struct item { void *next; uint64_t value[3]; } items[5];
+	struct item *got[5], *again;
+	struct pool p = { .base = NULL };
+	unsigned i, k;
+
+	memset(items, 0xdb, sizeof items);      /* memory that was never lent is never looked at */
+	pool_init(&p, items, sizeof items[0], COUNT(items));
+	CHECK(!pool_empty(&p));
+	for (i = 0; i < COUNT(items); i++) {
+		got[i] = pool_lend(&p);
+		CHECK(got[i] == &items[i]);     /* in order, so that few pages are touched */
+		CHECK_INT(p.lent, i + 1);
+		for (k = 0; k < i; k++)
+			CHECK(got[k] != got[i]);
+	}
+	CHECK(pool_empty(&p));
+	CHECK(pool_lend(&p) == NULL);
+	CHECK_INT(p.lent, COUNT(items));
+	pool_return(&p, got[1]);
+	pool_return(&p, got[3]);
+	CHECK_INT(p.lent, 3);
+	CHECK(!pool_empty(&p));
+	CHECK(pool_lend(&p) == got[3]);         /* last in, first out */
+	CHECK(pool_lend(&p) == got[1]);
+	CHECK(pool_lend(&p) == NULL);
+	for (i = 0; i < COUNT(items); i++)
+		pool_return(&p, got[i]);
+	CHECK_INT(p.lent, 0);
+	for (i = COUNT(items); i-- > 0; ) {
+		again = pool_lend(&p);
+		CHECK(again == got[i]);
+	}
+	CHECK(pool_lend(&p) == NULL);
+}
+
+/* Who finds no buffer waits, and is served first come, first served. */
+static void
+test_pool_waiters(void)
+{
+	struct session *s[max_busy + 3];
+	struct records *r;
+	struct buffers *b;
+	struct head_buffer *h;
+	unsigned i;
+
+	tables_init();
+	for (i = 0; i < COUNT(s); i++) {
+		s[i] = session_make(i);
+		s[i]->plain = 1;
+		CHECK_INT(records_borrow(s[i]), i < max_busy);
+		CHECK((s[i]->rec != NULL) == (i < max_busy));
+		CHECK(link_alone(&s[i]->wait) == (i < max_busy));
+	}
+	CHECK_INT(records_borrow(s[0]), 1);             /* has them already */
+	r = s[2]->rec;
+	b = &r->side[0];
+	b->at = b->out_at = 1;
+	b->end = b->out_end = 2;
+	records_return(s[2]);
+	CHECK(s[2]->rec == NULL);
+	CHECK(s[max_busy]->rec == r);                   /* the first of those that wait */
+	CHECK(b->at == b->end && b->out_at == b->out_end);      /* nothing of another's is in it */
+	CHECK(runnable.next == &s[max_busy]->wait && runnable.prev == runnable.next);
+	records_return(s[2]);                           /* has none: harmless */
+	link_drop(&s[max_busy + 1]->wait);              /* one gave up */
+	records_return(s[0]);
+	CHECK(s[max_busy + 1]->rec == NULL && s[max_busy + 2]->rec != NULL);
+	CHECK(runnable.prev == &s[max_busy + 2]->wait);
+	CHECK(link_alone(&records_pool.waiters));
+	CHECK_INT(records_pool.lent, max_busy);
+	records_return(s[1]);
+	CHECK_INT(records_pool.lent, max_busy - 1);
+
+	for (i = 0; i < max_busy; i++)
+		CHECK_INT(head_borrow(s[i]), 1);
+	h = s[1]->hd;
+	h->len = h->off = 5;
+	h->interim = 3;
+	h->u.request.head.at = 7;
+	CHECK_INT(head_borrow(s[max_busy]), 0);
+	head_return(s[1]);
+	CHECK(s[1]->hd == NULL && s[max_busy]->hd == h);
+	CHECK(h->len == 0 && h->off == 0 && h->interim == 0 && h->u.request.head.at == 0);
+}
+
+/* ---- addresses ---- */
+
+/* Read from a socket address, written to one, read again, and shown. */
+static void
+check_address(const char *literal, unsigned port, const char *shown_as, const char *with_port)
+{
+	struct sockaddr_storage ss;
+	struct address a, again;
+	char text[ADDRESS_TEXT], number[8];
+	socklen_t len;
+
+	at("%s port %u", literal, port);
+	sprintf(number, "%u", port);
+	CHECK_INT(address_parse(&a, literal, number), 1);
+	len = address_write(&a, &ss);
+	CHECK_INT(len, ss.ss_family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6));
+	address_read(&again, (struct sockaddr *)&ss);
+	CHECK_INT(again.port, port);
+	CHECK_STR(address_format(&again, 0, text), shown_as);
+	CHECK_STR(address_format(&again, 1, text), with_port);
+	CHECK(strlen(text) < ADDRESS_TEXT);
+}
+
+static void
+test_address(void)
+{
+	struct sockaddr_storage ss;
+	struct address a, b;
+
+	check_address("192.0.2.9", 51234, "192.0.2.9", "192.0.2.9:51234");
+	check_address("255.255.255.255", 65535, "255.255.255.255", "255.255.255.255:65535");
+	check_address("0.0.0.0", 0, "0.0.0.0", "0.0.0.0:0");
+	check_address("::", 443, "::", "[::]:443");
+	check_address("::1", 1, "::1", "[::1]:1");
+	check_address("2001:DB8:0:0::9", 443, "2001:db8::9", "[2001:db8::9]:443");
+	check_address("2001:db8:1111:2222:3333:4444:5555:6666", 65535,
+		"2001:db8:1111:2222:3333:4444:5555:6666", "[2001:db8:1111:2222:3333:4444:5555:6666]:65535");
+	/* a client of a dual stack listener is an IPv4 client */
+	check_address("::ffff:192.0.2.9", 80, "192.0.2.9", "192.0.2.9:80");
+	check_address("::fffe:192.0.2.9", 80, "::fffe:c000:209", "[::fffe:c000:209]:80");
+	at("equal whichever way it came");
+	address_parse(&a, "::ffff:192.0.2.9", "80");
+	address_write(&a, &ss);
+	address_read(&a, (struct sockaddr *)&ss);
+	address_parse(&b, "192.0.2.9", "80");
+	address_write(&b, &ss);
+	address_read(&b, (struct sockaddr *)&ss);
+	CHECK_BYTES((char *)&a, sizeof a, (char *)&b, sizeof b);
+	CHECK_INT(a.family, AF_INET);
+}
+
+static void
+test_address_parse(void)
+{
+	static const struct { const char *host, *port; } names[] = {
+		{ "a.example", "80" }, { "", "80" }, { "192.0.2", "80" }, { "192.0.2.256", "80" },
+		{ "192.0.2.1 ", "80" }, { "192.0.2.1:80", "80" }, { "[::1]", "80" }, { "::1::", "80" },
+		{ "192.0.2.1", "" }, { "192.0.2.1", "x" }, { "192.0.2.1", "80x" }, { "192.0.2.1", "-1" },
+		{ "192.0.2.1", "+80" }, { "192.0.2.1", " 80" }, { "192.0.2.1", "65536" },
+		{ "192.0.2.1", "4294967376" }, { "192.0.2.1", "18446744073709551696" }, { "192.0.2.1", NULL },
+	};
+	struct address a;
+	size_t i;
+
+	for (i = 0; i < COUNT(names); i++) {
+		at("host \"%s\", port \"%s\"", names[i].host, names[i].port ? names[i].port : "NULL");
+		CHECK_INT(address_parse(&a, names[i].host, names[i].port), 0);
+	}
+}
+
+/* ---- sources ---- */
+
+static struct address
+address_of(const char *literal, const char *port)
+{
+	struct sockaddr_storage ss;
+	struct address a;
+
+	if (!address_parse(&a, literal, port))
+		exit(2);
+	address_write(&a, &ss);
+	address_read(&a, (struct sockaddr *)&ss);
+	return a;
+}
+
+static void
+test_sources(void)
+{
+	struct address a = address_of("192.0.2.1", "1"), b = address_of("192.0.2.1", "2"),
+		c = address_of("192.0.2.2", "1"), mapped = address_of("::ffff:192.0.2.1", "3"),
+		n1 = address_of("2001:db8:0:1::1", "1"), n2 = address_of("2001:db8:0:1:ffff::2", "1"),
+		n3 = address_of("2001:db8:0:2::1", "1");
+	struct source *sa, *sc, *s1, *s3;
+
+	tables_init();
+	CHECK(source_find(&a) == NULL);
+	sa = source_take(&a);
+	CHECK_INT(sa->sessions, 1);
+	CHECK(source_find(&a) == sa && source_find(&b) == sa);  /* ports don't count */
+	CHECK(source_take(&b) == sa);
+	CHECK(source_take(&mapped) == sa);
+	CHECK_INT(sa->sessions, 3);
+	sc = source_take(&c);
+	CHECK(sc != sa);
+	/* an IPv6 site has a /64 */
+	s1 = source_take(&n1);
+	CHECK(source_take(&n2) == s1);
+	s3 = source_take(&n3);
+	CHECK(s3 != s1 && s1 != sa && s1 != sc);
+	CHECK_INT(s1->sessions, 2);
+	CHECK_INT(source_pool.lent, 4);
+	source_release(sa, &a);
+	source_release(sa, &mapped);
+	CHECK(source_find(&a) == sa);
+	source_release(sa, &b);
+	CHECK(source_find(&a) == NULL);
+	CHECK(source_find(&c) == sc && source_find(&n2) == s1 && source_find(&n3) == s3);
+	source_release(s1, &n2);
+	source_release(s1, &n1);
+	CHECK(source_find(&n1) == NULL);
+	source_release(sc, &c);
+	source_release(s3, &n3);
+	CHECK_INT(source_pool.lent, 0);
+}
+
+/* As many addresses as there are sessions, over and over: none is lost or taken for another. */
+static void
+test_sources_many(void)
+{
+	struct address a[max_sessions];
+	struct source *o[max_sessions];
+	unsigned i, k, round;
+
+	tables_init();
+	for (round = 0; round < 300; round++) {
+		for (i = 0; i < max_sessions; i++) {
+			memset(&a[i], 0, sizeof a[i]);
+			a[i].family = random_below(2) ? AF_INET : AF_INET6;
+			for (k = 0; k < (a[i].family == AF_INET ? 4 : 16); k++)
+				a[i].ip[k] = (unsigned char)random_next();
+			o[i] = source_take(&a[i]);
+			CHECK_INT(o[i]->sessions, 1);
+		}
+		CHECK(pool_empty(&source_pool));
+		for (i = 0; i < max_sessions; i++)
+			CHECK(source_find(&a[i]) == o[i]);
+		for (i = round % max_sessions, k = 0; k < max_sessions; k++) {
+			source_release(o[i], &a[i]);
+			CHECK(source_find(&a[i]) == NULL);
+			i = (i + 7) % max_sessions;     /* 7 and max_sessions have no common divisor */
+		}
+		CHECK_INT(source_pool.lent, 0);
+	}
+}
+
+/* An IPv4 address and an IPv6 network whose bytes are the same are two. */
+static void
+test_sources_family(void)
+{
+	struct address four = { .family = AF_INET }, six = { .family = AF_INET6 };
+	struct source *o;
+	unsigned i;
+
+	tables_init();
+	for (i = 0; i < 20000 && failures == 0; i++) {  /* enough that both land in one bucket */
+		four.ip[0] = six.ip[0] = 0x20;
+		four.ip[1] = six.ip[1] = 0x01;
+		four.ip[2] = six.ip[2] = (unsigned char)(i >> 8);
+		four.ip[3] = six.ip[3] = (unsigned char)i;
+		o = source_take(&four);
+		CHECK(source_find(&six) == NULL);
+		source_release(o, &four);
+	}
+}
+
+/* ---- backends ---- */
+
+static void
+servers_up(void)
+{
+	unsigned i;
+
+	tables_init();
+	memset(servers, 0, sizeof servers);
+	memset(currents, 0, sizeof currents);
+	servers_init();
+	now = 1000000;
+	for (i = 0; i < BACKENDS; i++)
+		servers[i].asked_before = 1;
+	servers[NAMED].addresses = 1;           /* as if it had been resolved */
+}
+
+#define SET(i) ((uint64_t)1 << (i))
+
+static const uint64_t everywhere = SET(A) | SET(B) | SET(BACKUP) | SET(LIMITED) | SET(NAMED);
+
+static void
+test_servers_init(void)
+{
+	servers_up();
+	CHECK_STR(servers[A].name, "192.0.2.1:3000");
+	CHECK_STR(servers[B].name, "[2001:db8::1]:3000");
+	CHECK_STR(servers[NAMED].name, "name.example:3000");
+	CHECK_STR(servers[IN_FILE].name, "unix:/run/backend");
+	CHECK_INT(servers[A].address[0].family, AF_INET);
+	CHECK_INT(servers[A].address[0].port, 3000);
+	CHECK_INT(servers[B].address[0].family, AF_INET6);
+	CHECK_INT(servers[IN_FILE].address[0].family, AF_UNIX);
+	CHECK(servers[NAMED].by_name && !servers[A].by_name && !servers[IN_FILE].by_name);
+	CHECK_INT(weights[A], 1);
+	CHECK_INT(weights[B], 2);
+	CHECK(server_ids[A] != server_ids[B] && server_ids[A] != 0);
+}
+
+static void
+test_servers_for(void)
+{
+	servers_up();
+	CHECK_INT(servers_for(LIT("/")), everywhere);
+	CHECK_INT(servers_for(LIT("/x/chat")), everywhere);
+	CHECK_INT(servers_for(LIT("/chatty")), everywhere);
+	CHECK_INT(servers_for(LIT("/chat")), SET(CHAT));
+	CHECK_INT(servers_for(LIT("/chat?x")), SET(CHAT));
+	CHECK_INT(servers_for(LIT("/chat/y")), SET(CHAT));
+	CHECK_INT(servers_for(LIT("/chat/xy")), SET(CHAT));
+	CHECK_INT(servers_for(LIT("/chat/x")), SET(CHAT_X));    /* the longest wins */
+	CHECK_INT(servers_for(LIT("/chat/x/y?z")), SET(CHAT_X));
+	CHECK_INT(servers_for(LIT("/file")), SET(IN_FILE));
+}
+
+/* A session that may go anywhere, from that address. */
+static struct session *
+session_for(uint64_t allowed, const char *literal)
+{
+	struct session *s = session_make(0);
+
+	s->group = allowed;
+	s->peer = address_of(literal, "1");
+	return s;
+}
+
+static void
+check_picks(const struct session *s, uint64_t want)
+{
+	uint64_t seen = 0;
+	int i, pick;
+
+	for (i = 0; i < 20; i++) {
+		pick = server_pick(s);
+		CHECK(pick >= 0);
+		if (pick >= 0)
+			seen |= SET(pick);
+	}
+	CHECK_INT(seen, want);
+}
+
+static void
+test_server_pick(void)
+{
+	struct session *s;
+
+	servers_up();
+	s = session_for(everywhere, "192.0.2.77");
+	at("all good");
+	check_picks(s, everywhere & ~SET(BACKUP));
+	at("one was tried");
+	s->tried = SET(A);
+	check_picks(s, SET(B) | SET(LIMITED) | SET(NAMED));
+	s->tried = 0;
+	at("one is aside");
+	servers[B].aside_until = now + 1;
+	check_picks(s, SET(A) | SET(LIMITED) | SET(NAMED));
+	at("not any more");
+	servers[B].aside_until = now;
+	check_picks(s, everywhere & ~SET(BACKUP));
+	at("one at max_conns");
+	servers[LIMITED].active = 2;
+	check_picks(s, SET(A) | SET(B) | SET(NAMED));
+	servers[LIMITED].active = 1;
+	check_picks(s, everywhere & ~SET(BACKUP));
+	servers[LIMITED].active = 2;
+	at("one without an address");
+	servers[NAMED].addresses = 0;
+	check_picks(s, SET(A) | SET(B));
+	at("backups serve when no other can");
+	servers[A].aside_until = servers[B].aside_until = now + 1;
+	check_picks(s, SET(BACKUP));
+	at("when all are aside, they are tried all the same");
+	servers[BACKUP].aside_until = now + 1;
+	check_picks(s, SET(A) | SET(B) | SET(BACKUP));
+	at("only what its path allows");
+	s->group = SET(CHAT);
+	check_picks(s, SET(CHAT));
+}
+
+static void
+test_server_pick_none(void)
+{
+	struct session *s;
+
+	servers_up();
+	s = session_for(everywhere, "192.0.2.77");
+	s->tried = everywhere;
+	CHECK_INT(server_pick(s), PICK_NONE);
+	s->tried = everywhere & ~SET(LIMITED);
+	servers[LIMITED].active = 2;
+	CHECK_INT(server_pick(s), PICK_FULL);           /* 503 */
+	s->tried = everywhere & ~SET(NAMED);
+	servers[NAMED].addresses = 0;
+	CHECK_INT(server_pick(s), PICK_NONE);           /* the resolver said no: 502 */
+	servers[NAMED].asked_before = 0;
+	servers[NAMED].pending = 1;
+	CHECK_INT(server_pick(s), PICK_WAIT);           /* the resolver has not answered yet */
+}
+
+static void
+test_server_pick_balance(void)
+{
+	static const char *const near[] = { "192.0.2.1", "192.0.2.200", "192.0.2.255" };
+	uint64_t seen = 0;
+	char literal[20];
+	struct session *s;
+	int first, i;
+
+	servers_up();
+	at("ROUND_ROBIN");                              /* weight 2 for B */
+	s = session_for(SET(A) | SET(B), "192.0.2.77");
+	CHECK_INT(server_pick(s), B);
+	CHECK_INT(server_pick(s), A);
+	CHECK_INT(server_pick(s), B);
+	CHECK_INT(server_pick(s), B);
+	CHECK_INT(server_pick(s), A);
+
+	at("IP_HASH");
+	balance = IP_HASH;
+	first = server_pick(session_for(everywhere, near[0]));
+	for (i = 0; i < 10; i++)                        /* hash_bits4 = 24 */
+		CHECK_INT(server_pick(session_for(everywhere, near[i % 3])), first);
+	for (i = 0; i < 100; i++) {
+		sprintf(literal, "10.0.%d.1", i);
+		seen |= SET(server_pick(session_for(everywhere, literal)));
+	}
+	CHECK_INT(seen, everywhere & ~SET(BACKUP));
+	at("IP_HASH, its backend aside: only its clients move, and come back");
+	for (i = 0; i < 100; i++) {
+		sprintf(literal, "10.0.%d.1", i);
+		first = server_pick(session_for(everywhere, literal));
+		servers[A].aside_until = now + 1;
+		if (first == A)
+			CHECK(server_pick(session_for(everywhere, literal)) != A);
+		else
+			CHECK_INT(server_pick(session_for(everywhere, literal)), first);
+		servers[A].aside_until = 0;
+		CHECK_INT(server_pick(session_for(everywhere, literal)), first);
+	}
+	at("IP_HASH, IPv6: the /64");
+	first = server_pick(session_for(everywhere, "2001:db8:0:1::1"));
+	CHECK_INT(server_pick(session_for(everywhere, "2001:db8:0:1:ffff:ffff:ffff:ffff")), first);
+}
+
+static void
+test_server_pick_least(void)
+{
+	struct session *s;
+	unsigned i;
+
+	servers_up();
+	balance = LEAST_CONN;
+	s = session_for(SET(A) | SET(B) | SET(NAMED), "192.0.2.77");
+	at("all idle");
+	check_picks(s, SET(A) | SET(B) | SET(NAMED));
+	at("one has none");
+	servers[A].active = servers[B].active = 1;
+	check_picks(s, SET(NAMED));
+	at("for its weight: 1, 1 of 2, 1");
+	servers[NAMED].active = 1;
+	check_picks(s, SET(B));
+	at("1, 2 of 2, 1");
+	servers[B].active = 2;
+	check_picks(s, SET(A) | SET(B) | SET(NAMED));
+	at("1, 3 of 2, 2");
+	servers[B].active = 3;
+	servers[NAMED].active = 2;
+	check_picks(s, SET(A));
+	at("3, 4 of 2, 2");
+	servers[A].active = 3;
+	servers[B].active = 4;
+	check_picks(s, SET(B) | SET(NAMED));
+	at("sessions fill up evenly");
+	servers[A].active = servers[B].active = servers[NAMED].active = 0;
+	for (i = 0; i < 400; i++)
+		servers[server_pick(s)].active++;
+	CHECK_INT(servers[A].active, 100);
+	CHECK_INT(servers[B].active, 200);
+	CHECK_INT(servers[NAMED].active, 100);
+	at("backups still wait");
+	s = session_for(everywhere, "192.0.2.77");
+	for (i = 0; i < 50; i++)
+		CHECK(server_pick(s) != BACKUP);
+}
+
+static int
+cookie_of(const char *lines)
+{
+	char in[2048];
+	struct request r;
+	const char *buf;
+	int n = snprintf(in, sizeof in, UPGRADE "%s\r\n", lines);
+
+	if (request_feed(&r, in, (size_t)n, ONCE, 0, &buf) != WHY_NONE)
+		return -2;
+	return cookie_find(&r.head, buf);
+}
+
+/* An id that says nothing of the address, the same each time, and found among other cookies. */
+static void
+test_cookies(void)
+{
+	static const struct { const char *format; int found; } cases[] = {
+		{ "Cookie: %s\r\n", 1 },
+		{ "cookie:%s\r\n", 1 },
+		{ "Cookie: a=b; %s\r\n", 1 },
+		{ "Cookie: %s; a=b\r\n", 1 },
+		{ "Cookie: a=b; %s; c=d\r\n", 1 },
+		{ "Cookie: a=b;%s;c=d\r\n", 1 },
+		{ "Cookie: a=b\r\nCookie: %s\r\n", 1 },
+		{ "Cookie: wssproxy=; %s\r\n", 1 },
+		{ "Cookie: wssproxy=0123456789abcdef; %s\r\n", 1 },
+		{ "Cookie: x%s\r\n", 0 },
+		{ "Cookie: %sx\r\n", 0 },
+		{ "Cookie: a=%s\r\n", 0 },
+		{ "Cookie: a %s\r\n", 0 },
+		{ "Cookie: a=\"%s\"\r\n", 0 },
+		{ "Set-Cookie: %s\r\n", 0 },
+		{ "X-Cookie: %s\r\n", 0 },
+		{ "Cookie:\r\nA: %s\r\n", 0 },
+	};
+	char lines[1024], first[sizeof servers[0].cookie];
+	unsigned i, k;
+
+	servers_up();
+	strcpy(first, servers[B].cookie);
+	servers_up();
+	CHECK_STR(servers[B].cookie, first);
+	for (i = 0; i < BACKENDS; i++) {
+		at("backend %u", i);
+		CHECK(strncmp(servers[i].cookie, "wssproxy=", 9) == 0);
+		CHECK_INT(strlen(servers[i].cookie), 9 + 16);
+		CHECK_INT(strspn(servers[i].cookie + 9, "0123456789abcdef"), 16);
+		for (k = 0; k < i; k++)
+			CHECK(strcmp(servers[i].cookie, servers[k].cookie) != 0);
+		sprintf(lines, "Cookie: %s\r\n", servers[i].cookie);
+		CHECK_INT(cookie_of(lines), i);
+	}
+	for (i = 0; i < COUNT(cases); i++) {
+		at("%s", cases[i].format);
+		sprintf(lines, cases[i].format, servers[B].cookie);
+		CHECK_INT(cookie_of(lines), cases[i].found ? B : -1);
+	}
+	at("none");
+	CHECK_INT(cookie_of(""), -1);
+	CHECK_INT(cookie_of("Cookie: wssproxy\r\n"), -1);
+	CHECK_INT(cookie_of("Cookie: wssproxy=\r\n"), -1);
+	CHECK_INT(cookie_of("Cookie: ;;; ;\r\n"), -1);
+}
+
+static void
+test_cookie_add(void)
+{
+	struct session *s;
+	char want[300];
+	size_t len;
+	unsigned plain;
+
+	servers_up();
+	for (plain = 0; plain < 2; plain++) {
+		s = session_for(everywhere, "192.0.2.77");
+		s->server = B;
+		s->plain = (uint8_t)plain;
+		strcpy(rendered, OK "A: b\r\n" END);
+		len = cookie_add(s, rendered, strlen(rendered));
+		rendered[len] = '\0';
+		sprintf(want, OK "A: b\r\nSet-Cookie: %s; Path=/; HttpOnly; %sSameSite=Lax\r\n" END,
+			servers[B].cookie, plain ? "" : "Secure; ");
+		CHECK_STR(rendered, want);
+	}
+}
+
+/* The cookie decides while its backend can serve, and only then. */
+static void
+test_server_pick_sticky(void)
+{
+	struct session *s;
+
+	servers_up();
+	balance = STICKY_COOKIE;
+	s = session_for(everywhere, "192.0.2.77");
+	s->sticky = NAMED;
+	at("its backend");
+	check_picks(s, SET(NAMED));
+	at("aside");
+	servers[NAMED].aside_until = now + 1;
+	check_picks(s, SET(A) | SET(B) | SET(LIMITED));
+	at("back");
+	servers[NAMED].aside_until = now;
+	check_picks(s, SET(NAMED));
+	at("tried");
+	s->tried = SET(NAMED);
+	check_picks(s, SET(A) | SET(B) | SET(LIMITED));
+	at("full");
+	s->tried = 0;
+	s->sticky = LIMITED;
+	check_picks(s, SET(LIMITED));
+	servers[LIMITED].active = 2;
+	check_picks(s, SET(A) | SET(B) | SET(NAMED));
+	at("a cookie of another path");
+	s->sticky = CHAT;
+	check_picks(s, SET(A) | SET(B) | SET(NAMED));
+	at("none");
+	s->sticky = -1;
+	check_picks(s, SET(A) | SET(B) | SET(NAMED));
+}
+
+/* max_fails failures within fail_ms put a backend aside for fail_ms. */
+static void
+test_server_failed(void)
+{
+	struct server *v = &servers[A];
+
+	servers_up();
+	log_open_pipe();
+	server_failed(v, "refused");
+	CHECK(v->aside_until <= now);                   /* max_fails is 2 */
+	CHECK_STR(log_read(), "");
+	now += fail_ms + 1;                             /* the first is forgotten */
+	server_failed(v, "refused");
+	CHECK(v->aside_until <= now);
+	now += fail_ms;
+	server_failed(v, "refused");
+	CHECK_INT(v->aside_until, now + fail_ms);
+	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 down why=refused\n");
+	CHECK_INT(v->failures, 3);
+	server_failed(v, "timeout");                    /* tried all the same, and failed */
+	CHECK_INT(v->aside_until, now + fail_ms);
+	CHECK_STR(log_read(), "");                      /* said once */
+	server_good(v);
+	CHECK(v->aside_until <= now);
+	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 up\n");
+	server_good(v);
+	CHECK_STR(log_read(), "");
+	server_failed(v, "refused");                    /* a new count */
+	CHECK(v->aside_until <= now);
+}
+
+/* Where clients go is the same on each machine and after each release: these values are fixed. */
+static void
+test_rendezvous_fixed(void)
+{
+	static const unsigned weight[8] = { 1, 2, 3, 4, 5, 6, 7, 8 };
+	uint64_t ids[8], sum = 0;
+	unsigned i;
+
+	fill_ids(ids, 8, 1);
+	for (i = 0; i < 1000; i++)
+		sum = sum * 31 + (uint64_t)client_pick(ids, weight, 8, ALL(8), RANDOM6, i);
+	CHECK_INT(sum, 4842451436704906765);
+}
+
+/* ---- answers of our own ---- */
+
+static const unsigned statuses[] = { 308, 400, 403, 405, 408, 411, 414, 426, 431, 501, 502, 503, 504, 505 };
+
+/* The reasons have the statuses of the design, all of them, and each its own word in the log. */
+static void
+test_whys(void)
+{
+	uint64_t seen = 0;
+	unsigned i, k;
+
+	for (i = 0; i < COUNT(whys); i++) {
+		at("reason %u", i);
+		CHECK(whys[i].text != NULL && whys[i].text[0] != '\0');
+		CHECK(strcspn(whys[i].text, " =\"\\") == strlen(whys[i].text));
+		for (k = 0; k < i; k++)
+			CHECK(strcmp(whys[k].text, whys[i].text) != 0);
+		if (whys[i].status == 0)
+			continue;
+		for (k = 0; k < COUNT(statuses) && statuses[k] != whys[i].status; k++)
+			;
+		CHECK(k < COUNT(statuses));
+		seen |= SET(k);
+		CHECK(strcmp(status_text(whys[i].status), "Error") != 0);
+	}
+	CHECK_INT(seen, ALL(COUNT(statuses)));
+	CHECK_STR(whys[WHY_KEY].text, "bad-key");
+}
+
+static struct head_buffer head_of_test;
+
+/* A session whose request is this one, and has no answer yet. */
+static struct session *
+session_asking(const char *request)
+{
+	struct session *s = session_make(0);
+	const char *buf;
+
+	memset(&head_of_test, 0, sizeof head_of_test);
+	s->hd = &head_of_test;
+	request_feed(&s->hd->u.request, request, strlen(request), ONCE, 0, &buf);
+	memcpy(s->hd->bytes, request, strlen(request));
+	s->hd->len = strlen(request);
+	return s;
+}
+
+/* Our own answers are good HTTP by our own rules. */
+static void
+test_reply_compose(void)
+{
+	struct session *s;
+	struct response r;
+	size_t body;
+	unsigned i, head;
+
+	for (i = 0; i < COUNT(whys); i++)
+	for (head = 0; head < 2; head++) {
+		if (whys[i].status == 0)
+			continue;
+		at("%s, HEAD %u", whys[i].text, head);
+		s = session_asking(UPGRADE END);
+		s->head = (uint8_t)head;
+		reply_compose(s, (enum why)i);
+		CHECK_INT(s->hd->off, 0);
+		memset(&r, 0, sizeof r);
+		CHECK_WHY(response_parse(&r, s->hd->bytes, s->hd->len), WHY_NONE);
+		CHECK_WHY(response_check(&r, s->hd->bytes, 1, (int)head, ACCEPT), WHY_NONE);
+		CHECK_INT(r.status, whys[i].status);
+		CHECK_INT(r.framing, BODY_LENGTH);
+		body = s->hd->len - r.head.size;
+		CHECK_INT(body, head ? 0 : r.length);
+		CHECK(body < 200);
+		memcpy(rendered, s->hd->bytes, r.head.size);
+		rendered[r.head.size] = '\0';
+		CHECK(head_is_clean(rendered, r.head.size));
+		CHECK(strncmp(take("Content-Type"), "text/plain", 10) == 0);
+		CHECK(strstr(take("Connection"), "close") != NULL);
+		if (r.status == 426) {
+			CHECK_STR(take("Sec-WebSocket-Version"), "13");
+			CHECK_STR(take("Upgrade"), "websocket");        /* 9110 15.5.22: MUST */
+		}
+		if (r.status == 405)
+			CHECK(strstr(take("Allow"), "GET") != NULL);    /* 9110 15.5.6: MUST */
+		if (r.status == 308)
+			CHECK_STR(take("Location"), "https://a.example:8443/");
+	}
+}
+
+static void
+test_location(void)
+{
+	static const struct { const char *request, *want; } cases[] = {
+		{ GET HOST END, "https://a.example:8443/" },
+		{ "GET /x/y?z=1&w HTTP/1.1\r\n" HOST END, "https://a.example:8443/x/y?z=1&w" },
+		{ GET "Host: a.example:80\r\n" END, "https://a.example:8443/" },
+		{ GET "Host: a.example:\r\n" END, "https://a.example:8443/" },
+		{ GET "Host: localhost\r\n" END, "https://localhost:8443/" },
+		{ GET "Host: a1\r\n" END, "https://a1:8443/" },
+		{ GET "Host: 192.0.2.1:8080\r\n" END, "https://192.0.2.1:8443/" },
+		{ GET "Host: [2001:db8::1]\r\n" END, "https://[2001:db8::1]:8443/" },
+		{ GET "Host: [2001:db8::1]:8080\r\n" END, "https://[2001:db8::1]:8443/" },
+		{ GET "Host: [::1]\r\n" END, "https://[::1]:8443/" },
+		{ "GET http://b.example:80/x HTTP/1.1\r\n" HOST END, "https://b.example:8443/x" },
+		{ "GET http://b.example HTTP/1.1\r\n" HOST END, "https://b.example:8443/" },
+		{ "GET http://b.example?y HTTP/1.1\r\n" HOST END, "https://b.example:8443/?y" },
+		{ "OPTIONS * HTTP/1.1\r\n" HOST END, "https://a.example:8443/" },
+		{ "GET //evil.example/ HTTP/1.1\r\n" HOST END, "https://a.example:8443//evil.example/" },
+	};
+	struct session *s;
+	size_t i;
+
+	for (i = 0; i < COUNT(cases); i++) {
+		at_input(__LINE__, cases[i].request, strlen(cases[i].request));
+		s = session_asking(cases[i].request);
+		reply_compose(s, WHY_REDIRECT);
+		memcpy(rendered, s->hd->bytes, s->hd->len);
+		rendered[s->hd->len] = '\0';
+		CHECK_STR(take("Location"), cases[i].want);
+	}
+}
+
+/* ---- what configuration decides about a request ---- */
+
+static enum why
+why_of(const char *request)
+{
+	struct request r;
+	const char *buf;
+
+	return request_feed(&r, request, strlen(request), ONCE, 0, &buf);
+}
+
+#define FROM(origin) UPGRADE "Origin: " origin "\r\n" END
+
+static void
+test_origins(void)
+{
+	at("any");
+	CHECK_WHY(why_of(UPGRADE END), WHY_NONE);
+	CHECK_WHY(why_of(FROM("https://evil.example")), WHY_NONE);
+
+	at("a list");
+	origins[0] = "https://a.example";
+	origins[1] = "https://b.example:8443";
+	CHECK_WHY(why_of(FROM("https://a.example")), WHY_NONE);
+	CHECK_WHY(why_of(FROM("https://b.example:8443")), WHY_NONE);
+	CHECK_WHY(why_of(FROM("https://b.example")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("http://a.example")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("https://a.example.evil")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("https://a.exampl")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("https://a.example/")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("null")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("")), WHY_ORIGIN);
+	CHECK_WHY(why_of(UPGRADE END), WHY_ORIGIN);
+	CHECK_WHY(why_of(UPGRADE "Origin: https://a.example\r\nOrigin: https://evil\r\n" END), WHY_ORIGIN);
+	CHECK_WHY(why_of(UPGRADE "Origin: https://evil\r\nOrigin: https://a.example\r\n" END), WHY_ORIGIN);
+	CHECK_WHY(why_of(GET HOST "Origin: https://evil.example\r\n" END), WHY_NONE);  /* no upgrade */
+
+	at("same");
+	origins[0] = "same";
+	origins[1] = NULL;
+	CHECK_WHY(why_of(FROM("https://a.example")), WHY_NONE);
+	CHECK_WHY(why_of(FROM("http://a.example")), WHY_NONE);
+	CHECK_WHY(why_of(FROM("https://b.example")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("https://a.example:8443")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("https://")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("a.example")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("ftp://a.example")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("https://a.example.b")), WHY_ORIGIN);
+	CHECK_WHY(why_of(UPGRADE END), WHY_ORIGIN);
+}
+
+static void
+test_x_forwarded_for(void)
+{
+	static const char in[] = UPGRADE "X-Forwarded-For: 198.51.100.1\r\nX-Forwarded-Proto: ftp\r\n"
+		"X-Real-IP: 198.51.100.1\r\nX_Forwarded_For: 198.51.100.2\r\nA: b\r\n" END;
+
+	at("REPLACE");
+	x_forwarded_for = REPLACE;
+	upgrade_rendered(LIT(in), CLIENT);
+	CHECK_STR(rendered, GET REST "A: b\r\n" END);
+
+	at("OFF");
+	x_forwarded_for = OFF;
+	request_rendered(LIT(in), CLIENT, "https");
+	CHECK_STR(take("X-Forwarded-For"), "198.51.100.1");
+	CHECK_STR(take("X-Forwarded-Proto"), "ftp");
+	CHECK_STR(take("X-Real-IP"), "198.51.100.1");
+	CHECK_STR(take("Connection"), "Upgrade");
+	CHECK_STR(take("Upgrade"), "websocket");
+	CHECK_STR(rendered, GET REST "X_Forwarded_For: 198.51.100.2\r\nA: b\r\n" END);
+}
+
+/* ---- sessions ---- */
+
+static int far_ends[4 * max_sessions];
+static unsigned far_count;
+
+/* As a listener takes it: a connection from that address. */
+static void
+client_connects(const char *literal)
+{
+	struct address a = address_of(literal, "1");
+	int pair[2];
+
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair) < 0) {
+		perror("socketpair");
+		exit(2);
+	}
+	far_ends[far_count++] = pair[1];
+	listener_take(pair[0], &a, WS);
+}
+
+/* Whether the one that connected last was turned away. */
+static int
+client_turned_away(void)
+{
+	char byte;
+
+	return recv(far_ends[far_count - 1], &byte, 1, 0) == 0;
+}
+
+/* Every awake session is where it believes to be, and polled there. */
+static void
+check_awake(void)
+{
+	unsigned i;
+
+	for (i = 0; i < awake_len; i++) {
+		CHECK_INT(awake[i]->slot, i);
+		CHECK(awake[i]->state != FREE);
+		CHECK_INT(fds[FD_SESSIONS + 2 * i].fd, awake[i]->client.fd);
+	}
+}
+
+static struct session *
+session_of(const char *literal)
+{
+	struct address a = address_of(literal, "1");
+	const struct source *o = source_find(&a);
+	unsigned i;
+
+	for (i = 0; i < max_sessions; i++)
+		if (sessions[i].state != FREE && sessions[i].source == o)
+			return &sessions[i];
+	return NULL;
+}
+
+static unsigned
+sessions_of(const char *literal)
+{
+	struct address a = address_of(literal, "1");
+	const struct source *o = source_find(&a);
+
+	return o != NULL ? o->sessions : 0;
+}
+
+static void
+test_sessions_per_ip(void)
+{
+	unsigned i;
+
+	tables_init();
+	log_open_pipe();
+	for (i = 0; i < max_per_ip; i++)
+		client_connects("192.0.2.1");
+	CHECK_INT(sessions_of("192.0.2.1"), max_per_ip);
+	CHECK_STR(log_read(), "");
+	client_connects("192.0.2.1");
+	CHECK_INT(sessions_of("192.0.2.1"), max_per_ip);
+	CHECK_STR(log_read(), "reject client=192.0.2.1:1 status=- why=per-ip\n");
+	CHECK(client_turned_away());
+	client_connects("192.0.2.2");                   /* another is not concerned */
+	CHECK_INT(sessions_of("192.0.2.2"), 1);
+	session_close(session_of("192.0.2.1"));
+	client_connects("192.0.2.1");
+	CHECK_INT(sessions_of("192.0.2.1"), max_per_ip);
+}
+
+/* A full table: who holds most of the young sessions gives one up. */
+static void
+test_sessions_displaced(void)
+{
+	unsigned i;
+	char literal[24];
+
+	tables_init();
+	log_open_pipe();
+	for (i = 0; i < 11; i++)
+		client_connects(i % 3 == 0 ? "192.0.2.9" : "192.0.2.1");
+	for (; i < max_sessions; i++) {
+		sprintf(literal, "198.51.100.%u", i);
+		client_connects(literal);
+	}
+	CHECK(pool_empty(&session_pool));
+	CHECK_STR(log_read(), "");
+	CHECK_INT(sessions_of("192.0.2.1"), 7);
+	CHECK_INT(sessions_of("192.0.2.9"), 4);
+	client_connects("192.0.2.2");
+	CHECK_INT(sessions_of("192.0.2.1"), 6);
+	CHECK_INT(sessions_of("192.0.2.9"), 4);
+	CHECK_INT(sessions_of("192.0.2.2"), 1);
+	CHECK_INT(session_pool.lent, max_sessions);
+	CHECK_STR(log_read(), "reject client=192.0.2.1:1 status=- why=displaced\n");
+	CHECK(!client_turned_away());
+	client_connects("192.0.2.1");                   /* the crowd itself gains nothing */
+	CHECK(client_turned_away());
+	CHECK_INT(sessions_of("192.0.2.1"), 6);
+	CHECK_INT(sessions_of("192.0.2.9"), 4);
+	CHECK_STR(log_read(), "reject client=192.0.2.1:1 status=- why=displaced\n");
+	client_connects("192.0.2.9");                   /* the smaller crowd may take from the larger */
+	CHECK(!client_turned_away());
+	CHECK_INT(sessions_of("192.0.2.1"), 5);
+	CHECK_INT(sessions_of("192.0.2.9"), 5);
+	client_connects("192.0.2.9");
+	CHECK(client_turned_away());
+	CHECK_INT(sessions_of("192.0.2.9"), 5);
+	CHECK_INT(session_pool.lent, max_sessions);
+}
+
+/* Who is past its request is no one to displace, and without a crowd no one is: then listeners rest. */
+static void
+test_sessions_full(void)
+{
+	unsigned i;
+	char literal[24];
+
+	tables_init();
+	log_open_pipe();
+	for (i = 0; i < max_sessions; i++) {
+		sprintf(literal, "198.51.100.%u", i / 2);
+		client_connects(literal);
+		listeners_watch();
+		CHECK_INT(fds[FD_LISTEN].events, POLLIN);
+	}
+	for (i = 0; i < max_sessions; i += 2) {
+		CHECK(crowds > 0);
+		listeners_watch();
+		CHECK_INT(fds[FD_LISTEN].events, POLLIN);
+		sprintf(literal, "198.51.100.%u", i / 2);
+		session_enter(session_of(literal), RELAY);
+	}
+	CHECK_INT(crowds, 0);
+	listeners_watch();
+	CHECK_INT(fds[FD_LISTEN].events, 0);
+	session_close(session_of("198.51.100.1"));
+	listeners_watch();
+	CHECK_INT(fds[FD_LISTEN].events, POLLIN);
+	now = 1000;
+	accept_after = 1001;                            /* after EMFILE */
+	listeners_watch();
+	CHECK_INT(fds[FD_LISTEN].events, 0);
+}
+
+/* Whatever the order in which sessions end, nothing stays behind. */
+static void
+test_sessions_closed(void)
+{
+	unsigned i, k, round;
+	char literal[24], byte;
+
+	tables_init();
+	for (round = 0; round < 50; round++) {
+		far_count = 0;
+		for (i = 0; i < max_sessions; i++) {
+			sprintf(literal, "192.0.2.%u", i % 5 + 1);
+			client_connects(literal);
+		}
+		CHECK_INT(awake_len, max_sessions);
+		CHECK(crowds > 0);
+		for (i = 0, k = round % max_sessions; i < max_sessions; i++, k = (k + 5) % max_sessions) {
+			session_close(&sessions[k]);
+			check_awake();
+		}
+		for (i = 0; i < far_count; i++) {
+			CHECK_INT(recv(far_ends[i], &byte, 1, 0), 0);   /* its end was closed */
+			close(far_ends[i]);
+		}
+		CHECK_INT(session_pool.lent, 0);
+		CHECK_INT(source_pool.lent, 0);
+		CHECK_INT(records_pool.lent, 0);
+		CHECK_INT(heads_pool.lent, 0);
+		CHECK_INT(awake_len, 0);
+		CHECK_INT(crowds, 0);
+		for (i = 0; i < QUEUES; i++)
+			CHECK(link_alone(&queues[i].list));
+	}
+}
+
+/* Who sits on a buffer without progress for stall_ms loses it, but only when another wants it. */
+static void
+test_stallers(void)
+{
+	unsigned i, busy;
+	struct session *s;
+
+	tables_init();
+	log_open_pipe();
+	now = 1000;
+	client_connects("192.0.2.1");                   /* has no buffer: never in the way */
+	for (i = 0; i < max_busy; i++) {
+		client_connects("192.0.2.2");
+		s = session_of("192.0.2.2");
+		s = &sessions[i + 1];
+		CHECK(records_borrow(s));
+		timer_start(&queues[Q_STALL], &s->stall);
+		now += 10;
+	}
+	now += 100 * stall_ms;
+	stallers_close();
+	CHECK_INT(session_pool.lent, max_busy + 1);     /* nobody wants one */
+	CHECK_INT(records_borrow(&sessions[0]), 0);
+	now = 1000 + stall_ms - 1;
+	stallers_close();
+	CHECK_INT(session_pool.lent, max_busy + 1);     /* not long enough */
+	now += 1;
+	stallers_close();
+	CHECK_INT(session_pool.lent, max_busy);
+	CHECK_INT(sessions[1].state, FREE);             /* the one that has moved nothing for longest */
+	CHECK(sessions[0].rec != NULL);
+	CHECK(strstr(log_read(), "why=stall\n") != NULL);
+	now += 100 * stall_ms;
+	stallers_close();
+	CHECK_INT(session_pool.lent, max_busy);         /* no one waits any more */
+	for (i = busy = 0; i < max_sessions; i++)
+		busy += sessions[i].state != FREE && sessions[i].rec != NULL;
+	CHECK_INT(busy, max_busy);
+}
+
+/* How much of what a backend sends belongs to its answer, and what its end is called. */
+static void
+test_answer_take(void)
+{
+	struct session *s = session_make(0);
+
+	at("a length");
+	s->framing = BODY_LENGTH;
+	s->down_left = 10;
+	CHECK_INT(answer_take(s, "01234", 5), 5);
+	CHECK(!s->backend.eof && s->why == WHY_NONE);
+	CHECK_INT(answer_take(s, "56789abc", 8), 5);
+	CHECK(s->backend.eof && s->why == WHY_DONE && s->by == BY_BACKEND);
+
+	at("a length of 0");
+	s = session_make(0);
+	s->framing = BODY_LENGTH;
+	CHECK_INT(answer_take(s, "x", 1), 0);
+	CHECK(s->backend.eof && s->why == WHY_DONE);
+
+	at("chunks");
+	s = session_make(0);
+	s->framing = BODY_CHUNKED;
+	CHECK_INT(answer_take(s, "5\r\nhel", 6), 6);
+	CHECK(!s->backend.eof && s->why == WHY_NONE);
+	CHECK_INT(answer_take(s, "lo\r\n0\r\n\r\nmore", 13), 9);
+	CHECK(s->backend.eof && s->why == WHY_DONE);
+
+	at("bad chunks");
+	s = session_make(0);
+	s->framing = BODY_CHUNKED;
+	CHECK(answer_take(s, "5\r\nhelloX", 9) <= 9);
+	CHECK(s->backend.eof && s->why == WHY_SHORT);
+
+	at("up to the end of the connection");
+	s = session_make(0);
+	s->framing = BODY_EOF;
+	CHECK_INT(answer_take(s, "hello", 5), 5);
+	s->framing = BODY_TUNNEL;
+	CHECK_INT(answer_take(s, "hello", 5), 5);
+	CHECK(!s->backend.eof && s->why == WHY_NONE);
+}
+
+/* What the resolver says: addresses replace the old ones, their absence does not, and whoever waited
+ * for the first answer goes on. */
+static void
+test_resolver_answer(void)
+{
+	struct server *v = &servers[NAMED];
+	struct resolved r = { .index = NAMED, .count = 2 };
+	struct session *s;
+
+	servers_up();
+	log_open_pipe();
+	v->addresses = v->asked_before = 0;
+	v->pending = 1;
+	s = session_make(0);
+	link_append(&unnamed, &s->wait);
+
+	at("no address");
+	r.count = 0;
+	resolver_answer(&r);
+	CHECK(!v->pending && v->asked_before && v->addresses == 0);
+	CHECK_STR(log_read(), "backend name=name.example:3000 down why=unresolved\n");
+	CHECK(runnable.next == &s->wait && link_alone(&unnamed));
+	CHECK(!link_alone(&v->retry.link));             /* asked again */
+	CHECK_INT(v->retry.due, now + resolve_ms);
+	resolver_answer(&r);
+	CHECK_STR(log_read(), "");                      /* said once */
+
+	at("two addresses");
+	r.count = 2;
+	r.address[0] = address_of("192.0.2.50", "3000");
+	r.address[1] = address_of("2001:db8::50", "3000");
+	resolver_answer(&r);
+	CHECK_INT(v->addresses, 2);
+	CHECK_INT(v->address[1].family, AF_INET6);
+	CHECK_STR(log_read(), "backend name=name.example:3000 up\n");
+
+	at("none any more: the old ones stay");
+	r.count = 0;
+	resolver_answer(&r);
+	CHECK_INT(v->addresses, 2);
+	CHECK_STR(log_read(), "");
+}
+
+/* BearSSL lets its buffers be lent, as the start of the program finds out. */
+static void
+test_lending(void)
+{
+	tables_init();
+	suites_init();
+	lending_test();
+}
+
+/* ---- suites ---- */
+
+static void
+test_suites(void)
+{
+	unsigned i, k, moves = 0, found;
+
+	suites_init();
+	for (i = 0; i < LENGTH(ciphers); i++) {
+		for (k = found = 0; k < LENGTH(suites); k++)
+			found += suites[k] == ciphers[i];
+		CHECK_INT(found, 1);
+	}
+	/* ChaCha20 on one side, AES on the other, each in the order of ciphers[] */
+	for (i = 1; i < LENGTH(suites); i++)
+		moves += suite_names[suite_find(suites[i])].chacha != suite_names[suite_find(suites[i - 1])].chacha;
+	CHECK_INT(moves, 1);
+	CHECK(suites[0] == ciphers[0] || suites[0] == ciphers[1]);
+	CHECK_INT(suite_names[suite_find(suites[0])].chacha,
+		br_aes_x86ni_ctr_get_vtable() == NULL && br_aes_pwr8_ctr_get_vtable() == NULL);
+	CHECK_INT(suite_find(BR_TLS_RSA_WITH_AES_128_CBC_SHA), -1);     /* no forward secrecy */
+}

@@ -1,0 +1,571 @@
+/* unit-files.h - PEM files, keys, whether they belong together, and which certificate a name gets. */
+
+static struct identity identity;
+static struct guard pem_text;
+
+/* The parsers may write one byte behind the text; more would meet the guard page. */
+static const char *
+pem_parse_into(void *owner, const char *(*parse)(void *, char *, size_t), const char *pem, size_t len)
+{
+	char *text = guard_room(&pem_text, len + 1);
+
+	memcpy(text, pem, len);
+	return parse(owner, text, len);
+}
+
+static const char *
+pem_parse(const char *(*parse)(void *, char *, size_t), const char *pem, size_t len)
+{
+	return pem_parse_into(&identity, parse, pem, len);
+}
+
+static const char *
+chain_of(const char *pem)
+{
+	return pem_parse(chain_parse, pem, strlen(pem));
+}
+
+static const char *
+key_of(const char *pem)
+{
+	return pem_parse(key_parse, pem, strlen(pem));
+}
+
+/* The text with each line end replaced. */
+static const char *
+with_line_ends(const char *pem, const char *end)
+{
+	static char out[16384];
+	size_t n = 0;
+
+	for (; *pem != '\0'; pem++)
+		if (*pem == '\n')
+			n += (size_t)sprintf(out + n, "%s", end);
+		else
+			out[n++] = *pem;
+	out[n] = '\0';
+	return out;
+}
+
+static const char *
+without_last(const char *pem, size_t bytes)
+{
+	static char out[16384];
+	size_t len = strlen(pem) - bytes;
+
+	memcpy(out, pem, len);
+	out[len] = '\0';
+	return out;
+}
+
+#define CHECK_GOOD(...)  check_str_or_null(__FILE__, __LINE__, #__VA_ARGS__, (__VA_ARGS__), 1)
+#define CHECK_ERROR(error) check_str_or_null(__FILE__, __LINE__, #error, (error), 0)
+
+/* Parsers return NULL, or what is wrong. */
+static void
+check_str_or_null(const char *file, int line, const char *what, const char *error, int good)
+{
+	if ((error == NULL) == good || !shown(file, line))
+		return;
+	if (good)
+		printf("%s: unexpected error: %s\n", what, error);
+	else
+		printf("%s: no error\n", what);
+	print_context();
+}
+
+/* ---- chains ---- */
+
+/* What chain_of left: so many certificates, each one DER object. */
+static void
+check_chain(size_t want)
+{
+	size_t i;
+
+	CHECK_INT(identity.chain_len, want);
+	for (i = 0; i < want && i < identity.chain_len; i++) {
+		const unsigned char *d = identity.chain[i].data;
+
+		CHECK(identity.chain[i].data_len > 4 && d[0] == 0x30 && d[1] == 0x82);
+		CHECK_INT(identity.chain[i].data_len, 4 + (d[2] << 8 | d[3]));
+	}
+}
+
+#define EC_AND_EC2 PEM_EC_CERT PEM_EC2_CERT
+
+static void
+test_pem_chain(void)
+{
+	static const struct { const char *name, *pem; size_t count; } good[] = {
+		{ "one", PEM_EC_CERT, 1 },
+		{ "RSA", PEM_RSA_CERT, 1 },
+		{ "two", EC_AND_EC2, 2 },
+		{ "a blank line", PEM_EC_CERT "\n\n" PEM_EC2_CERT "\n", 2 },
+		{ "text around", "subject=CN = x\n\n" PEM_EC_CERT "a comment\n" PEM_EC2_CERT "the end", 2 },
+		{ "bag attributes", "Bag Attributes\n    localKeyID: 01 \nsubject=/CN=x\n\nissuer=/CN=x\n\n" PEM_EC_CERT, 1 },
+		{ "key first", PEM_EC_KEY PEM_EC_CERT PEM_EC2_CERT, 2 },
+		{ "key last", PEM_EC_CERT PEM_EC2_CERT PEM_RSA_KEY8, 2 },
+		{ "key between", PEM_EC_CERT PEM_EC_PARAMETERS PEM_EC_KEY PEM_EC2_CERT, 2 },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(good); i++) {
+		at("%s", good[i].name);
+		with("LF");
+		CHECK_GOOD(chain_of(good[i].pem));
+		check_chain(good[i].count);
+		with("CRLF");
+		CHECK_GOOD(chain_of(with_line_ends(good[i].pem, "\r\n")));
+		check_chain(good[i].count);
+		with("no final newline");
+		CHECK_GOOD(chain_of(without_last(good[i].pem, 1)));
+		check_chain(good[i].count);
+		with("CRLF, none at the end");
+		CHECK_GOOD(chain_of(without_last(with_line_ends(good[i].pem, "\r\n"), 2)));
+		check_chain(good[i].count);
+		with("CRLF, a CR at the end");
+		CHECK_GOOD(chain_of(without_last(with_line_ends(good[i].pem, "\r\n"), 1)));
+		check_chain(good[i].count);
+	}
+}
+
+static void
+test_pem_chain_order(void)
+{
+	unsigned char first[2048], second[2048];
+	size_t first_len, second_len;
+
+	CHECK_GOOD(chain_of(PEM_EC_CERT));
+	memcpy(first, identity.chain[0].data, first_len = identity.chain[0].data_len);
+	CHECK_GOOD(chain_of(PEM_RSA_CERT));
+	memcpy(second, identity.chain[0].data, second_len = identity.chain[0].data_len);
+	CHECK_GOOD(chain_of(PEM_EC_CERT PEM_EC_KEY PEM_RSA_CERT));
+	check_chain(2);
+	CHECK_BYTES((char *)identity.chain[0].data, identity.chain[0].data_len, (char *)first, first_len);
+	CHECK_BYTES((char *)identity.chain[1].data, identity.chain[1].data_len, (char *)second, second_len);
+}
+
+static void
+test_pem_chain_bad(void)
+{
+	static const struct { const char *name, *pem; size_t len; } bad[] = {
+		{ "empty", LIT("") },
+		{ "a newline", LIT("\n") },
+		{ "text", LIT("this is no PEM file\n") },
+		{ "bytes", LIT("\x30\x82\0\0\xff\xfe\r\n\0-----") },
+		{ "a key and no certificate", LIT(PEM_EC_KEY) },
+		{ "an object without bytes", LIT("-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n") },
+		{ "no base64", LIT("-----BEGIN CERTIFICATE-----\nMII!AAAA\n-----END CERTIFICATE-----\n") },
+		{ "a NUL in it", LIT("-----BEGIN CERTIFICATE-----\nMII\0AAAA\n-----END CERTIFICATE-----\n") },
+		{ "a begin inside", LIT("-----BEGIN CERTIFICATE-----\nAAAA\n" PEM_EC_CERT) },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(bad); i++) {
+		at("%s", bad[i].name);
+		CHECK_ERROR(pem_parse(chain_parse, bad[i].pem, bad[i].len));
+	}
+	at("a good one after all that");
+	CHECK_GOOD(chain_of(PEM_EC_CERT));
+	check_chain(1);
+}
+
+static void
+test_pem_chain_limits(void)
+{
+	static char text[32768];
+	size_t i, n;
+
+	at("CHAIN_MAX certificates, and one more");
+	for (i = n = 0; i < CHAIN_MAX; i++)
+		n += (size_t)sprintf(text + n, PEM_EC_CERT);
+	CHECK_GOOD(chain_of(text));
+	check_chain(CHAIN_MAX);
+	sprintf(text + n, PEM_EC_CERT);
+	CHECK_ERROR(chain_of(text));
+	at("larger than CHAIN_BYTES");
+	n = (size_t)sprintf(text, "-----BEGIN CERTIFICATE-----\n");
+	while (n < sizeof text - 200)
+		n += (size_t)sprintf(text + n, "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\n");
+	sprintf(text + n, "-----END CERTIFICATE-----\n");
+	CHECK_ERROR(chain_of(text));
+	CHECK_GOOD(chain_of(PEM_EC_CERT));
+}
+
+static void
+truncate_all(const char *(*parse)(void *, char *, size_t), const char *pem, size_t from,
+	size_t to)
+{
+	size_t n;
+
+	for (n = from; n <= to; n++) {
+		with("%zu bytes", n);
+		CHECK_ERROR(pem_parse(parse, pem, n));
+	}
+}
+
+/* A copy that broke off is not taken, wherever that was: up to the line that ends the object, before
+ * which nothing says that all of it is there. */
+static void
+test_pem_truncated(void)
+{
+	static const char chain[] = PEM_EC_CERT, two[] = EC_AND_EC2, key[] = PEM_EC_KEY,
+		parameters[] = PEM_EC_PARAMETERS PEM_EC_KEY, rsa[] = PEM_RSA_KEY8;
+
+	at("a certificate");
+	truncate_all(chain_parse, chain, 0, sizeof chain - sizeof "-----END CERTIFICATE-----\n");
+	at("the second of two");
+	truncate_all(chain_parse, two, sizeof chain - 1 + strlen("-----BEGIN C"),
+		sizeof two - sizeof "-----END CERTIFICATE-----\n");
+	at("a key");
+	truncate_all(key_parse, key, 0, sizeof key - sizeof "-----END EC PRIVATE KEY-----\n");
+	at("a key behind its parameters");
+	truncate_all(key_parse, parameters, 0, sizeof parameters - sizeof "-----END EC PRIVATE KEY-----\n");
+	at("an RSA key");
+	truncate_all(key_parse, rsa, 0, sizeof rsa - sizeof "-----END PRIVATE KEY-----\n");
+}
+
+/* ---- keys ---- */
+
+static void
+test_pem_key(void)
+{
+	static const struct { const char *name, *pem; int type; } good[] = {
+		{ "EC, SEC1", PEM_EC_KEY, BR_KEYTYPE_EC },
+		{ "EC, PKCS#8", PEM_EC_KEY8, BR_KEYTYPE_EC },
+		{ "EC behind its parameters", PEM_EC_PARAMETERS PEM_EC_KEY, BR_KEYTYPE_EC },
+		{ "P-384", PEM_P384_KEY, BR_KEYTYPE_EC },
+		{ "RSA, PKCS#1", PEM_RSA_KEY, BR_KEYTYPE_RSA },
+		{ "RSA, PKCS#8", PEM_RSA_KEY8, BR_KEYTYPE_RSA },
+		{ "RSA 4096", PEM_RSA4096_KEY, BR_KEYTYPE_RSA },
+		{ "a certificate before it", PEM_EC_CERT PEM_EC2_CERT PEM_EC_KEY, BR_KEYTYPE_EC },
+		{ "a certificate behind it", PEM_EC_KEY PEM_EC_CERT, BR_KEYTYPE_EC },
+		{ "text around it", "a comment\n" PEM_EC_KEY "x", BR_KEYTYPE_EC },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(good); i++) {
+		at("%s", good[i].name);
+		with("LF");
+		CHECK_GOOD(key_of(good[i].pem));
+		CHECK_INT(br_skey_decoder_key_type(&identity.key), good[i].type);
+		with("CRLF");
+		CHECK_GOOD(key_of(with_line_ends(good[i].pem, "\r\n")));
+		CHECK_INT(br_skey_decoder_key_type(&identity.key), good[i].type);
+		with("no final newline");
+		CHECK_GOOD(key_of(without_last(good[i].pem, 1)));
+		with("CRLF, none at the end");
+		CHECK_GOOD(key_of(without_last(with_line_ends(good[i].pem, "\r\n"), 2)));
+	}
+}
+
+static void
+test_pem_key_bad(void)
+{
+	static const struct { const char *name, *pem; } bad[] = {
+		{ "empty", "" },
+		{ "text", "no key at all\n" },
+		{ "a certificate only", PEM_EC_CERT },
+		{ "parameters only", PEM_EC_PARAMETERS },
+		{ "two keys", PEM_EC_KEY PEM_EC2_KEY },
+		{ "the same twice", PEM_EC_KEY PEM_EC_KEY8 },
+		{ "two types", PEM_RSA_KEY PEM_EC_KEY },
+		{ "Ed25519", PEM_ED25519_KEY },
+		{ "encrypted, PKCS#8", PEM_ENCRYPTED_KEY },
+		{ "encrypted, PKCS#1", "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n"
+			"DEK-Info: AES-128-CBC,6E2C07EBB15388BE992C9F853D0CF32A\n\n"
+			"7o2AVBCMvzOBo0I27YSFwbmjHnpnjHeZc4EQVnBzJxf1Gf4fWkDNlZePbMxhSA+9\n"
+			"-----END RSA PRIVATE KEY-----\n" },
+		{ "no bytes", "-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n" },
+		{ "other bytes", "-----BEGIN PRIVATE KEY-----\nAAAAAAAA\n-----END PRIVATE KEY-----\n" },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(bad); i++) {
+		at("%s", bad[i].name);
+		CHECK_ERROR(key_of(bad[i].pem));
+		CHECK_ERROR(key_of(with_line_ends(bad[i].pem, "\r\n")));
+	}
+	at("the message for an encrypted key");
+	CHECK(strstr(key_of(PEM_ENCRYPTED_KEY), "encrypted") != NULL);
+	at("a good one after all that");
+	CHECK_GOOD(key_of(PEM_EC_KEY));
+}
+
+/* Every certificate with every key. */
+static void
+test_key_matches(void)
+{
+	static const struct { const char *cert, *key, *key8; } pairs[] = {
+		{ PEM_EC_CERT, PEM_EC_KEY, PEM_EC_KEY8 },
+		{ PEM_EC2_CERT, PEM_EC2_KEY, PEM_EC2_KEY },
+		{ PEM_P384_CERT, PEM_P384_KEY, PEM_P384_KEY },
+		{ PEM_RSA_CERT, PEM_RSA_KEY, PEM_RSA_KEY8 },
+		{ PEM_RSA4096_CERT, PEM_RSA4096_KEY, PEM_RSA4096_KEY },
+		{ NULL, PEM_RSA2_KEY, PEM_RSA2_KEY },
+	};
+	size_t i, k;
+
+	for (i = 0; i < COUNT(pairs); i++) {
+		for (k = 0; k < COUNT(pairs) && pairs[i].cert != NULL; k++) {
+			at("certificate %zu, key %zu", i, k);
+			CHECK_GOOD(chain_of(pairs[i].cert));
+			CHECK_GOOD(key_of(pairs[k].key));
+			check_str_or_null(__FILE__, __LINE__, "match", identity_check(&identity), i == k);
+			CHECK_GOOD(key_of(pairs[k].key8));
+			check_str_or_null(__FILE__, __LINE__, "match", identity_check(&identity), i == k);
+		}
+	}
+	at("the key of the second certificate");
+	CHECK_GOOD(chain_of(EC_AND_EC2));
+	CHECK_GOOD(key_of(PEM_EC2_KEY));
+	CHECK_ERROR(identity_check(&identity));
+	at("bytes that are no certificate");
+	CHECK_GOOD(chain_of("-----BEGIN CERTIFICATE-----\nMIIAAAAAAAA=\n-----END CERTIFICATE-----\n"));
+	CHECK_ERROR(identity_check(&identity));
+}
+
+/* ---- trust anchors ---- */
+
+static struct keyring *
+ring_empty(void)
+{
+	memset(&keyrings[1], 0, sizeof keyrings[1]);
+	return &keyrings[1];
+}
+
+static const char *
+anchors_of(struct keyring *ring, const char *pem)
+{
+	size_t len = strlen(pem);
+	char *text = malloc(len + 1);
+	const char *error;
+
+	if (text == NULL)
+		exit(2);
+	memcpy(text, pem, len);
+	error = anchors_parse(ring, text, len);
+	free(text);                     /* the anchors must not point into it */
+	return error;
+}
+
+/* An anchor has the certificate's subject and key. */
+static void
+check_anchor(const br_x509_trust_anchor *a, const char *cert)
+{
+	br_x509_decoder_context dc;
+	const br_x509_pkey *pk;
+
+	CHECK_GOOD(chain_of(cert));
+	br_x509_decoder_init(&dc, NULL, NULL);
+	br_x509_decoder_push(&dc, identity.chain[0].data, identity.chain[0].data_len);
+	pk = br_x509_decoder_get_pkey(&dc);
+	CHECK(pk != NULL);
+	if (pk == NULL)
+		return;
+	CHECK_INT(a->pkey.key_type, pk->key_type);
+	CHECK(a->dn.len > 10 && a->dn.data[0] == 0x30);
+	CHECK_INT(a->dn.len, 2 + a->dn.data[1]);
+	if (pk->key_type == BR_KEYTYPE_RSA && a->pkey.key_type == BR_KEYTYPE_RSA) {
+		CHECK_BYTES((char *)a->pkey.key.rsa.n, a->pkey.key.rsa.nlen,
+			(char *)pk->key.rsa.n, pk->key.rsa.nlen);
+		CHECK_BYTES((char *)a->pkey.key.rsa.e, a->pkey.key.rsa.elen,
+			(char *)pk->key.rsa.e, pk->key.rsa.elen);
+	} else if (a->pkey.key_type == BR_KEYTYPE_EC) {
+		CHECK_INT(a->pkey.key.ec.curve, pk->key.ec.curve);
+		CHECK_BYTES((char *)a->pkey.key.ec.q, a->pkey.key.ec.qlen,
+			(char *)pk->key.ec.q, pk->key.ec.qlen);
+	}
+}
+
+static void
+test_anchors(void)
+{
+	struct keyring *ring = ring_empty();
+
+	CHECK_GOOD(anchors_of(ring, PEM_EC_CERT PEM_EC_KEY PEM_RSA_CERT));
+	CHECK_INT(ring->anchors, 2);
+	CHECK_GOOD(anchors_of(ring, with_line_ends(PEM_P384_CERT PEM_RSA4096_CERT, "\r\n")));
+	CHECK_INT(ring->anchors, 4);
+	check_anchor(&ring->anchor[0], PEM_EC_CERT);
+	check_anchor(&ring->anchor[1], PEM_RSA_CERT);
+	check_anchor(&ring->anchor[2], PEM_P384_CERT);
+	check_anchor(&ring->anchor[3], PEM_RSA4096_CERT);
+	CHECK(ring->anchor[0].flags & BR_X509_TA_CA);   /* openssl req -x509 says so in it */
+	CHECK(memmem(ring->anchor[0].dn.data, ring->anchor[0].dn.len, "ec.example", 10) != NULL);
+}
+
+static void
+test_anchors_bad(void)
+{
+	struct keyring *ring = ring_empty();
+	char *text = calloc(ANCHORS_MAX + 2, 2048);
+	size_t n = 0, i;
+
+	if (text == NULL)
+		exit(2);
+	at("none");
+	CHECK_ERROR(anchors_of(ring, ""));
+	CHECK_ERROR(anchors_of(ring, PEM_EC_KEY));
+	at("no certificate");
+	CHECK_ERROR(anchors_of(ring, "-----BEGIN CERTIFICATE-----\nMIIAAAAAAAA=\n-----END CERTIFICATE-----\n"));
+	at("truncated");
+	CHECK_ERROR(anchors_of(ring, without_last(PEM_EC_CERT, 40)));
+	CHECK_ERROR(anchors_of(ring, without_last(EC_AND_EC2, 40)));
+	at("ANCHORS_MAX, and one more");
+	ring = ring_empty();
+	for (i = 0; i < ANCHORS_MAX; i++)
+		n += (size_t)sprintf(text + n, PEM_EC_CERT);
+	CHECK_GOOD(anchors_of(ring, text));
+	CHECK_INT(ring->anchors, ANCHORS_MAX);
+	check_anchor(&ring->anchor[ANCHORS_MAX - 1], PEM_EC_CERT);
+	CHECK_ERROR(anchors_of(ring, PEM_EC_CERT));
+	CHECK(ring->anchors <= ANCHORS_MAX);
+	at("more than ANCHOR_BYTES");
+	ring = ring_empty();
+	for (i = n = 0; i < ANCHORS_MAX; i++)
+		n += (size_t)sprintf(text + n, PEM_RSA4096_CERT);
+	CHECK_ERROR(anchors_of(ring, text));
+	CHECK(ring->used <= ANCHOR_BYTES);
+	free(text);
+}
+
+/* ---- files ---- */
+
+static char directory[] = "/tmp/wssproxy-unit-XXXXXX";
+
+static void
+file_write(const char *name, const char *text, size_t len)
+{
+	FILE *f = fopen(name, "w");
+
+	if (f == NULL || fwrite(text, 1, len, f) != len || fclose(f) != 0) {
+		perror(name);
+		exit(2);
+	}
+}
+
+static void
+directory_enter(void)
+{
+	if (mkdtemp(directory) == NULL || chdir(directory) < 0) {
+		perror(directory);
+		exit(2);
+	}
+}
+
+static void
+directory_leave(void)
+{
+	static const char *const names[] = { "unit-cert.pem", "unit-key.pem", "unit-cert2.pem",
+		"unit-key2.pem", "unit-ca.pem", "large" };
+	size_t i;
+
+	for (i = 0; i < COUNT(names); i++)
+		unlink(names[i]);
+	if (chdir("/") < 0 || rmdir(directory) < 0)
+		perror(directory);
+}
+
+/* What certs[] names is read, and an error names the entry and the file. */
+static void
+test_keyring_load(void)
+{
+	static const char *const names[] = { "unit-cert.pem", "unit-key.pem", "unit-cert2.pem",
+		"unit-key2.pem", "unit-ca.pem" };
+	static const struct { const char *text[5], *culprit; } cases[] = {
+		{ { PEM_EC_CERT, PEM_EC_KEY, PEM_RSA_CERT, PEM_RSA_KEY, PEM_RSA_CERT }, NULL },
+		{ { PEM_EC_CERT PEM_EC_KEY, PEM_EC_CERT PEM_EC_KEY, PEM_RSA_CERT, PEM_RSA_KEY, EC_AND_EC2 }, NULL },
+		{ { "", PEM_EC_KEY, PEM_RSA_CERT, PEM_RSA_KEY, PEM_EC_CERT }, "certs[0]: unit-cert.pem" },
+		{ { PEM_EC_CERT, "x", PEM_RSA_CERT, PEM_RSA_KEY, PEM_EC_CERT }, "certs[0]: unit-key.pem" },
+		{ { PEM_EC_CERT, PEM_EC_KEY, PEM_RSA_KEY, PEM_RSA_KEY, PEM_EC_CERT }, "certs[1]: unit-cert2.pem" },
+		{ { PEM_EC_CERT, PEM_EC_KEY, PEM_RSA_CERT, PEM_RSA_CERT, PEM_EC_CERT }, "certs[1]: unit-key2.pem" },
+		{ { PEM_EC_CERT, PEM_EC2_KEY, PEM_RSA_CERT, PEM_RSA_KEY, PEM_EC_CERT }, "certs[0]: unit-" },
+		{ { PEM_EC_CERT, PEM_EC_KEY, PEM_RSA_CERT, PEM_RSA2_KEY, PEM_EC_CERT }, "certs[1]: unit-" },
+		{ { PEM_EC_CERT, PEM_EC_KEY, PEM_RSA_CERT, NULL, PEM_EC_CERT }, "certs[1]: unit-key2.pem" },
+		{ { PEM_EC_CERT, PEM_EC_KEY, PEM_RSA_CERT, PEM_RSA_KEY, PEM_EC_KEY }, "backends[5]: unit-ca.pem" },
+		{ { PEM_EC_CERT, PEM_EC_KEY, PEM_RSA_CERT, PEM_RSA_KEY, NULL }, "backends[5]: unit-ca.pem" },
+	};
+	char error[512];
+	struct fault f = { error, sizeof error };
+	size_t i, k;
+
+	directory_enter();
+	for (i = 0; i < COUNT(cases); i++) {
+		at("case %zu", i);
+		for (k = 0; k < COUNT(names); k++) {
+			unlink(names[k]);
+			if (cases[i].text[k] != NULL)
+				file_write(names[k], cases[i].text[k], strlen(cases[i].text[k]));
+		}
+		error[0] = '\0';
+		CHECK_INT(keyring_load(&keyrings[0], &f), cases[i].culprit == NULL);
+		if (cases[i].culprit != NULL && strstr(error, cases[i].culprit) == NULL)
+			CHECK_STR(error, cases[i].culprit);
+		else if (cases[i].culprit == NULL)
+			CHECK_STR(error, "");
+	}
+	directory_leave();
+}
+
+static void
+test_file_read(void)
+{
+	const char *error = NULL;
+	char *buf = guard_room(&input, 100);
+
+	directory_enter();
+	file_write("large", "0123456789", 10);
+	CHECK_INT(file_read("large", buf, 100, &error), 10);
+	CHECK_BYTES(buf, 10, "0123456789", 10);
+	CHECK_INT(file_read("large", guard_room(&input, 12), 12, &error), 10);
+	CHECK(error == NULL);
+	/* never so much that no byte is left behind it */
+	CHECK_INT(file_read("large", guard_room(&input, 10), 10, &error), -1);
+	CHECK(error != NULL);
+	error = NULL;
+	CHECK_INT(file_read("missing", guard_room(&input, 10), 10, &error), -1);
+	CHECK(error != NULL && strlen(error) > 0);
+	error = NULL;
+	CHECK_INT(file_read(".", guard_room(&input, 10), 10, &error), -1);
+	CHECK(error != NULL && strlen(error) > 0);
+	directory_leave();
+}
+
+/* ---- server names ---- */
+
+static void
+test_name_matches(void)
+{
+	static const struct { const char *pattern, *name; size_t len; int matches; } cases[] = {
+		{ "a.example", LIT("a.example"), 1 },
+		{ "a.example", LIT("A.EXAMPLE"), 1 },
+		{ "A.Example", LIT("a.example"), 1 },
+		{ "a.example", LIT("b.example"), 0 },
+		{ "a.example", LIT("a.exampl"), 0 },
+		{ "a.example", LIT("a.example2"), 0 },
+		{ "a.example", LIT("x.a.example"), 0 },
+		{ "a.example", LIT(""), 0 },
+		{ "a.example", LIT("a.example\0"), 0 },
+		{ "a.example", LIT("a.example\0.b"), 0 },
+		{ "a-example", LIT("a\x0d" "example"), 0 },     /* one bit apart */
+		{ "a[example", LIT("a{example"), 0 },
+		{ "*.a.example", LIT("x.a.example"), 1 },
+		{ "*.a.example", LIT("X.A.example"), 1 },
+		{ "*.a.example", LIT("x.y.a.example"), 0 },
+		{ "*.a.example", LIT("a.example"), 0 },
+		{ "*.a.example", LIT(".a.example"), 0 },
+		{ "*.a.example", LIT("x.b.example"), 0 },
+		{ "*.a.example", LIT("x"), 0 },
+		{ "*.a.example", LIT("*.a.example"), 1 },
+		{ "*.a.example", LIT(""), 0 },
+		{ "192.0.2.1", LIT("192.0.2.1"), 1 },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(cases); i++) {
+		at("%s, %s", cases[i].pattern, cases[i].name);
+		CHECK_INT(name_matches(cases[i].pattern, guard_copy(&input, cases[i].name, cases[i].len),
+			cases[i].len) != 0, cases[i].matches);
+	}
+}

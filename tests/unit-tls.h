@@ -1,0 +1,305 @@
+/* unit-tls.h - the client's TLS against BearSSL's own client in memory: certificates by name, record
+ * buffers that change between records, and the judge of pinned certificates. */
+
+static br_ssl_client_context peer;
+static struct verifier peer_trust;      /* anyone will do */
+static unsigned char peer_buf[BR_SSL_BUFSIZE_BIDI];
+
+static struct session *
+tls_session(void)
+{
+	struct session *s;
+
+	tables_init();
+	suites_init();
+	keyring = &keyrings[0];
+	CHECK_GOOD(pem_parse_into(&keyring->id[0], chain_parse, LIT(EC_AND_EC2)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[0], key_parse, LIT(PEM_EC_KEY)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[1], chain_parse, LIT(PEM_RSA_CERT)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[1], key_parse, LIT(PEM_RSA_KEY)));
+	s = session_make(0);
+	CHECK(head_borrow(s) && records_borrow(s));
+	CHECK_INT(tls_start(s), 1);
+	return s;
+}
+
+static void
+peer_start(const char *name)
+{
+	unsigned char seed[32] = { 1 };
+	br_x509_minimal_context unused;
+
+	br_ssl_client_init_full(&peer, &unused, NULL, 0);
+	memset(&peer_trust, 0, sizeof peer_trust);
+	peer_trust.vtable = &first_class;
+	br_ssl_engine_set_x509(&peer.eng, &peer_trust.vtable);
+	br_ssl_engine_inject_entropy(&peer.eng, seed, sizeof seed);
+	br_ssl_engine_set_buffer(&peer.eng, peer_buf, sizeof peer_buf, 1);
+	CHECK_INT(br_ssl_client_reset(&peer, name, 0), 1);
+}
+
+/* Records of one engine, at most `most` bytes, to the other. What was moved. */
+static size_t
+records_move(br_ssl_engine_context *from, br_ssl_engine_context *to, size_t most)
+{
+	unsigned char *out, *in;
+	size_t n, room, moved = 0;
+
+	while (most > 0 && (out = br_ssl_engine_sendrec_buf(from, &n)) != NULL &&
+	    (in = br_ssl_engine_recvrec_buf(to, &room)) != NULL) {
+		n = n < room ? n : room;
+		n = n < most ? n : most;
+		memcpy(in, out, n);
+		br_ssl_engine_sendrec_ack(from, n);
+		br_ssl_engine_recvrec_ack(to, n);
+		most -= n;
+		moved += n;
+	}
+	return moved;
+}
+
+static void
+tls_handshake(struct session *s)
+{
+	size_t room;
+
+	while (records_move(&peer.eng, &s->tls.eng, SIZE_MAX) + records_move(&s->tls.eng, &peer.eng, SIZE_MAX) > 0)
+		;
+	CHECK(br_ssl_engine_current_state(&peer.eng) & BR_SSL_SENDAPP);
+	CHECK(br_ssl_engine_current_state(&s->tls.eng) & BR_SSL_SENDAPP);
+	CHECK_INT(br_ssl_engine_last_error(&peer.eng), 0);
+	CHECK_INT(br_ssl_engine_last_error(&s->tls.eng), 0);
+	br_ssl_engine_sendapp_buf(&s->tls.eng, &room);
+	s->client.room = (uint16_t)room;
+	s->state = RELAY;
+	tls_ring_release(s);
+	head_return(s);
+}
+
+/* Application bytes into an engine, flushed as one record. */
+static void
+app_write(br_ssl_engine_context *eng, const char *data, size_t len)
+{
+	size_t room;
+	unsigned char *p = br_ssl_engine_sendapp_buf(eng, &room);
+
+	CHECK(p != NULL && room >= len);
+	if (p == NULL || room < len)
+		return;
+	memcpy(p, data, len);
+	br_ssl_engine_sendapp_ack(eng, len);
+	br_ssl_engine_flush(eng, 0);
+}
+
+static void
+check_app_read(br_ssl_engine_context *eng, const char *data, size_t len)
+{
+	size_t n;
+	unsigned char *p = br_ssl_engine_recvapp_buf(eng, &n);
+
+	CHECK(p != NULL);
+	if (p == NULL)
+		return;
+	CHECK_BYTES((char *)p, n, data, len);
+	br_ssl_engine_recvapp_ack(eng, n);
+}
+
+/* A session rests at a record boundary and nowhere else: not with a byte of a record read, nor with
+ * plaintext that waits, nor with bytes that wait for the socket. Then it gives its buffers back, and
+ * goes on with others. */
+static void
+test_tls_rest(void)
+{
+	struct session *s = tls_session();
+	br_ssl_engine_context *eng = &s->tls.eng;
+	struct records *mine;
+	size_t size, cut, len;
+	char text[64];
+	int n;
+
+	peer_start("a.example");
+	tls_handshake(s);
+	for (cut = 1; cut < 80; cut++) {
+		at("a cut at %zu", cut);
+		CHECK(session_rests(s));
+		mine = s->rec;
+		records_return(s);
+		CHECK_INT(records_pool.lent, 0);
+		memset(mine->side[0].ibuf, 0xdb, sizeof mine->side[0].ibuf);   /* another's bytes */
+		memset(mine->side[0].obuf, 0xdb, sizeof mine->side[0].obuf);
+		CHECK(records_borrow(session_make(1)));         /* and another has it */
+		CHECK(records_borrow(s) && s->rec != mine);
+		CHECK(session_rests(s));
+		n = sprintf(text, "message %zu of the client, padded", cut);
+		app_write(&peer.eng, text, (size_t)n);
+		CHECK(br_ssl_engine_sendrec_buf(&peer.eng, &size) != NULL);
+		CHECK_INT(records_move(&peer.eng, eng, cut), cut < size ? cut : size);
+		CHECK(!session_rests(s));
+		records_move(&peer.eng, eng, SIZE_MAX);
+		CHECK(!session_rests(s));
+		check_app_read(eng, text, (size_t)n);
+		CHECK(session_rests(s));
+
+		n = sprintf(text, "answer %zu", cut);
+		app_write(eng, text, (size_t)n);
+		CHECK(!session_rests(s));
+		CHECK_INT(records_move(eng, &peer.eng, 3), 3);
+		CHECK(!session_rests(s));
+		records_move(eng, &peer.eng, SIZE_MAX);
+		check_app_read(&peer.eng, text, (size_t)n);
+		CHECK(session_rests(s));
+		s->client.buf->end = 1;                         /* a byte was read ahead */
+		CHECK(!session_rests(s));
+		s->client.buf->end = 0;
+		CHECK(leg_readable(&s->client, &len) == NULL);
+		records_return(&sessions[1]);
+	}
+}
+
+/* The largest records both ways through buffers that were just lent. */
+static void
+test_tls_full_records(void)
+{
+	static char text[16384];
+	struct session *s = tls_session();
+	size_t room, i;
+
+	peer_start("a.example");
+	tls_handshake(s);
+	for (i = 0; i < 20; i++) {
+		memset(text, 'a' + (int)i, sizeof text);
+		records_return(s);
+		CHECK(records_borrow(s));
+		CHECK(br_ssl_engine_sendapp_buf(&s->tls.eng, &room) != NULL);
+		CHECK_INT(room, 16384);
+		app_write(&s->tls.eng, text, sizeof text);
+		records_move(&s->tls.eng, &peer.eng, SIZE_MAX);
+		check_app_read(&peer.eng, text, sizeof text);
+		records_return(s);
+		CHECK(records_borrow(s));
+		CHECK(br_ssl_engine_sendapp_buf(&peer.eng, &room) != NULL);
+		app_write(&peer.eng, text, room);
+		records_move(&peer.eng, &s->tls.eng, SIZE_MAX);
+		check_app_read(&s->tls.eng, text, room);
+		CHECK(session_rests(s));
+	}
+}
+
+/* The certificate is the one for the server name asked for, the default for all others. */
+static void
+test_tls_names(void)
+{
+	static const struct { const char *name; int key_type; } cases[] = {
+		{ "a.example", BR_KEYTYPE_EC },
+		{ "x.b.example", BR_KEYTYPE_RSA },
+		{ "X.B.EXAMPLE", BR_KEYTYPE_RSA },
+		{ "b.example", BR_KEYTYPE_EC },
+		{ "x.y.b.example", BR_KEYTYPE_EC },
+		{ "192.0.2.1", BR_KEYTYPE_EC },
+		{ NULL, BR_KEYTYPE_EC },
+	};
+	br_ssl_session_parameters p;
+	struct session *s;
+	size_t i;
+
+	for (i = 0; i < COUNT(cases); i++) {
+		at("name %s", cases[i].name ? cases[i].name : "(none)");
+		s = tls_session();
+		peer_start(cases[i].name);
+		tls_handshake(s);
+		CHECK_INT(first_get_pkey((const br_x509_class *const *)&peer_trust.vtable, NULL)->key_type,
+			cases[i].key_type);
+		CHECK_INT(peer_trust.certs, cases[i].key_type == BR_KEYTYPE_EC ? 2 : 1);        /* the chain */
+		br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
+		CHECK_INT(p.version, BR_TLS12);
+		CHECK(suite_find(p.cipher_suite) >= 0);
+		CHECK_INT(keyring->users, 0);
+		records_return(s);
+	}
+}
+
+/* Why the log says that the handshake with this client failed. */
+static const char *
+tls_refused(struct session *s)
+{
+	br_ssl_engine_context *eng = &s->tls.eng;
+	size_t n;
+
+	CHECK_INT(br_ssl_client_reset(&peer, "a.example", 0), 1);
+	while (records_move(&peer.eng, eng, SIZE_MAX) + records_move(eng, &peer.eng, SIZE_MAX) > 0)
+		;
+	while (br_ssl_engine_sendrec_buf(eng, &n) != NULL)      /* what the client is too cross to read */
+		br_ssl_engine_sendrec_ack(eng, n);
+	CHECK_INT(br_ssl_engine_current_state(eng), BR_SSL_CLOSED);
+	return whys[tls_why(br_ssl_engine_last_error(eng))].text;
+}
+
+/* A client that has none of our suites, or only older versions, gets no further. */
+static void
+test_tls_refused(void)
+{
+	static const uint16_t other[] = { BR_TLS_RSA_WITH_AES_128_CBC_SHA };
+	struct session *s = tls_session();
+
+	peer_start("a.example");
+	br_ssl_engine_set_suites(&peer.eng, other, 1);
+	CHECK_STR(tls_refused(s), "tls-cipher");
+	s = tls_session();
+	peer_start("a.example");
+	br_ssl_engine_set_versions(&peer.eng, BR_TLS10, BR_TLS11);
+	CHECK_STR(tls_refused(s), "tls-version");
+}
+
+/* ---- pinned certificates ---- */
+
+/* What the judge says of a chain that comes in pieces of that size. */
+static unsigned
+judge(struct verifier *v, const char *pem, size_t piece)
+{
+	const br_x509_class **ctx = &v->vtable;
+	size_t i, at_byte, n;
+
+	identity.chain_len = 0;
+	if (*pem != '\0')
+		CHECK_GOOD(chain_of(pem));
+	(*ctx)->start_chain(ctx, "any.example");
+	for (i = 0; i < identity.chain_len; i++) {
+		(*ctx)->start_cert(ctx, (uint32_t)identity.chain[i].data_len);
+		for (at_byte = 0; at_byte < identity.chain[i].data_len; at_byte += n) {
+			n = identity.chain[i].data_len - at_byte;
+			n = n < piece ? n : piece;
+			(*ctx)->append(ctx, identity.chain[i].data + at_byte, n);
+		}
+		(*ctx)->end_cert(ctx);
+	}
+	return (*ctx)->end_chain(ctx);
+}
+
+static void
+test_pinned(void)
+{
+	static struct verifier v = { .vtable = &first_class };
+	struct keyring *ring = ring_empty();
+	size_t piece;
+
+	CHECK_GOOD(anchors_of(ring, PEM_EC_CERT PEM_RSA_CERT));
+	for (piece = 1; piece < 5000; piece *= 7) {
+		at("pieces of %zu", piece);
+		v.pinned = NULL;                                /* TLS_NOVERIFY */
+		CHECK_INT(judge(&v, PEM_EC_CERT, piece), 0);
+		CHECK_INT(judge(&v, PEM_RSA_CERT PEM_EC_CERT, piece), 0);
+		CHECK(judge(&v, "", piece) != 0);
+		v.pinned = &ring->anchor[0].pkey;
+		CHECK_INT(judge(&v, PEM_EC_CERT, piece), 0);
+		CHECK_INT(judge(&v, PEM_EC_CERT PEM_RSA_CERT, piece), 0);
+		CHECK(judge(&v, PEM_EC2_CERT, piece) != 0);
+		CHECK(judge(&v, PEM_P384_CERT, piece) != 0);
+		CHECK(judge(&v, PEM_RSA_CERT, piece) != 0);
+		CHECK(judge(&v, PEM_EC2_CERT PEM_EC_CERT, piece) != 0);         /* the first counts */
+		CHECK(judge(&v, "", piece) != 0);
+		v.pinned = &ring->anchor[1].pkey;
+		CHECK_INT(judge(&v, PEM_RSA_CERT, piece), 0);
+		CHECK(judge(&v, PEM_RSA4096_CERT, piece) != 0);
+		CHECK(judge(&v, PEM_EC_CERT, piece) != 0);
+	}
+}
