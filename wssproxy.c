@@ -36,7 +36,6 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
-#include <sys/wait.h>
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -2338,7 +2337,6 @@ static void resolver_event(void)
 		log_line(LOG_ERR, "resolver died: backends keep the addresses they have");
 		close(fds[FD_RESOLVER].fd);
 		fds[FD_RESOLVER].fd = -1;
-		waitpid(-1, NULL, WNOHANG);
 	}
 }
 
@@ -4140,10 +4138,11 @@ static const struct {
 
 /* ---- sessions: opened, run, watched, closed ---- */
 
-/* Whether a body goes up while the answer is awaited. */
-static int is_uploading(const struct session *s)
+/* Whether a backend is sought or asked: a client that has nothing to say then is watched for its end
+ * only. One whose body goes up meanwhile is read. */
+static int is_asking(const struct session *s)
 {
-	return s->state == RESPONSE && s->up_left > 0;
+	return s->state >= CONNECT && s->state <= RESPONSE && !(s->state == RESPONSE && s->up_left > 0);
 }
 
 static int is_young(const struct session *s)
@@ -4274,10 +4273,9 @@ static short leg_events(const struct leg *l)
 	return (short)((in ? POLLIN : 0) | (leg_pending(l, &len) ? POLLOUT : 0));
 }
 
-/* While a backend is sought and asked, a client that has nothing to say is watched for its end. */
 static short client_events(const struct session *s)
 {
-	if (s->state >= CONNECT && s->state <= RESPONSE && !is_uploading(s))
+	if (is_asking(s))
 		return POLLRDHUP;
 	return leg_events(&s->client);
 }
@@ -4298,14 +4296,14 @@ static short backend_events(const struct session *s)
 }
 
 /* Tells poll what the session waits for, which follows from its state and buffers. A descriptor
- * without a wish is left out: poll would report its hang-up for ever. One that waits for a buffer
- * or its turn has no wishes. */
+ * without a wish is left out: poll would report its hang-up for ever. A session that waits for a
+ * buffer or its turn has no wishes but to see its client's end. */
 static void session_watch(struct session *s)
 {
 	struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
 	int waits = !link_alone(&s->wait);
 
-	p[0].events = waits ? 0 : client_events(s);
+	p[0].events = waits && !is_asking(s) ? 0 : client_events(s);
 	p[0].fd = p[0].events ? s->client.fd : -1;
 	p[1].events = waits || s->backend.fd < 0 ? 0 : backend_events(s);
 	p[1].fd = p[1].events ? s->backend.fd : -1;
@@ -4343,8 +4341,7 @@ static void session_run(struct session *s, unsigned ready)
 	s->client.full = s->backend.full = 0;
 	s->client.reads = s->backend.reads = READS;
 	s->moved = s->fed = 0;
-	if ((ready & CLIENT_GONE) && s->state >= CONNECT && s->state <= RESPONSE &&
-	    !is_uploading(s)) {
+	if ((ready & CLIENT_GONE) && is_asking(s)) {
 		session_end(s, BY_CLIENT, ready & CLIENT_RESET ? WHY_RESET : WHY_EOF);
 		s->broken = (ready & CLIENT_RESET) != 0;
 		next = FREE;
@@ -4648,6 +4645,7 @@ static void signals_init(sigset_t *while_polling)
 		sigaddset(&block, caught[i]);
 	}
 	signal(SIGPIPE, SIG_IGN);
+	signal(SIGCHLD, SIG_IGN);       /* the resolver's end is seen on its socket */
 	sigprocmask(SIG_BLOCK, &block, while_polling);
 	for (i = 0; i < LENGTH(caught); i++)
 		sigdelset(while_polling, caught[i]);

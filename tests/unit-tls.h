@@ -113,6 +113,7 @@ test_tls_rest(void)
 	struct session *s = tls_session();
 	br_ssl_engine_context *eng = &s->tls.eng;
 	struct records *mine;
+	unsigned char *p;
 	size_t size, cut, len;
 	char text[64];
 	int n;
@@ -130,6 +131,8 @@ test_tls_rest(void)
 		CHECK(records_borrow(session_make(1)));         /* and another has it */
 		CHECK(records_borrow(s) && s->rec != mine);
 		CHECK(session_rests(s));
+		p = br_ssl_engine_sendapp_buf(eng, &len);
+		CHECK(p >= s->rec->side[0].obuf && p + len <= s->rec->side[0].obuf + sizeof s->rec->side[0].obuf);
 		n = sprintf(text, "message %zu of the client, padded", cut);
 		app_write(&peer.eng, text, (size_t)n);
 		CHECK(br_ssl_engine_sendrec_buf(&peer.eng, &size) != NULL);

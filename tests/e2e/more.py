@@ -11,14 +11,14 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from harness import BUILD, E2E, PATIENCE, SANITIZE, WORKER, C, Log, eventually
+import pki
+from harness import BUILD, E2E, PATIENCE, WSS, C, Log, eventually
 from peers import NODE, Stream, TlsStream, connect, head
 
 TLS_OFF, TLS_VERIFY, TLS_PIN, TLS_NOVERIFY = map(
@@ -316,9 +316,8 @@ def exchange(p, backend, sent, answered, kind=None):
 
 def curl(p, path, *args, host="localhost", text=True, ca=None, kind=None, **options):
     """curl, to the first listener (of that kind), which it knows as `host`."""
-    import pki
     address, port = p.address(kind)
-    scheme = "https" if p.kind(kind) == "WSS" else "http"
+    scheme = "https" if p.kind(kind) == WSS else "http"
     command = [need("curl"), "-sS", "--http1.1", "--noproxy", "*", "--max-time", str(4 * PATIENCE),
                "--cacert", ca or pki.DIR / "ec256.pem",
                "--connect-to", f"{host}:{port}:{address}:{port}",
@@ -402,5 +401,3 @@ def memory_peak_kb(p):
 def memory_peak_reset(p):
     Path(f"/proc/{p.pid}/clear_refs").write_text("5")
 
-
-PYTHON = sys.executable

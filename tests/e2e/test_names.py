@@ -12,7 +12,7 @@ import pytest
 
 from harness import FORWARD, IP_HASH, PATIENCE, WORKER, WS, eventually
 from more import FILES_ONLY, STICKY_COOKIE, Etc, answer, request
-from peers import Place, ask, connect, open_tunnel, switching, upgrade
+from peers import Place, ask, connect, open_tunnel
 
 PLAIN = {"listeners": [("127.0.0.1", "0", WS)], "http": FORWARD, "resolve_ms": 200, "fail_ms": 300}
 LOCALHOST = "127.0.0.1 localhost\n"
