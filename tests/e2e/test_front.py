@@ -1,0 +1,563 @@
+"""What clients meet: certificates by name, client certificates, redirects, origins,
+X-Forwarded-For, old TLS."""
+
+import shutil
+import signal
+import ssl
+import subprocess
+from threading import Thread
+
+import pytest
+
+from conftest import certificate, whole_config
+from harness import (APPEND, FORWARD, OFF, PATIENCE, REDIRECT, REFUSE, REPLACE, WS, WSS, C,
+                     run_once)
+from more import answer, curl, exchange, key_of, pem, request
+from peers import ask, client_context, connect, open_tunnel, switching, upgrade
+
+BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
+
+
+def entry(server_name, name):
+    return (server_name, pem(name), key_of(name))
+
+
+def subject(stream):
+    """Common name of the certificate that was shown."""
+    certificate = ssl.DER_cert_to_PEM_cert(stream.tls.getpeercert(True))
+    text = subprocess.run(["openssl", "x509", "-noout", "-subject", "-nameopt", "multiline"],
+                          input=certificate, capture_output=True, text=True, check=True).stdout
+    return text.rpartition("= ")[2].strip()
+
+
+def key_kind(stream):
+    certificate = ssl.DER_cert_to_PEM_cert(stream.tls.getpeercert(True))
+    text = subprocess.run(["openssl", "x509", "-noout", "-text"], input=certificate,
+                          capture_output=True, text=True, check=True).stdout
+    return "rsa" if "rsaEncryption" in text else "ec"
+
+
+def hello(p, name, context=None):
+    """A TLS session that asked for that server name."""
+    return connect(p, context=context or client_context(None), name=name)
+
+
+# ---- certificates by server name ----
+
+def certs():
+    return [entry("a.example", "a.example"), entry("*.b.example", "wild"), entry(None, "default")]
+
+
+@pytest.mark.parametrize("name, shown", [
+    ("a.example", "a.example"), ("A.Example", "a.example"),
+    ("x.b.example", "any of b.example"), ("X.B.EXAMPLE", "any of b.example"),
+    ("b.example", "default"), ("y.x.b.example", "default"), ("xb.example", "default"),
+    ("a.example.org", "default"), ("b.a.example", "default"), ("other.test", "default"),
+    (None, "default")])
+def test_certificate_by_server_name(proxy, place, name, shown):
+    p = proxy(place(), certs=certs())
+    assert subject(hello(p, name)) == shown
+
+
+def test_clients_verify_what_they_are_shown(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, certs=certs(), http=FORWARD)
+    context = ssl.create_default_context(cafile=pem("ca"))
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    for name in ("a.example", "x.b.example", "default.example"):
+        client = hello(p, name, context)
+        client.send(request())
+        server = backend.accept()
+        server.read_head()
+        server.send(answer(body=b"page"))
+        assert client.read_head().status == 200
+
+
+def test_order_of_the_entries_does_not_matter(proxy, place):
+    p = proxy(place(), certs=list(reversed(certs())))
+    assert subject(hello(p, "a.example")) == "a.example"
+    assert subject(hello(p, "x.b.example")) == "any of b.example"
+    assert subject(hello(p, "z.example")) == "default"
+
+
+def test_exact_name_goes_before_a_wildcard(proxy, place):
+    p = proxy(place(), certs=[entry("*.example", "wild"), entry("a.example", "a.example"),
+                              entry(None, "default")])
+    assert subject(hello(p, "a.example")) == "a.example"
+    assert subject(hello(p, "c.example")) == "any of b.example"
+
+
+def test_without_a_default_unknown_names_are_refused(proxy, place):
+    p = proxy(place(), certs=[entry("a.example", "a.example")])
+    assert subject(hello(p, "a.example")) == "a.example"
+    with pytest.raises((ssl.SSLError, OSError)):
+        hello(p, "other.test")
+
+
+def test_session_of_one_name_is_not_resumed_for_another(proxy, place):
+    """RFC 6066 3: the client would talk to a certificate that it has not seen."""
+    p = proxy(place(), certs=certs())
+    context = client_context(None)
+    first = hello(p, "a.example", context)
+    session = first.tls.session
+    again = connect(p, context=context, name="a.example", session=session)
+    assert again.tls.session_reused
+    other = connect(p, context=context, name="other.test", session=session)
+    assert not other.tls.session_reused
+    assert subject(other) == "default"
+
+
+# ---- RSA and EC for the same name ----
+
+@pytest.mark.parametrize("ciphers, kind", [("ECDHE+aECDSA+AESGCM", "ec"),
+                                           ("ECDHE+aRSA+AESGCM", "rsa"),
+                                           ("ECDHE+CHACHA20", "ec")])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_rsa_and_ec_for_the_same_name(proxy, place, ciphers, kind, reverse):
+    both = [entry("a.example", "a.example"), entry("a.example", "a.example-rsa")]
+    p = proxy(place(), certs=both[::-1] if reverse else both)
+    context = client_context(None)
+    context.set_ciphers(ciphers)
+    assert key_kind(hello(p, "a.example", context)) == kind
+
+
+def test_rsa_and_ec_as_default(proxy, place):
+    p = proxy(place(), certs=[entry(None, "a.example-rsa"), entry(None, "a.example")])
+    for ciphers, kind in (("ECDHE+aECDSA+AESGCM", "ec"), ("ECDHE+aRSA+AESGCM", "rsa")):
+        context = client_context(None)
+        context.set_ciphers(ciphers)
+        assert key_kind(hello(p, None, context)) == kind
+
+
+def test_named_entry_without_a_fitting_key_does_not_fall_to_another_name(proxy, place):
+    """a.example has an EC key only; a client that can RSA only is refused, not shown the default."""
+    p = proxy(place(), certs=[entry("a.example", "a.example"), entry(None, "a.example-rsa")])
+    context = client_context(None)
+    context.set_ciphers("ECDHE+aRSA+AESGCM")
+    with pytest.raises((ssl.SSLError, OSError)):
+        hello(p, "a.example", context)
+
+
+def test_sighup_changes_the_certificate_of_one_name(proxy, place, live_files):
+    chain, key = live_files / "chain.pem", live_files / "key.pem"
+
+    def put(name):
+        shutil.copy(pem(name), chain)
+        shutil.copy(key_of(name), key)
+    put("a.example")
+    p = proxy(place(), certs=[("a.example", chain, key), entry(None, "default")])
+    assert subject(hello(p, "a.example")) == "a.example"
+    put("wild")
+    p.signal(signal.SIGHUP)
+    p.log.wait("reload", ok=True)
+    assert subject(hello(p, "a.example")) == "any of b.example"
+    assert subject(hello(p, "other.test")) == "default"
+
+
+# ---- client certificates ----
+
+def showing(name=None):
+    context = client_context()
+    if name:
+        context.load_cert_chain(pem(name), key_of(name))
+    return context
+
+
+@pytest.fixture
+def guarded(proxy, scripted):
+    """A proxy that requires client certificates, and its backend."""
+    backend = scripted()
+    return lambda **more: (proxy(backend, client_ca=pem("client-ca"), http=FORWARD,
+                                 listeners=BOTH, **more), backend)
+
+
+def page(p, backend, client, **fields):
+    client.send(request(**fields))
+    server = backend.accept()
+    got = server.read_head()
+    server.send(answer(body=b"page"))
+    assert client.read_head().status == 200
+    return got
+
+
+@pytest.mark.parametrize("name, common_name", [("client-ec", "gateway 7"),
+                                               ("client-rsa", "gateway 8")])
+def test_subject_goes_to_the_backend(guarded, name, common_name):
+    p, backend = guarded()
+    got = page(p, backend, connect(p, context=showing(name)))
+    assert got.get("X-SSL-Client-CN") == common_name
+
+
+def test_subject_goes_with_an_upgrade(guarded):
+    p, backend = guarded()
+    client = connect(p, context=showing("client-ec"))
+    client.send(upgrade())
+    server = backend.accept()
+    assert server.read_head().get("X-SSL-Client-CN") == "gateway 7"
+    server.send(switching())
+    assert client.read_head().status == 101
+
+
+@pytest.mark.parametrize("name", [None, "client-stranger", "client-expired"])
+def test_client_without_a_good_certificate_is_refused(guarded, name):
+    p, backend = guarded()
+    with pytest.raises((ssl.SSLError, OSError)):
+        client = connect(p, context=showing(name))
+        client.send(request())
+        assert client.receive() == b""
+        raise ConnectionError("ended without an answer")
+    p.log.wait_ending("client-cert")
+    assert backend.untouched()
+
+
+@pytest.mark.parametrize("name", ["X-SSL-Client-CN", "x-ssl-client-cn", "X_SSL_Client_CN",
+                                  "X-Ssl_Client-Cn"])
+def test_forged_subject_is_replaced(guarded, name):
+    p, backend = guarded()
+    got = page(p, backend, connect(p, context=showing("client-ec")), **{name: "root"})
+    forged = [(n, v) for n, v in got.fields if n.lower().replace("_", "-") == "x-ssl-client-cn"]
+    assert forged == [("X-SSL-Client-CN", "gateway 7")]
+
+
+@pytest.mark.parametrize("kind", [WSS, WS])
+@pytest.mark.parametrize("line", ["X-SSL-Client-CN: root", "x_ssl_client_cn: root"])
+def test_forged_subject_is_dropped_where_no_certificate_is_asked_for(proxy, scripted, kind, line):
+    backend = scripted()
+    p = proxy(backend, http=FORWARD, listeners=BOTH)
+    (got, _), _ = exchange(p, backend, request(extra=[line]), answer(body=b""), kind)
+    assert "root" not in got.raw.decode()
+
+
+def test_forged_subject_is_dropped_on_a_clear_listener_beside(guarded):
+    p, backend = guarded()
+    got = page(p, backend, connect(p, WS), X_SSL_Client_CN="root")
+    assert got.all("X-SSL-Client-CN") == []
+
+
+def test_connection_can_not_take_the_subject_away(guarded):
+    p, backend = guarded()
+    got = page(p, backend, connect(p, context=showing("client-ec")),
+               Connection="close, X-SSL-Client-CN")
+    assert got.get("X-SSL-Client-CN") == "gateway 7"
+
+
+def test_session_is_not_resumed_without_the_certificate(guarded):
+    """A resumed handshake asks for none."""
+    p, backend = guarded()
+    context = showing("client-ec")
+    first = connect(p, context=context)
+    page(p, backend, first)
+    second = connect(p, context=context, session=first.tls.session)
+    assert not second.tls.session_reused
+    assert page(p, backend, second).get("X-SSL-Client-CN") == "gateway 7"
+
+
+def test_curl_shows_its_certificate(guarded):
+    p, backend = guarded()
+    seen = []
+
+    def serve():
+        server = backend.accept()
+        seen.append(server.read_head())
+        server.send(answer(body=b"page"))
+    thread = Thread(target=serve)
+    thread.start()
+    result = curl(p, "/", "--cert", pem("client-rsa"), "--key", key_of("client-rsa"))
+    thread.join(PATIENCE)
+    assert result.stdout == "page", result.stderr
+    assert seen[0].get("X-SSL-Client-CN") == "gateway 8"
+
+
+def test_sighup_loads_a_new_client_ca(proxy, scripted, live_files):
+    ca = live_files / "client-ca.pem"
+    shutil.copy(pem("client-ca"), ca)
+    backend = scripted()
+    p = proxy(backend, client_ca=ca, http=FORWARD)
+    page(p, backend, connect(p, context=showing("client-ec")))
+    shutil.copy(pem("stranger"), ca)
+    p.signal(signal.SIGHUP)
+    p.log.wait("reload", ok=True)
+    page(p, backend, connect(p, context=showing("client-stranger")))
+    with pytest.raises((ssl.SSLError, OSError)):
+        client = connect(p, context=showing("client-ec"))
+        client.send(request())
+        client.read_head()
+
+
+@pytest.mark.parametrize("file", ["/nowhere/ca.pem", "key"])
+def test_bad_client_ca_is_named(place, file):
+    file = key_of("ec") if file == "key" else file
+    result = run_once(whole_config([place()], {"client_ca": file}), "-t")
+    assert result.returncode == 1
+    assert "client_ca" in result.stderr and str(file) in result.stderr
+
+
+# ---- redirects ----
+
+@pytest.fixture
+def redirecting(proxy, place):
+    """A REDIRECT listener beside a WSS one with a port that is known."""
+    front = place()
+    return lambda: proxy(place(), listeners=[(front.host, front.port, WSS),
+                                             ("127.0.0.1", "0", REDIRECT)]), front.port
+
+
+@pytest.mark.parametrize("sent, location", [
+    (request("/chat?room=1"), "https://example.test:{}/chat?room=1"),
+    (request("/", Host="example.test:80"), "https://example.test:{}/"),
+    (request("/", Host="example.test:8080"), "https://example.test:{}/"),
+    (request("/x", Host="[2001:db8::1]:80"), "https://[2001:db8::1]:{}/x"),
+    (request("/x", Host="[2001:db8::1]"), "https://[2001:db8::1]:{}/x"),
+    (request("/x", Host="192.0.2.1"), "https://192.0.2.1:{}/x"),
+    (request("http://other.test/y?z"), "https://other.test:{}/y?z"),
+    (request("http://other.test"), "https://other.test:{}/"),
+    (request("*", "OPTIONS"), "https://example.test:{}/"),
+    (upgrade("/chat"), "https://example.test:{}/chat"),
+    (request("/form", "POST", body=b"a=b"), "https://example.test:{}/form"),
+])
+def test_redirect_keeps_host_and_target(redirecting, sent, location):
+    start, port = redirecting
+    p = start()
+    head, _ = ask(p, sent, REDIRECT)
+    assert head.status == 308
+    assert head.get("Location") == location.format(port)
+
+
+def test_redirect_to_the_usual_port_says_none(proxy, place):
+    """Where the WSS listener is elsewhere, 443 is meant."""
+    p = proxy(place(), listeners=[("127.0.0.1", "0", REDIRECT)])
+    assert ask(p, request("/x"))[0].get("Location") == "https://example.test/x"
+
+
+def test_redirect_listener_dials_no_backend(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, listeners=[("127.0.0.1", "0", REDIRECT)], http=FORWARD)
+    ask(p, request("/"))
+    assert backend.untouched()
+
+
+@pytest.mark.parametrize("sent, status", [
+    (request(Host=None), 400), (request(extra=["Host: b"]), 400), (b"rubbish\r\n\r\n", 400),
+    (request(Host="a b"), 400), (request("a:443", "CONNECT"), 405)])
+def test_redirect_listener_is_as_strict(redirecting, sent, status):
+    p = redirecting[0]()
+    head, _ = ask(p, sent, REDIRECT)
+    assert head.status == status
+    assert head.all("Location") == []
+
+
+@pytest.mark.parametrize("host", ["evil.example%0d%0aSet-Cookie:x", "a\"><script>", "a/b", "a\\b",
+                                  "user@evil.example"])
+def test_redirect_repeats_no_odd_host(redirecting, host):
+    p = redirecting[0]()
+    head, body = ask(p, request(Host=host), REDIRECT)
+    assert head.status in (308, 400)
+    assert head.all("Set-Cookie") == []
+    if head.status == 308:
+        assert head.get("Location").startswith("https://") and "<" not in head.get("Location")
+
+
+def test_curl_follows_a_redirect(proxy, scripted, place):
+    front = place()
+    backend = scripted()
+    p = proxy(backend, http=FORWARD, listeners=[(front.host, front.port, WSS),
+                                                ("127.0.0.1", "0", REDIRECT)])
+
+    def serve():
+        server = backend.accept()
+        server.read_head()
+        server.send(answer(body=b"secure page"))
+    thread = Thread(target=serve)
+    thread.start()
+    result = curl(p, "/", "-L", kind=REDIRECT)
+    thread.join(PATIENCE)
+    assert result.stdout == "secure page", result.stderr
+
+
+# ---- origins ----
+
+@pytest.mark.parametrize("origin, host, status", [
+    ("https://example.test", "example.test", 101),
+    ("http://example.test", "example.test", 101),
+    ("https://example.test:8443", "example.test:8443", 101),
+    ("https://[2001:db8::1]", "[2001:db8::1]", 101),
+    ("https://example.test:8443", "example.test", 403),
+    ("https://example.test.evil.test", "example.test", 403),
+    ("https://xexample.test", "example.test", 403),
+    ("https://evil.test", "example.test", 403),
+    ("ftp://example.test", "example.test", 403),
+    ("null", "example.test", 403), ("", "example.test", 403), ("https://", "example.test", 403),
+])
+def test_origin_same(proxy, scripted, origin, host, status):
+    backend = scripted()
+    p = proxy(backend, origins=["same"])
+    client = connect(p)
+    client.send(upgrade(Origin=origin, Host=host))
+    if status == 101:
+        server = backend.accept()
+        server.read_head()
+        server.send(switching())
+    assert client.read_head().status == status
+    if status == 403:
+        assert backend.untouched()
+
+
+@pytest.mark.parametrize("origin, host", [("https://Example.Test", "example.test"),
+                                          ("https://example.test", "EXAMPLE.test"),
+                                          ("https://example.test", "example.test:443")])
+def test_origin_same_knows_case_and_the_usual_port(proxy, scripted, origin, host):
+    """Browsers write origins in lower case and without :443; a Host may come in any form."""
+    backend = scripted()
+    p = proxy(backend, origins=["same"])
+    client = connect(p)
+    client.send(upgrade(Origin=origin, Host=host))
+    server = backend.accept()
+    server.read_head()
+    server.send(switching())
+    assert client.read_head().status == 101
+
+
+def test_origin_same_of_an_absolute_target(proxy, scripted):
+    """The host that is asked for is the target's."""
+    backend = scripted()
+    p = proxy(backend, origins=["same"])
+    assert ask(p, upgrade("http://real.test/", Origin="https://example.test"))[0].status == 403
+    assert backend.untouched()
+
+
+def test_origin_same_and_others(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, origins=["https://app.example", "same"])
+    for origin in ("https://app.example", "https://example.test"):
+        client = connect(p)
+        client.send(upgrade(Origin=origin))
+        server = backend.accept()
+        server.read_head()
+        server.send(switching())
+        assert client.read_head().status == 101
+    assert ask(p, upgrade(Origin="https://other.example"))[0].status == 403
+
+
+def test_upgrade_without_origin_where_origins_are_given(proxy, scripted):
+    """No browser sends that; what is not allowed is refused."""
+    backend = scripted()
+    p = proxy(backend, origins=["same"])
+    assert ask(p, upgrade())[0].status == 403
+    assert backend.untouched()
+
+
+def test_origins_do_not_concern_pages(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, origins=["https://app.example"], http=FORWARD)
+    _, (head, _) = exchange(p, backend, request(Origin="https://other.example"), answer(body=b""))
+    assert head.status == 200
+
+
+# ---- X-Forwarded-For of pages ----
+
+@pytest.mark.parametrize("mode, came, passed", [
+    (APPEND, [], ["127.0.0.1"]),
+    (APPEND, ["192.0.2.1"], ["192.0.2.1, 127.0.0.1"]),
+    (APPEND, ["192.0.2.1, 192.0.2.2", "192.0.2.3"], ["192.0.2.1, 192.0.2.2, 192.0.2.3, 127.0.0.1"]),
+    (REPLACE, ["192.0.2.1"], ["127.0.0.1"]),
+    (REPLACE, [], ["127.0.0.1"]),
+    (OFF, ["192.0.2.1"], ["192.0.2.1"]),
+    (OFF, [], []),
+])
+def test_x_forwarded_for_of_a_page(proxy, scripted, mode, came, passed):
+    backend = scripted()
+    p = proxy(backend, x_forwarded_for=mode, http=FORWARD)
+    sent = request(extra=[f"X-Forwarded-For: {value}" for value in came])
+    (got, _), _ = exchange(p, backend, sent, answer(body=b""))
+    assert got.all("X-Forwarded-For") == passed
+
+
+@pytest.mark.parametrize("name", ["X-Real-IP", "X-Forwarded-Proto", "x_real_ip",
+                                  "X_Forwarded_Proto"])
+@pytest.mark.parametrize("mode", [APPEND, REPLACE])
+def test_forged_fields_of_a_page_are_replaced(proxy, scripted, name, mode):
+    backend = scripted()
+    p = proxy(backend, x_forwarded_for=mode, http=FORWARD)
+    (got, _), _ = exchange(p, backend, request(extra=[f"{name}: forged"]), answer(body=b""))
+    assert b"forged" not in got.raw
+    assert got.get("X-Real-IP") == "127.0.0.1"
+    assert got.get("X-Forwarded-Proto") == "https"
+
+
+# ---- old TLS ----
+
+CBC = [C("BR_TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA"), C("BR_TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA"),
+       C("BR_TLS_ECDHE_ECDSA_WITH_AES_256_CBC_SHA"), C("BR_TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA"),
+       C("BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256")]
+OLD = {"tls_min": C("BR_TLS10"), "ciphers": CBC}
+
+
+def s_client(p, *args, name="localhost"):
+    """openssl s_client sends a request; what it printed."""
+    result = subprocess.run(
+        ["openssl", "s_client", "-connect", "%s:%d" % p.address(), "-servername", name,
+         "-ign_eof", *args], input=request().decode(), capture_output=True, text=True,
+        timeout=PATIENCE)
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("key", ["ec256", "rsa2048"])
+@pytest.mark.parametrize("option, version", [("-tls1", "TLSv1"), ("-tls1_1", "TLSv1.1"),
+                                             ("-tls1_2", "TLSv1.2")])
+@pytest.mark.parametrize("size", ["AES128-SHA", "AES256-SHA"])
+def test_old_tls_by_configuration(proxy, place, key, option, version, size):
+    p = proxy(place(), certs=[certificate(key)], http=REFUSE, **OLD)
+    shown = s_client(p, option, "-cipher", f"ECDHE-{'ECDSA' if key == 'ec256' else 'RSA'}-{size}"
+                     ":@SECLEVEL=0")
+    assert f"Protocol  : {version}\n" in shown, shown
+    assert "HTTP/1.1 426 " in shown
+
+
+def test_new_clients_get_the_best_of_an_old_configuration(proxy, place):
+    p = proxy(place(), **OLD)
+    assert connect(p).tls.version() == "TLSv1.2"
+
+
+@pytest.mark.parametrize("option", ["-tls1", "-tls1_1"])
+def test_old_tls_is_refused_by_default(proxy, place, option):
+    p = proxy(place())
+    assert "HTTP/1.1" not in s_client(p, option, "-cipher", "ALL:@SECLEVEL=0")
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+def test_tunnel_over_tls10(proxy, scripted):
+    """Its first record is split in two against BEAST; that is nothing that a backend sees."""
+    backend = scripted()
+    p = proxy(backend, **OLD)
+    context = client_context(versions=(ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1))
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    client, server = open_tunnel(p, backend, context=context)
+    for n in (1, 100, 20000, 100000):
+        data = bytes(n % 251 for n in range(n))
+        client.send(data)
+        assert server.read(n) == data
+        server.send(data)
+        assert client.read(n) == data
+    assert p.log.wait("open")["tls"] == "1.0"
+
+
+@pytest.mark.parametrize("cipher", ["DES-CBC3-SHA", "ECDHE-ECDSA-DES-CBC3-SHA", "AES128-SHA",
+                                    "AES128-GCM-SHA256", "NULL", "RC4-SHA"])
+def test_suites_that_are_never_served(proxy, place, cipher):
+    """3DES, RC4, and all without forward secrecy."""
+    p = proxy(place(), **OLD)
+    assert "HTTP/1.1" not in s_client(p, "-tls1_2", "-cipher", f"{cipher}:@SECLEVEL=0")
+
+
+@pytest.mark.parametrize("suite", ["BR_TLS_RSA_WITH_3DES_EDE_CBC_SHA",
+                                   "BR_TLS_RSA_WITH_AES_128_GCM_SHA256"])
+def test_weak_suite_in_the_configuration_is_refused(place, suite):
+    result = run_once(whole_config([place()], {"ciphers": [C(suite)]}), "-t")
+    assert result.returncode == 1
+    assert "ciphers[0]" in result.stderr
+
+
+def test_cbc_suite_for_tls12_alone_is_refused(place):
+    result = run_once(whole_config([place()], {"ciphers": CBC}), "-t")
+    assert result.returncode == 1
+    assert "ciphers[0]" in result.stderr and "tls_min" in result.stderr
