@@ -1209,6 +1209,15 @@ static int span_is(const char *buf, struct span s, const char *word)
 	return i == s.len && !word[i];
 }
 
+static int span_equal(const char *buf, struct span a, struct span b)
+{
+	size_t i = 0;
+
+	while (i < a.len && i < b.len && lower(buf[a.at + i]) == lower(buf[b.at + i]))
+		i++;
+	return i == a.len && i == b.len;
+}
+
 /* Takes the next element off a comma-separated list (RFC 9110 5.6.1), white space trimmed. 0: no
  * more. Empty elements are skipped. */
 static int list_next(const char *buf, struct span *list, struct span *out)
@@ -1520,31 +1529,47 @@ static int key_valid(const char *buf, struct span s)
 	return 1;
 }
 
-/* Whether the value of Origin is one of origins[]; "same" is the Host with http or https. */
-static int origin_allowed(const char *buf, const struct facts *f, struct span host)
+/* Whether an Origin is that of the Host asked for, on http or https: the names have no case, and the
+ * scheme's own port may be left out (RFC 6454 4). */
+static int origin_same(const char *buf, struct span origin, struct span host)
 {
-	const char *value = buf + f->origin.at;
-	unsigned i;
+	static const struct { const char *scheme, *port; } schemes[] = {
+		{ "https://", ":443" }, { "http://", ":80" },
+	};
+	unsigned i, k;
+	size_t len;
 
-	if (!origins[0])
-		return 1;
-	for (i = 0; i < LENGTH(origins) && origins[i] && f->origins == 1; i++) {
-		size_t len = strlen(origins[i]), skip = 0;
+	for (i = 0; i < LENGTH(schemes); i++) {
+		struct span both[2] = { origin, host };
 
-		if (strcmp(origins[i], "same") != 0) {
-			if (len == f->origin.len && memcmp(origins[i], value, len) == 0)
-				return 1;
+		len = strlen(schemes[i].scheme);
+		if (origin.len <= len || memcmp(buf + origin.at, schemes[i].scheme, len) != 0)
 			continue;
-		}
-		if (f->origin.len > 8 && memcmp(value, "https://", 8) == 0)
-			skip = 8;
-		else if (f->origin.len > 7 && memcmp(value, "http://", 7) == 0)
-			skip = 7;
-		if (skip > 0 && f->origin.len - skip == host.len &&
-		    memcmp(value + skip, buf + host.at, host.len) == 0)
-			return 1;
+		both[0].at = (uint16_t)(both[0].at + len);
+		both[0].len = (uint16_t)(both[0].len - len);
+		len = strlen(schemes[i].port);
+		for (k = 0; k < 2; k++)
+			if (both[k].len > len && memcmp(buf + both[k].at + both[k].len - len,
+			    schemes[i].port, len) == 0)
+				both[k].len = (uint16_t)(both[k].len - len);
+		return span_equal(buf, both[0], both[1]);
 	}
 	return 0;
+}
+
+/* Whether the value of Origin is one of origins[]. */
+static int origin_allowed(const char *buf, const struct facts *f, struct span host)
+{
+	unsigned i;
+
+	for (i = 0; i < LENGTH(origins) && origins[i] && f->origins == 1; i++) {
+		size_t len = strlen(origins[i]);
+
+		if (strcmp(origins[i], "same") == 0 ? origin_same(buf, f->origin, host) :
+		    len == f->origin.len && memcmp(origins[i], buf + f->origin.at, len) == 0)
+			return 1;
+	}
+	return !origins[0];
 }
 
 static enum why upgrade_check(struct request *r, const char *buf, const struct facts *f)
@@ -1722,15 +1747,9 @@ static int is_hop(const struct head *h, const char *buf, struct span name)
 
 		if (!span_is(buf, h->field[i].name, "connection"))
 			continue;
-		while (list_next(buf, &list, &s)) {
-			size_t k = 0;
-
-			while (k < s.len && k < name.len &&
-			    lower(buf[s.at + k]) == lower(buf[name.at + k]))
-				k++;
-			if (k == s.len && k == name.len)
+		while (list_next(buf, &list, &s))
+			if (span_equal(buf, s, name))
 				return 1;
-		}
 	}
 	return 0;
 }
@@ -2638,26 +2657,24 @@ static void suites_init(void)
 	}
 }
 
-/* Whether a server name from the wire is the one of a certs[] entry: exact, or with one label in
- * the place of a leading "*". */
-static int name_matches(const char *pattern, const char *name, size_t len)
+/* How well a certs[] entry fits a server name from the wire: 3 the very name, 2 with one label in the
+ * place of a leading "*", 1 the entry is a default one, 0 not at all. */
+static int name_fits(const char *pattern, const char *name, size_t len)
 {
-	size_t n = strlen(pattern), i;
+	const int wild = pattern && pattern[0] == '*' && pattern[1] == '.';
+	const char *dot = wild ? memchr(name, '.', len) : name;
+	size_t n, i;
 
-	if (pattern[0] == '*' && pattern[1] == '.') {
-		const char *dot = memchr(name, '.', len);
-
-		if (!dot || dot == name)
-			return 0;
-		len -= (size_t)(dot - name);
-		name = dot;
-		pattern++;
-		n--;
-	}
-	for (i = 0; i < n && i < len; i++)
-		if (lower(pattern[i]) != lower(name[i]))
-			return 0;
-	return n == len;
+	if (!pattern)
+		return 1;
+	if (!dot || (wild && dot == name))
+		return 0;
+	pattern += wild;
+	len -= (size_t)(dot - name);
+	n = strlen(pattern);
+	for (i = 0; i < n && i < len && lower(pattern[i]) == lower(dot[i]); i++)
+		;
+	return i < n || n != len ? 0 : wild ? 2 : 3;
 }
 
 static int hash_choose(uint32_t offered)
@@ -2692,8 +2709,8 @@ static int identity_serves(const struct identity *id, const br_ssl_server_contex
 	return 1;
 }
 
-/* Certificate and suite for a ClientHello: among the certificates for its server name (if there
- * are none: the default ones), the first suite that one of them can serve. */
+/* Certificate and suite for a ClientHello: among the certificates that fit its server name best, the
+ * first suite that one of them can serve. */
 static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
@@ -2702,17 +2719,18 @@ static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_se
 	const char *name = br_ssl_engine_get_server_name(&cc->eng);
 	size_t n, len = strnlen(name, sizeof cc->eng.server_name), u;
 	const br_suite_translated *offered = br_ssl_server_get_client_suites(cc, &n);
-	int by_name = 0;
+	int fits[CERTS], best = 1;
 	unsigned i;
 
-	for (i = 0; i < CERTS; i++)
-		by_name |= certs[i].name && name_matches(certs[i].name, name, len);
+	for (i = 0; i < CERTS; i++) {
+		fits[i] = name_fits(certs[i].name, name, len);
+		best = fits[i] > best ? fits[i] : best;
+	}
 	for (u = 0; u < n; u++) {
 		for (i = 0; i < CERTS; i++) {
 			const struct identity *id = &s->ring->id[i];
 
-			if (by_name != (certs[i].name && name_matches(certs[i].name, name, len)) ||
-			    (!by_name && certs[i].name) ||
+			if (fits[i] != best ||
 			    !identity_serves(id, cc, offered[u][1] >> 12, &choices->algo_id))
 				continue;
 			p->id = id;
@@ -2773,6 +2791,50 @@ static int random_bytes(void *buf, size_t len, unsigned flags)
 	return n == (ssize_t)len;
 }
 
+/* The session cache: BearSSL's, with the server name mixed into the session ID, for a session must not
+ * be resumed under another name (RFC 6066 3). */
+static void cache_key(const br_ssl_server_context *cc, br_ssl_session_parameters *p)
+{
+	const char *name = br_ssl_engine_get_server_name(&cc->eng);
+	unsigned char hash[br_sha256_SIZE];
+	br_sha256_context c;
+	unsigned i;
+
+	br_sha256_init(&c);
+	br_sha256_update(&c, name, strnlen(name, sizeof cc->eng.server_name));
+	br_sha256_out(&c, hash);
+	for (i = 0; i < sizeof p->session_id && i < sizeof hash; i++)
+		p->session_id[i] ^= hash[i];
+}
+
+static void cache_save(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
+	const br_ssl_session_parameters *params)
+{
+	br_ssl_session_parameters p = *params;
+
+	(void)ctx;
+	cache_key(cc, &p);
+	cache.vtable->save(&cache.vtable, cc, &p);
+	wipe(&p, sizeof p);
+}
+
+static int cache_load(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
+	br_ssl_session_parameters *params)
+{
+	int found;
+
+	(void)ctx;
+	cache_key(cc, params);
+	found = cache.vtable->load(&cache.vtable, cc, params);
+	cache_key(cc, params);
+	return found;
+}
+
+static const br_ssl_session_cache_class named_cache_class = {
+	sizeof(br_ssl_session_cache_class *), cache_save, cache_load,
+};
+static const br_ssl_session_cache_class *named_cache = &named_cache_class;
+
 /* What engines of both sides have in common. */
 static int engine_make(br_ssl_engine_context *eng)
 {
@@ -2820,7 +2882,7 @@ static int tls_make(struct session *s)
 		BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_FAIL_ON_ALPN_MISMATCH);
 	/* a resumed session shows no certificate, so none is resumed where one is asked for */
 	if (session_cache > 0 && !client_ca)
-		br_ssl_server_set_cache(&s->tls, &cache.vtable);
+		br_ssl_server_set_cache(&s->tls, &named_cache);
 	s->tls_made = 1;
 	return 1;
 }

@@ -4,8 +4,7 @@
 
 /* ---- round robin ---- */
 
-static void
-check_turns(unsigned n, const unsigned *weight, uint64_t allowed, const char *want)
+static void check_turns(unsigned n, const unsigned *weight, uint64_t allowed, const char *want)
 {
 	int current[BACKENDS_MAX] = { 0 };
 	char got[64];
@@ -17,8 +16,7 @@ check_turns(unsigned n, const unsigned *weight, uint64_t allowed, const char *wa
 	CHECK_STR(got, want);
 }
 
-static void
-test_round_robin(void)
+static void test_round_robin(void)
 {
 	static const unsigned equal[4] = { 1, 1, 1, 1 }, same[3] = { 7, 7, 7 };
 
@@ -35,8 +33,7 @@ test_round_robin(void)
 	check_turns(3, (const unsigned[]){ 4, 2, 1 }, ALL(3), "ABACABAABACABA");
 }
 
-static void
-test_round_robin_subset(void)
+static void test_round_robin_subset(void)
 {
 	static const unsigned equal[4] = { 1, 1, 1, 1 }, other[3] = { 5, 1, 1 };
 	unsigned weight[BACKENDS_MAX];
@@ -67,8 +64,7 @@ test_round_robin_subset(void)
 }
 
 /* Over as many picks as the weights add up to, each gets its weight, and then all is as at first. */
-static void
-test_round_robin_shares(void)
+static void test_round_robin_shares(void)
 {
 	unsigned weight[BACKENDS_MAX], count[BACKENDS_MAX], n, i, sum, round;
 	int current[BACKENDS_MAX], pick;
@@ -101,8 +97,7 @@ test_round_robin_shares(void)
 enum addresses { NEIGHBOURS4, RANDOM4, NEIGHBOURS6, RANDOM6 };
 
 /* The i-th client: 10.0.0.0 and up, or 2001:db8:0:i::1, or by chance. */
-static unsigned
-client_address(enum addresses kind, unsigned i, unsigned char address[16])
+static unsigned client_address(enum addresses kind, unsigned i, unsigned char address[16])
 {
 	static const unsigned char first6[16] = { 0x20, 0x01, 0x0d, 0xb8, [15] = 1 };
 	uint64_t z[2];
@@ -125,8 +120,7 @@ client_address(enum addresses kind, unsigned i, unsigned char address[16])
 	return kind == NEIGHBOURS4 || kind == RANDOM4 ? 32 : kind == NEIGHBOURS6 ? 64 : 128;
 }
 
-static int
-client_pick(const uint64_t *id, const unsigned *weight, unsigned n, uint64_t allowed,
+static int client_pick(const uint64_t *id, const unsigned *weight, unsigned n, uint64_t allowed,
 	enum addresses kind, unsigned i)
 {
 	unsigned char address[16];
@@ -138,8 +132,7 @@ client_pick(const uint64_t *id, const unsigned *weight, unsigned n, uint64_t all
 }
 
 /* Ids as a caller may have them: small numbers, or hashes of names. */
-static void
-fill_ids(uint64_t *id, unsigned n, int hashed)
+static void fill_ids(uint64_t *id, unsigned n, int hashed)
 {
 	unsigned i;
 
@@ -149,8 +142,7 @@ fill_ids(uint64_t *id, unsigned n, int hashed)
 }
 
 /* Shares after the weights, `percent` off at most. */
-static void
-check_spread(unsigned n, const unsigned *weight, unsigned percent)
+static void check_spread(unsigned n, const unsigned *weight, unsigned percent)
 {
 	unsigned count[BACKENDS_MAX], i, sum, kind, hashed;
 	uint64_t id[BACKENDS_MAX];
@@ -179,8 +171,7 @@ check_spread(unsigned n, const unsigned *weight, unsigned percent)
 	}
 }
 
-static void
-test_rendezvous_spread(void)
+static void test_rendezvous_spread(void)
 {
 	static const unsigned equal[8] = { 1, 1, 1, 1, 1, 1, 1, 1 };
 
@@ -196,8 +187,7 @@ test_rendezvous_spread(void)
 	check_spread(3, (const unsigned[]){ 7, 7, 7 }, 10);
 }
 
-static void
-test_rendezvous_weights(void)
+static void test_rendezvous_weights(void)
 {
 	at("1 2");
 	check_spread(2, (const unsigned[]){ 1, 2 }, 10);
@@ -211,8 +201,7 @@ test_rendezvous_weights(void)
 	check_spread(2, (const unsigned[]){ 1, 256 }, 60);      /* 39 clients of 10000 */
 }
 
-static void
-test_rendezvous_moves(void)
+static void test_rendezvous_moves(void)
 {
 	static const unsigned weight[6] = { 3, 1, 4, 1, 5, 9 };
 	uint64_t id[6];
@@ -236,8 +225,7 @@ test_rendezvous_moves(void)
 }
 
 /* A weight that grows draws clients to its backend and moves no others. */
-static void
-test_rendezvous_weight_moves(void)
+static void test_rendezvous_weight_moves(void)
 {
 	uint64_t id[3];
 	unsigned i;
@@ -251,8 +239,7 @@ test_rendezvous_weight_moves(void)
 	}
 }
 
-static void
-test_rendezvous_order(void)
+static void test_rendezvous_order(void)
 {
 	static const unsigned weight[5] = { 3, 1, 4, 1, 5 }, place[5] = { 2, 4, 0, 3, 1 };
 	uint64_t id[5], id2[5];
@@ -268,8 +255,7 @@ test_rendezvous_order(void)
 			place[client_pick(id, weight, 5, ALL(5), RANDOM6, i)]);
 }
 
-static void
-test_rendezvous_bits(void)
+static void test_rendezvous_bits(void)
 {
 	static const unsigned weight[8] = { 1, 1, 1, 1, 1, 1, 1, 1 };
 	unsigned char a[16], b[16], last[16];
@@ -300,8 +286,7 @@ test_rendezvous_bits(void)
 	}
 }
 
-static void
-test_rendezvous_subset(void)
+static void test_rendezvous_subset(void)
 {
 	static const unsigned char address[4] = { 192, 0, 2, 1 };
 	uint64_t id[BACKENDS_MAX];
@@ -321,8 +306,7 @@ test_rendezvous_subset(void)
 
 /* ---- paths ---- */
 
-static void
-test_path_under(void)
+static void test_path_under(void)
 {
 	static const struct { const char *target, *prefix; int under; } cases[] = {
 		{ "/", "/", 1 },

@@ -10,6 +10,7 @@ static const struct listener listeners[] = {
 static const struct cert certs[] = {
 	{ NULL,          "unit-cert.pem",  "unit-key.pem" },
 	{ "*.b.example", "unit-cert2.pem", "unit-key2.pem" },
+	{ "y.b.example", "unit-cert.pem",  "unit-key.pem" },
 };
 
 enum { A, B, BACKUP, LIMITED, NAMED, CHAT, CHAT_X, IN_FILE };

@@ -3,8 +3,7 @@
 /* ---- the log ---- */
 
 /* Undoes \xNN. The length, -1: not something that log_escape may write. */
-static long
-unescape(const char *s, char *out)
+static long unescape(const char *s, char *out)
 {
 	static const char hex[] = "0123456789abcdef";
 	long n = 0;
@@ -27,8 +26,7 @@ unescape(const char *s, char *out)
 
 /* Whatever comes in: one word that can't end the line, the word or a quotation, and says exactly
  * what came, cut where the room ends. */
-static void
-check_escape(const char *in, size_t len, size_t size)
+static void check_escape(const char *in, size_t len, size_t size)
 {
 	char *out = guard_room(&output, size), back[2048] = "";
 	long n;
@@ -46,8 +44,7 @@ check_escape(const char *in, size_t len, size_t size)
 		CHECK(strlen(out) + 5 > size);          /* as much as there was room for */
 }
 
-static void
-test_log_escape(void)
+static void test_log_escape(void)
 {
 	static const char line[] = "x\r\nopen id=1 client=127.0.0.1:1 path=\"/\"\\x41\t\x1b[31m\x7f\xc3\xa4\0y";
 	char out[100], bytes[256];
@@ -72,8 +69,7 @@ test_log_escape(void)
 /* The log is a pipe for a while. */
 static int log_pipe[2];
 
-static void
-log_open_pipe(void)
+static void log_open_pipe(void)
 {
 	if (pipe(log_pipe) < 0) {
 		perror("pipe");
@@ -82,8 +78,7 @@ log_open_pipe(void)
 	log_fd = log_pipe[1];
 }
 
-static const char *
-log_read(void)
+static const char *log_read(void)
 {
 	static char text[8192];
 	struct pollfd p = { .fd = log_pipe[0], .events = POLLIN };
@@ -95,8 +90,7 @@ log_read(void)
 	return text;
 }
 
-static void
-test_log_line(void)
+static void test_log_line(void)
 {
 	char text[3000];
 	const char *got;
@@ -119,8 +113,7 @@ test_log_line(void)
 }
 
 /* The line of the design, byte for byte. */
-static void
-test_log_reject(void)
+static void test_log_reject(void)
 {
 	struct address a = { .ip = { 192, 0, 2, 9 }, .port = 51234, .family = AF_INET };
 
@@ -130,8 +123,7 @@ test_log_reject(void)
 }
 
 /* A reader that does not read costs lines, never time. */
-static void
-test_log_full(void)
+static void test_log_full(void)
 {
 	uint64_t lost = totals.log_lost;
 	unsigned i;
@@ -144,8 +136,7 @@ test_log_full(void)
 
 /* ---- lists and timers ---- */
 
-static struct session *
-session_make(unsigned i)
+static struct session *session_make(unsigned i)
 {
 	struct session *s = &sessions[i];
 
@@ -160,8 +151,7 @@ session_make(unsigned i)
 	return s;
 }
 
-static void
-test_lists(void)
+static void test_lists(void)
 {
 	struct link list, l[4];
 	unsigned i;
@@ -184,8 +174,7 @@ test_lists(void)
 	CHECK(link_alone(&list));
 }
 
-static void
-test_timers(void)
+static void test_timers(void)
 {
 	struct queue q = { .ms = 100 }, never = { .ms = 0 };
 	struct timer t[4];
@@ -221,8 +210,7 @@ test_timers(void)
 }
 
 /* A million starts and ends later the queue is still in order, and holds whom it should. */
-static void
-test_timers_order(void)
+static void test_timers_order(void)
 {
 	struct queue q = { .ms = 50 };
 	struct timer t[64];
@@ -254,8 +242,7 @@ test_timers_order(void)
 }
 
 /* How long poll may wait: until the first of all queues' first. */
-static void
-test_timers_next(void)
+static void test_timers_next(void)
 {
 	struct session *s, *other;
 
@@ -298,8 +285,7 @@ test_timers_next(void)
 
 /* ---- pools ---- */
 
-static void
-test_pool(void)
+static void test_pool(void)
 {
 	struct item { void *next; uint64_t value[3]; } items[5];
 	struct item *got[5], *again;
@@ -337,8 +323,7 @@ test_pool(void)
 }
 
 /* Who finds no buffer waits, and is served first come, first served. */
-static void
-test_pool_waiters(void)
+static void test_pool_waiters(void)
 {
 	struct session *s[max_busy + 3];
 	struct records *r;
@@ -389,8 +374,8 @@ test_pool_waiters(void)
 /* ---- addresses ---- */
 
 /* Read from a socket address, written to one, read again, and shown. */
-static void
-check_address(const char *literal, unsigned port, const char *shown_as, const char *with_port)
+static void check_address(const char *literal, unsigned port, const char *shown_as,
+	const char *with_port)
 {
 	struct sockaddr_storage ss;
 	struct address a, again;
@@ -401,7 +386,8 @@ check_address(const char *literal, unsigned port, const char *shown_as, const ch
 	sprintf(number, "%u", port);
 	CHECK_INT(address_parse(&a, literal, number), 1);
 	len = address_write(&a, &ss);
-	CHECK_INT(len, ss.ss_family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6));
+	CHECK_INT(len, ss.ss_family == AF_INET ? sizeof(struct sockaddr_in) :
+		sizeof(struct sockaddr_in6));
 	address_read(&again, (struct sockaddr *)&ss);
 	CHECK_INT(again.port, port);
 	CHECK_STR(address_format(&again, 0, text), shown_as);
@@ -409,8 +395,7 @@ check_address(const char *literal, unsigned port, const char *shown_as, const ch
 	CHECK(strlen(text) < ADDRESS_TEXT);
 }
 
-static void
-test_address(void)
+static void test_address(void)
 {
 	struct sockaddr_storage ss;
 	struct address a, b;
@@ -437,8 +422,7 @@ test_address(void)
 	CHECK_INT(a.family, AF_INET);
 }
 
-static void
-test_address_parse(void)
+static void test_address_parse(void)
 {
 	static const struct { const char *host, *port; } names[] = {
 		{ "a.example", "80" }, { "", "80" }, { "192.0.2", "80" }, { "192.0.2.256", "80" },
@@ -458,8 +442,7 @@ test_address_parse(void)
 
 /* ---- sources ---- */
 
-static struct address
-address_of(const char *literal, const char *port)
+static struct address address_of(const char *literal, const char *port)
 {
 	struct sockaddr_storage ss;
 	struct address a;
@@ -471,8 +454,7 @@ address_of(const char *literal, const char *port)
 	return a;
 }
 
-static void
-test_sources(void)
+static void test_sources(void)
 {
 	struct address a = address_of("192.0.2.1", "1"), b = address_of("192.0.2.1", "2"),
 		c = address_of("192.0.2.2", "1"), mapped = address_of("::ffff:192.0.2.1", "3"),
@@ -512,8 +494,7 @@ test_sources(void)
 }
 
 /* As many addresses as there are sessions, over and over: none is lost or taken for another. */
-static void
-test_sources_many(void)
+static void test_sources_many(void)
 {
 	struct address a[max_sessions];
 	struct source *o[max_sessions];
@@ -542,8 +523,7 @@ test_sources_many(void)
 }
 
 /* An IPv4 address and an IPv6 network whose bytes are the same are two. */
-static void
-test_sources_family(void)
+static void test_sources_family(void)
 {
 	struct address four = { .family = AF_INET }, six = { .family = AF_INET6 };
 	struct source *o;
@@ -563,8 +543,7 @@ test_sources_family(void)
 
 /* ---- backends ---- */
 
-static void
-servers_up(void)
+static void servers_up(void)
 {
 	unsigned i;
 
@@ -582,8 +561,7 @@ servers_up(void)
 
 static const uint64_t everywhere = SET(A) | SET(B) | SET(BACKUP) | SET(LIMITED) | SET(NAMED);
 
-static void
-test_servers_init(void)
+static void test_servers_init(void)
 {
 	servers_up();
 	CHECK_STR(servers[A].name, "192.0.2.1:3000");
@@ -600,8 +578,7 @@ test_servers_init(void)
 	CHECK(server_ids[A] != server_ids[B] && server_ids[A] != 0);
 }
 
-static void
-test_servers_for(void)
+static void test_servers_for(void)
 {
 	servers_up();
 	CHECK_INT(servers_for(LIT("/")), everywhere);
@@ -617,8 +594,7 @@ test_servers_for(void)
 }
 
 /* A session that may go anywhere, from that address. */
-static struct session *
-session_for(uint64_t allowed, const char *literal)
+static struct session *session_for(uint64_t allowed, const char *literal)
 {
 	struct session *s = session_make(0);
 
@@ -627,8 +603,7 @@ session_for(uint64_t allowed, const char *literal)
 	return s;
 }
 
-static void
-check_picks(const struct session *s, uint64_t want)
+static void check_picks(const struct session *s, uint64_t want)
 {
 	uint64_t seen = 0;
 	int i, pick;
@@ -642,8 +617,7 @@ check_picks(const struct session *s, uint64_t want)
 	CHECK_INT(seen, want);
 }
 
-static void
-test_server_pick(void)
+static void test_server_pick(void)
 {
 	struct session *s;
 
@@ -681,8 +655,7 @@ test_server_pick(void)
 	check_picks(s, SET(CHAT));
 }
 
-static void
-test_server_pick_none(void)
+static void test_server_pick_none(void)
 {
 	struct session *s;
 
@@ -701,8 +674,7 @@ test_server_pick_none(void)
 	CHECK_INT(server_pick(s), PICK_WAIT);           /* the resolver has not answered yet */
 }
 
-static void
-test_server_pick_balance(void)
+static void test_server_pick_balance(void)
 {
 	static const char *const near[] = { "192.0.2.1", "192.0.2.200", "192.0.2.255" };
 	uint64_t seen = 0;
@@ -746,8 +718,7 @@ test_server_pick_balance(void)
 	CHECK_INT(server_pick(session_for(everywhere, "2001:db8:0:1:ffff:ffff:ffff:ffff")), first);
 }
 
-static void
-test_server_pick_least(void)
+static void test_server_pick_least(void)
 {
 	struct session *s;
 	unsigned i;
@@ -787,8 +758,7 @@ test_server_pick_least(void)
 		CHECK(server_pick(s) != BACKUP);
 }
 
-static int
-cookie_of(const char *lines)
+static int cookie_of(const char *lines)
 {
 	char in[2048];
 	struct request r;
@@ -801,8 +771,7 @@ cookie_of(const char *lines)
 }
 
 /* An id that says nothing of the address, the same each time, and found among other cookies. */
-static void
-test_cookies(void)
+static void test_cookies(void)
 {
 	static const struct { const char *format; int found; } cases[] = {
 		{ "Cookie: %s\r\n", 1 },
@@ -852,8 +821,7 @@ test_cookies(void)
 	CHECK_INT(cookie_of("Cookie: ;;; ;\r\n"), -1);
 }
 
-static void
-test_cookie_add(void)
+static void test_cookie_add(void)
 {
 	struct session *s;
 	char want[300];
@@ -875,8 +843,7 @@ test_cookie_add(void)
 }
 
 /* The cookie decides while its backend can serve, and only then. */
-static void
-test_server_pick_sticky(void)
+static void test_server_pick_sticky(void)
 {
 	struct session *s;
 
@@ -910,8 +877,7 @@ test_server_pick_sticky(void)
 }
 
 /* max_fails failures within fail_ms put a backend aside for fail_ms. */
-static void
-test_server_failed(void)
+static void test_server_failed(void)
 {
 	struct server *v = &servers[A];
 
@@ -941,8 +907,7 @@ test_server_failed(void)
 }
 
 /* Where clients go is the same on each machine and after each release: these values are fixed. */
-static void
-test_rendezvous_fixed(void)
+static void test_rendezvous_fixed(void)
 {
 	static const unsigned weight[8] = { 1, 2, 3, 4, 5, 6, 7, 8 };
 	uint64_t ids[8], sum = 0;
@@ -956,11 +921,11 @@ test_rendezvous_fixed(void)
 
 /* ---- answers of our own ---- */
 
-static const unsigned statuses[] = { 308, 400, 403, 405, 408, 411, 414, 426, 431, 501, 502, 503, 504, 505 };
+static const unsigned statuses[] = { 308, 400, 403, 405, 408, 411, 414, 426, 431, 501, 502, 503, 504,
+	505 };
 
 /* The reasons have the statuses of the design, all of them, and each its own word in the log. */
-static void
-test_whys(void)
+static void test_whys(void)
 {
 	uint64_t seen = 0;
 	unsigned i, k;
@@ -986,8 +951,7 @@ test_whys(void)
 static struct head_buffer head_of_test;
 
 /* A session whose request is this one, and has no answer yet. */
-static struct session *
-session_asking(const char *request)
+static struct session *session_asking(const char *request)
 {
 	struct session *s = session_make(0);
 	const char *buf;
@@ -1001,8 +965,7 @@ session_asking(const char *request)
 }
 
 /* Our own answers are good HTTP by our own rules. */
-static void
-test_reply_compose(void)
+static void test_reply_compose(void)
 {
 	struct session *s;
 	struct response r;
@@ -1042,8 +1005,7 @@ test_reply_compose(void)
 	}
 }
 
-static void
-test_location(void)
+static void test_location(void)
 {
 	static const struct { const char *request, *want; } cases[] = {
 		{ GET HOST END, "https://a.example:8443/" },
@@ -1077,8 +1039,7 @@ test_location(void)
 
 /* ---- what configuration decides about a request ---- */
 
-static enum why
-why_of(const char *request)
+static enum why why_of(const char *request)
 {
 	struct request r;
 	const char *buf;
@@ -1088,8 +1049,7 @@ why_of(const char *request)
 
 #define FROM(origin) UPGRADE "Origin: " origin "\r\n" END
 
-static void
-test_origins(void)
+static void test_origins(void)
 {
 	at("any");
 	CHECK_WHY(why_of(UPGRADE END), WHY_NONE);
@@ -1126,8 +1086,7 @@ test_origins(void)
 	CHECK_WHY(why_of(UPGRADE END), WHY_ORIGIN);
 }
 
-static void
-test_x_forwarded_for(void)
+static void test_x_forwarded_for(void)
 {
 	static const char in[] = UPGRADE "X-Forwarded-For: 198.51.100.1\r\nX-Forwarded-Proto: ftp\r\n"
 		"X-Real-IP: 198.51.100.1\r\nX_Forwarded_For: 198.51.100.2\r\nA: b\r\n" END;
@@ -1154,8 +1113,7 @@ static int far_ends[4 * max_sessions];
 static unsigned far_count;
 
 /* As a listener takes it: a connection from that address. */
-static void
-client_connects(const char *literal)
+static void client_connects(const char *literal)
 {
 	struct address a = address_of(literal, "1");
 	int pair[2];
@@ -1169,8 +1127,7 @@ client_connects(const char *literal)
 }
 
 /* Whether the one that connected last was turned away. */
-static int
-client_turned_away(void)
+static int client_turned_away(void)
 {
 	char byte;
 
@@ -1178,8 +1135,7 @@ client_turned_away(void)
 }
 
 /* Every awake session is where it believes to be, and polled there. */
-static void
-check_awake(void)
+static void check_awake(void)
 {
 	unsigned i;
 
@@ -1190,8 +1146,7 @@ check_awake(void)
 	}
 }
 
-static struct session *
-session_of(const char *literal)
+static struct session *session_of(const char *literal)
 {
 	struct address a = address_of(literal, "1");
 	const struct source *o = source_find(&a);
@@ -1203,8 +1158,7 @@ session_of(const char *literal)
 	return NULL;
 }
 
-static unsigned
-sessions_of(const char *literal)
+static unsigned sessions_of(const char *literal)
 {
 	struct address a = address_of(literal, "1");
 	const struct source *o = source_find(&a);
@@ -1212,8 +1166,7 @@ sessions_of(const char *literal)
 	return o != NULL ? o->sessions : 0;
 }
 
-static void
-test_sessions_per_ip(void)
+static void test_sessions_per_ip(void)
 {
 	unsigned i;
 
@@ -1235,8 +1188,7 @@ test_sessions_per_ip(void)
 }
 
 /* A full table: who holds most of the young sessions gives one up. */
-static void
-test_sessions_displaced(void)
+static void test_sessions_displaced(void)
 {
 	unsigned i;
 	char literal[24];
@@ -1276,8 +1228,7 @@ test_sessions_displaced(void)
 }
 
 /* Who is past its request is no one to displace, and without a crowd no one is: then listeners rest. */
-static void
-test_sessions_full(void)
+static void test_sessions_full(void)
 {
 	unsigned i;
 	char literal[24];
@@ -1310,8 +1261,7 @@ test_sessions_full(void)
 }
 
 /* Whatever the order in which sessions end, nothing stays behind. */
-static void
-test_sessions_closed(void)
+static void test_sessions_closed(void)
 {
 	unsigned i, k, round;
 	char literal[24], byte;
@@ -1345,8 +1295,7 @@ test_sessions_closed(void)
 }
 
 /* Who sits on a buffer without progress for stall_ms loses it, but only when another wants it. */
-static void
-test_stallers(void)
+static void test_stallers(void)
 {
 	unsigned i, busy;
 	struct session *s;
@@ -1386,8 +1335,7 @@ test_stallers(void)
 }
 
 /* How much of what a backend sends belongs to its answer, and what its end is called. */
-static void
-test_answer_take(void)
+static void test_answer_take(void)
 {
 	struct session *s = session_make(0);
 
@@ -1430,8 +1378,7 @@ test_answer_take(void)
 
 /* What the resolver says: addresses replace the old ones, their absence does not, and whoever waited
  * for the first answer goes on. */
-static void
-test_resolver_answer(void)
+static void test_resolver_answer(void)
 {
 	struct server *v = &servers[NAMED];
 	struct resolved r = { .index = NAMED, .count = 2 };
@@ -1472,8 +1419,7 @@ test_resolver_answer(void)
 }
 
 /* BearSSL lets its buffers be lent, as the start of the program finds out. */
-static void
-test_lending(void)
+static void test_lending(void)
 {
 	tables_init();
 	suites_init();
@@ -1482,8 +1428,7 @@ test_lending(void)
 
 /* ---- suites ---- */
 
-static void
-test_suites(void)
+static void test_suites(void)
 {
 	unsigned i, k, moves = 0, found;
 
@@ -1495,7 +1440,8 @@ test_suites(void)
 	}
 	/* ChaCha20 on one side, AES on the other, each in the order of ciphers[] */
 	for (i = 1; i < LENGTH(suites); i++)
-		moves += suite_names[suite_find(suites[i])].chacha != suite_names[suite_find(suites[i - 1])].chacha;
+		moves += suite_names[suite_find(suites[i])].chacha !=
+			suite_names[suite_find(suites[i - 1])].chacha;
 	CHECK_INT(moves, 1);
 	CHECK(suites[0] == ciphers[0] || suites[0] == ciphers[1]);
 	CHECK_INT(suite_names[suite_find(suites[0])].chacha,

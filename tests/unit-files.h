@@ -1,11 +1,11 @@
-/* unit-files.h - PEM files, keys, whether they belong together, and which certificate a name gets. */
+/* unit-files.h - PEM files, keys and certificates, whether they belong together, trust anchors. */
 
 static struct identity identity;
 static struct guard pem_text;
 
 /* The parsers may write one byte behind the text; more would meet the guard page. */
-static const char *
-pem_parse_into(void *owner, const char *(*parse)(void *, char *, size_t), const char *pem, size_t len)
+static const char *pem_parse_into(void *owner, const char *(*parse)(void *, char *, size_t),
+	const char *pem, size_t len)
 {
 	char *text = guard_room(&pem_text, len + 1);
 
@@ -13,27 +13,24 @@ pem_parse_into(void *owner, const char *(*parse)(void *, char *, size_t), const 
 	return parse(owner, text, len);
 }
 
-static const char *
-pem_parse(const char *(*parse)(void *, char *, size_t), const char *pem, size_t len)
+static const char *pem_parse(const char *(*parse)(void *, char *, size_t), const char *pem,
+	size_t len)
 {
 	return pem_parse_into(&identity, parse, pem, len);
 }
 
-static const char *
-chain_of(const char *pem)
+static const char *chain_of(const char *pem)
 {
 	return pem_parse(chain_parse, pem, strlen(pem));
 }
 
-static const char *
-key_of(const char *pem)
+static const char *key_of(const char *pem)
 {
 	return pem_parse(key_parse, pem, strlen(pem));
 }
 
 /* The text with each line end replaced. */
-static const char *
-with_line_ends(const char *pem, const char *end)
+static const char *with_line_ends(const char *pem, const char *end)
 {
 	static char out[16384];
 	size_t n = 0;
@@ -47,8 +44,7 @@ with_line_ends(const char *pem, const char *end)
 	return out;
 }
 
-static const char *
-without_last(const char *pem, size_t bytes)
+static const char *without_last(const char *pem, size_t bytes)
 {
 	static char out[16384];
 	size_t len = strlen(pem) - bytes;
@@ -62,8 +58,8 @@ without_last(const char *pem, size_t bytes)
 #define CHECK_ERROR(error) check_str_or_null(__FILE__, __LINE__, #error, (error), 0)
 
 /* Parsers return NULL, or what is wrong. */
-static void
-check_str_or_null(const char *file, int line, const char *what, const char *error, int good)
+static void check_str_or_null(const char *file, int line, const char *what, const char *error,
+	int good)
 {
 	if ((error == NULL) == good || !shown(file, line))
 		return;
@@ -77,8 +73,7 @@ check_str_or_null(const char *file, int line, const char *what, const char *erro
 /* ---- chains ---- */
 
 /* What chain_of left: so many certificates, each one DER object. */
-static void
-check_chain(size_t want)
+static void check_chain(size_t want)
 {
 	size_t i;
 
@@ -93,8 +88,7 @@ check_chain(size_t want)
 
 #define EC_AND_EC2 PEM_EC_CERT PEM_EC2_CERT
 
-static void
-test_pem_chain(void)
+static void test_pem_chain(void)
 {
 	static const struct { const char *name, *pem; size_t count; } good[] = {
 		{ "one", PEM_EC_CERT, 1 },
@@ -129,8 +123,7 @@ test_pem_chain(void)
 	}
 }
 
-static void
-test_pem_chain_order(void)
+static void test_pem_chain_order(void)
 {
 	unsigned char first[2048], second[2048];
 	size_t first_len, second_len;
@@ -145,8 +138,7 @@ test_pem_chain_order(void)
 	CHECK_BYTES((char *)identity.chain[1].data, identity.chain[1].data_len, (char *)second, second_len);
 }
 
-static void
-test_pem_chain_bad(void)
+static void test_pem_chain_bad(void)
 {
 	static const struct { const char *name, *pem; size_t len; } bad[] = {
 		{ "empty", LIT("") },
@@ -170,8 +162,7 @@ test_pem_chain_bad(void)
 	check_chain(1);
 }
 
-static void
-test_pem_chain_limits(void)
+static void test_pem_chain_limits(void)
 {
 	static char text[32768];
 	size_t i, n;
@@ -192,8 +183,7 @@ test_pem_chain_limits(void)
 	CHECK_GOOD(chain_of(PEM_EC_CERT));
 }
 
-static void
-truncate_all(const char *(*parse)(void *, char *, size_t), const char *pem, size_t from,
+static void truncate_all(const char *(*parse)(void *, char *, size_t), const char *pem, size_t from,
 	size_t to)
 {
 	size_t n;
@@ -206,8 +196,7 @@ truncate_all(const char *(*parse)(void *, char *, size_t), const char *pem, size
 
 /* A copy that broke off is not taken, wherever that was: up to the line that ends the object, before
  * which nothing says that all of it is there. */
-static void
-test_pem_truncated(void)
+static void test_pem_truncated(void)
 {
 	static const char chain[] = PEM_EC_CERT, two[] = EC_AND_EC2, key[] = PEM_EC_KEY,
 		parameters[] = PEM_EC_PARAMETERS PEM_EC_KEY, rsa[] = PEM_RSA_KEY8;
@@ -227,8 +216,7 @@ test_pem_truncated(void)
 
 /* ---- keys ---- */
 
-static void
-test_pem_key(void)
+static void test_pem_key(void)
 {
 	static const struct { const char *name, *pem; int type; } good[] = {
 		{ "EC, SEC1", PEM_EC_KEY, BR_KEYTYPE_EC },
@@ -259,8 +247,7 @@ test_pem_key(void)
 	}
 }
 
-static void
-test_pem_key_bad(void)
+static void test_pem_key_bad(void)
 {
 	static const struct { const char *name, *pem; } bad[] = {
 		{ "empty", "" },
@@ -293,8 +280,7 @@ test_pem_key_bad(void)
 }
 
 /* Every certificate with every key. */
-static void
-test_key_matches(void)
+static void test_key_matches(void)
 {
 	static const struct { const char *cert, *key, *key8; } pairs[] = {
 		{ PEM_EC_CERT, PEM_EC_KEY, PEM_EC_KEY8 },
@@ -327,15 +313,13 @@ test_key_matches(void)
 
 /* ---- trust anchors ---- */
 
-static struct keyring *
-ring_empty(void)
+static struct keyring *ring_empty(void)
 {
 	memset(&keyrings[1], 0, sizeof keyrings[1]);
 	return &keyrings[1];
 }
 
-static const char *
-anchors_of(struct keyring *ring, const char *pem)
+static const char *anchors_of(struct keyring *ring, const char *pem)
 {
 	size_t len = strlen(pem);
 	char *text = malloc(len + 1);
@@ -350,8 +334,7 @@ anchors_of(struct keyring *ring, const char *pem)
 }
 
 /* An anchor has the certificate's subject and key. */
-static void
-check_anchor(const br_x509_trust_anchor *a, const char *cert)
+static void check_anchor(const br_x509_trust_anchor *a, const char *cert)
 {
 	br_x509_decoder_context dc;
 	const br_x509_pkey *pk;
@@ -378,8 +361,7 @@ check_anchor(const br_x509_trust_anchor *a, const char *cert)
 	}
 }
 
-static void
-test_anchors(void)
+static void test_anchors(void)
 {
 	struct keyring *ring = ring_empty();
 
@@ -395,8 +377,7 @@ test_anchors(void)
 	CHECK(memmem(ring->anchor[0].dn.data, ring->anchor[0].dn.len, "ec.example", 10) != NULL);
 }
 
-static void
-test_anchors_bad(void)
+static void test_anchors_bad(void)
 {
 	struct keyring *ring = ring_empty();
 	char *text = calloc(ANCHORS_MAX + 2, 2048);
@@ -434,8 +415,7 @@ test_anchors_bad(void)
 
 static char directory[] = "/tmp/wssproxy-unit-XXXXXX";
 
-static void
-file_write(const char *name, const char *text, size_t len)
+static void file_write(const char *name, const char *text, size_t len)
 {
 	FILE *f = fopen(name, "w");
 
@@ -445,8 +425,7 @@ file_write(const char *name, const char *text, size_t len)
 	}
 }
 
-static void
-directory_enter(void)
+static void directory_enter(void)
 {
 	if (mkdtemp(directory) == NULL || chdir(directory) < 0) {
 		perror(directory);
@@ -454,8 +433,7 @@ directory_enter(void)
 	}
 }
 
-static void
-directory_leave(void)
+static void directory_leave(void)
 {
 	static const char *const names[] = { "unit-cert.pem", "unit-key.pem", "unit-cert2.pem",
 		"unit-key2.pem", "unit-ca.pem", "large" };
@@ -468,8 +446,7 @@ directory_leave(void)
 }
 
 /* What certs[] names is read, and an error names the entry and the file. */
-static void
-test_keyring_load(void)
+static void test_keyring_load(void)
 {
 	static const char *const names[] = { "unit-cert.pem", "unit-key.pem", "unit-cert2.pem",
 		"unit-key2.pem", "unit-ca.pem" };
@@ -508,8 +485,7 @@ test_keyring_load(void)
 	directory_leave();
 }
 
-static void
-test_file_read(void)
+static void test_file_read(void)
 {
 	const char *error = NULL;
 	char *buf = guard_room(&input, 100);
@@ -534,13 +510,14 @@ test_file_read(void)
 
 /* ---- server names ---- */
 
-static void
-test_name_matches(void)
+/* The very name, before a name with one label for the star, before a default. */
+static void test_name_fits(void)
 {
-	static const struct { const char *pattern, *name; size_t len; int matches; } cases[] = {
-		{ "a.example", LIT("a.example"), 1 },
-		{ "a.example", LIT("A.EXAMPLE"), 1 },
-		{ "A.Example", LIT("a.example"), 1 },
+	static const struct { const char *pattern, *name; size_t len; int fits; } cases[] = {
+		{ "a.example", LIT("a.example"), 3 },
+		{ "a.example", LIT("A.EXAMPLE"), 3 },
+		{ "A.Example", LIT("a.example"), 3 },
+		{ "192.0.2.1", LIT("192.0.2.1"), 3 },
 		{ "a.example", LIT("b.example"), 0 },
 		{ "a.example", LIT("a.exampl"), 0 },
 		{ "a.example", LIT("a.example2"), 0 },
@@ -550,22 +527,24 @@ test_name_matches(void)
 		{ "a.example", LIT("a.example\0.b"), 0 },
 		{ "a-example", LIT("a\x0d" "example"), 0 },     /* one bit apart */
 		{ "a[example", LIT("a{example"), 0 },
-		{ "*.a.example", LIT("x.a.example"), 1 },
-		{ "*.a.example", LIT("X.A.example"), 1 },
+		{ "*.a.example", LIT("x.a.example"), 2 },
+		{ "*.a.example", LIT("X.A.example"), 2 },
 		{ "*.a.example", LIT("x.y.a.example"), 0 },
 		{ "*.a.example", LIT("a.example"), 0 },
 		{ "*.a.example", LIT(".a.example"), 0 },
 		{ "*.a.example", LIT("x.b.example"), 0 },
+		{ "*.a.example", LIT("x.a.exampl"), 0 },
+		{ "*.a.example", LIT("x.a.example.b"), 0 },
 		{ "*.a.example", LIT("x"), 0 },
-		{ "*.a.example", LIT("*.a.example"), 1 },
 		{ "*.a.example", LIT(""), 0 },
-		{ "192.0.2.1", LIT("192.0.2.1"), 1 },
+		{ NULL, LIT("a.example"), 1 },
+		{ NULL, LIT(""), 1 },
 	};
 	size_t i;
 
 	for (i = 0; i < COUNT(cases); i++) {
-		at("%s, %s", cases[i].pattern, cases[i].name);
-		CHECK_INT(name_matches(cases[i].pattern, guard_copy(&input, cases[i].name, cases[i].len),
-			cases[i].len) != 0, cases[i].matches);
+		at("%s, %s", cases[i].pattern ? cases[i].pattern : "NULL", cases[i].name);
+		CHECK_INT(name_fits(cases[i].pattern, guard_copy(&input, cases[i].name, cases[i].len),
+			cases[i].len), cases[i].fits);
 	}
 }

@@ -450,8 +450,7 @@ static const struct request_case request_upgrades[] = {
 #define CHECK_WHY(got, want) \
 	check_why(__FILE__, __LINE__, #got, (got), (want))
 
-static void
-check_why(const char *file, int line, const char *what, enum why got, enum why want)
+static void check_why(const char *file, int line, const char *what, enum why got, enum why want)
 {
 	if (got != want)
 		check_str(file, line, what, whys[got].text, whys[want].text);
@@ -463,9 +462,8 @@ static struct guard input;
 
 /* What a connection that delivers the head so ends up with. No caller offers more than head_max
  * bytes: its buffer has no more. Each call sees the bytes somewhere else, before the guard page. */
-static enum why
-request_feed(struct request *r, const char *in, size_t len, enum feeding how, size_t cut,
-	const char **buf)
+static enum why request_feed(struct request *r, const char *in, size_t len, enum feeding how,
+	size_t cut, const char **buf)
 {
 	size_t all = len < head_max ? len : head_max;
 	size_t n = how == ONCE ? all : how == TWICE ? cut : 0;
@@ -482,16 +480,14 @@ request_feed(struct request *r, const char *in, size_t len, enum feeding how, si
 	return why == WHY_NONE ? request_check(r, *buf) : why;
 }
 
-static void
-check_same_span(const struct span *a, const struct span *b)
+static void check_same_span(const struct span *a, const struct span *b)
 {
 	CHECK_INT(a->len, b->len);
 	if (a->len != 0)
 		CHECK_INT(a->at, b->at);
 }
 
-static void
-check_same_head(const struct head *a, const struct head *b)
+static void check_same_head(const struct head *a, const struct head *b)
 {
 	int i;
 
@@ -505,8 +501,7 @@ check_same_head(const struct head *a, const struct head *b)
 	}
 }
 
-static void
-check_same_request(const struct request *a, const struct request *b)
+static void check_same_request(const struct request *a, const struct request *b)
 {
 	check_same_head(&a->head, &b->head);
 	check_same_span(&a->target, &b->target);
@@ -517,8 +512,7 @@ check_same_request(const struct request *a, const struct request *b)
 }
 
 /* The answer is the same wherever the head was cut, and for one byte at a time. */
-static void
-request_cuts(const struct request *whole, const char *in, size_t len, enum why want)
+static void request_cuts(const struct request *whole, const char *in, size_t len, enum why want)
 {
 	struct request r;
 	const char *buf;
@@ -535,8 +529,7 @@ request_cuts(const struct request *whole, const char *in, size_t len, enum why w
 }
 
 /* Where the empty line ends. */
-static size_t
-head_end(const char *in, size_t len)
+static size_t head_end(const char *in, size_t len)
 {
 	size_t i;
 
@@ -546,8 +539,7 @@ head_end(const char *in, size_t len)
 	return 0;
 }
 
-static void
-request_case_run(const struct request_case *c)
+static void request_case_run(const struct request_case *c)
 {
 	unsigned before = failures;
 	struct request r;
@@ -573,8 +565,7 @@ request_case_run(const struct request_case *c)
 		request_cuts(&r, c->in, c->len, why);
 }
 
-static void
-request_table(const struct request_case *c, size_t n)
+static void request_table(const struct request_case *c, size_t n)
 {
 	for (; n != 0; n--, c++)
 		request_case_run(c);
@@ -589,8 +580,7 @@ static void test_request_body(void)    { request_table(request_bodies, COUNT(req
 static void test_request_upgrade(void) { request_table(request_upgrades, COUNT(request_upgrades)); }
 
 /* Every byte in every kind of place: a table of its own would be 1000 lines. */
-static void
-test_request_bytes(void)
+static void test_request_bytes(void)
 {
 	static const char token[] = "!#$%&'*+-.^_`|~";
 	char in[200];
@@ -637,8 +627,7 @@ test_request_bytes(void)
 static char large[2 * head_max + 4096];
 
 /* A head of exactly `size` bytes: `start`, then fields, then one that fills it up. */
-static size_t
-head_fill(const char *start, size_t size)
+static size_t head_fill(const char *start, size_t size)
 {
 	size_t n = (size_t)sprintf(large, "%sX: ", start);
 
@@ -648,8 +637,7 @@ head_fill(const char *start, size_t size)
 }
 
 /* A request line of exactly `size` bytes with its CRLF, and a small rest. */
-static size_t
-line_fill(size_t size)
+static size_t line_fill(size_t size)
 {
 	size_t n = (size_t)sprintf(large, "GET /");
 
@@ -658,8 +646,7 @@ line_fill(size_t size)
 	return size + (size_t)sprintf(large + size, HOST END);
 }
 
-static void
-limit_case(size_t len, enum why want)
+static void limit_case(size_t len, enum why want)
 {
 	struct request r;
 	const char *buf;
@@ -668,8 +655,7 @@ limit_case(size_t len, enum why want)
 	request_cuts(&r, large, len, want);
 }
 
-static void
-test_request_limit_head(void)
+static void test_request_limit_head(void)
 {
 	struct request r;
 	const char *buf;
@@ -689,8 +675,7 @@ test_request_limit_head(void)
 		WHY_NONE);
 }
 
-static void
-test_request_limit_line(void)
+static void test_request_limit_line(void)
 {
 	size_t n;
 
@@ -716,8 +701,7 @@ test_request_limit_line(void)
 	limit_case(n, WHY_HTTP_VERSION);
 }
 
-static size_t
-fields_fill(unsigned n)
+static size_t fields_fill(unsigned n)
 {
 	size_t len = (size_t)sprintf(large, GET HOST);
 	unsigned i;
@@ -727,8 +711,7 @@ fields_fill(unsigned n)
 	return len + (size_t)sprintf(large + len, "\r\n");
 }
 
-static void
-test_request_limit_fields(void)
+static void test_request_limit_fields(void)
 {
 	struct request r;
 	const char *buf;
@@ -754,8 +737,7 @@ static char rendered[GUARD_SIZE];
 
 /* Parses, checks and renders; the output ends before a guard page, and each size below what is
  * needed gives 0. The result is in `rendered`, with a NUL behind. */
-static size_t
-request_rendered(const char *in, size_t len, const char *client, const char *proto)
+static size_t request_rendered(const char *in, size_t len, const char *client, const char *proto)
 {
 	struct forwarded f = { .client = client, .proto = proto };
 	struct request r;
@@ -784,8 +766,7 @@ request_rendered(const char *in, size_t len, const char *client, const char *pro
 
 /* What a strict reader says of a rendered head: lines that end with CRLF and nowhere else, a token
  * and a colon in each but the first. */
-static int
-head_is_clean(const char *s, size_t len)
+static int head_is_clean(const char *s, size_t len)
 {
 	const char *line = s, *end = s + len, *cr, *p;
 
@@ -809,22 +790,21 @@ head_is_clean(const char *s, size_t len)
 	return 0;
 }
 
-static int
-is_name(const char *line, size_t len, const char *name)
+static int is_name(const char *line, size_t len, const char *name)
 {
 	return strlen(name) == len && strncasecmp(line, name, len) == 0;
 }
 
 /* Takes the lines of that name out of `rendered`; their values, joined by " | ". */
-static const char *
-take(const char *name)
+static const char *take(const char *name)
 {
 	static char values[5][2048];
 	static unsigned turn;
 	char *v = values[turn++ % 5], *line, *next, *colon, *p;
 
 	v[0] = '\0';
-	for (line = strstr(rendered, "\r\n"); line != NULL && strncmp(line, "\r\n\r\n", 4) != 0; line = next) {
+	for (line = strstr(rendered, "\r\n"); line != NULL && strncmp(line, "\r\n\r\n", 4) != 0;
+	    line = next) {
 		line += 2;
 		next = strstr(line, "\r\n");
 		if (next == NULL)
@@ -846,8 +826,7 @@ take(const char *name)
 }
 
 /* Renders, and takes what the proxy adds to each upgrade out of it; the rest is in `rendered`. */
-static void
-upgrade_rendered(const char *in, size_t len, const char *x_forwarded_for_wanted)
+static void upgrade_rendered(const char *in, size_t len, const char *x_forwarded_for_wanted)
 {
 	size_t n = request_rendered(in, len, CLIENT, "https");
 
@@ -953,8 +932,7 @@ static const struct render_case request_renders[] = {
 		GET "Host: b.example\r\n" KEYED V13 END, CLIENT),
 };
 
-static void
-test_request_render(void)
+static void test_request_render(void)
 {
 	const struct render_case *c;
 
@@ -965,8 +943,7 @@ test_request_render(void)
 	}
 }
 
-static void
-test_request_render_client(void)
+static void test_request_render_client(void)
 {
 	static const char in[] = UPGRADE "X-Forwarded-For: x\r\nX-Forwarded-Proto: y\r\n" END;
 
@@ -977,8 +954,7 @@ test_request_render_client(void)
 }
 
 /* What the certificate says of the client goes to the backend, and nobody else can say it. */
-static void
-test_request_render_subject(void)
+static void test_request_render_subject(void)
 {
 	static const char in[] = GET REST "Connection: Upgrade, X-SSL-Client-CN\r\nUpgrade: websocket\r\n"
 		"X-SSL-Client-CN: forged\r\nx_ssl_client-cn: forged\r\nX_SSL_CLIENT_CN: forged\r\nA: b\r\n" END;
@@ -998,8 +974,7 @@ test_request_render_subject(void)
 }
 
 /* A body is announced to the backend once, as checked, and the connection ends with it. */
-static void
-test_request_render_plain(void)
+static void test_request_render_plain(void)
 {
 	static const char *const in[] = {
 		POST CL "5\r\nA: b\r\n" END "hello",
@@ -1030,8 +1005,7 @@ test_request_render_plain(void)
 }
 
 /* OPTIONS for a whole server, asked of a proxy: the last one makes it "*" again (9112 3.2.4). */
-static void
-test_request_render_options(void)
+static void test_request_render_options(void)
 {
 	request_rendered(LIT("OPTIONS http://b.example:8001 HTTP/1.1\r\n" HOST END), CLIENT, "http");
 	CHECK_BYTES(rendered, strcspn(rendered, "\r"), LIT("OPTIONS * HTTP/1.1"));
@@ -1044,8 +1018,7 @@ test_request_render_options(void)
 }
 
 /* The largest head that is taken can be rendered, or gives 0: never more than there is room for. */
-static void
-test_request_render_large(void)
+static void test_request_render_large(void)
 {
 	size_t n, len = head_fill(UPGRADE, head_max);
 
@@ -1060,8 +1033,7 @@ test_request_render_large(void)
 }
 
 /* Whatever of head_max bytes is good fits into HEAD_ROOM when it is rendered. */
-static void
-test_request_render_room(void)
+static void test_request_render_room(void)
 {
 	static char subject[128], start[4096];
 	struct forwarded f = { "2001:db8:1111:2222:3333:4444:5555:6666", "https", subject };
@@ -1086,8 +1058,7 @@ test_request_render_room(void)
 
 /* Good heads with a few bytes changed, dropped, doubled or swapped: the answer never depends on
  * how they arrive, and what is taken is clean and means the same when it is read again. */
-static void
-test_request_random(void)
+static void test_request_random(void)
 {
 	static const char *const seeds[] = {
 		UPGRADE "Origin: x\r\nX-Forwarded-For: y\r\n" END "frames",

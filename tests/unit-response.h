@@ -221,9 +221,8 @@ static const struct response_case response_upgrades[] = {
 	TO_UPGRADE("HTTP/1.1 204 x\r\n" END, 204, BODY_LENGTH, 0),
 };
 
-static enum why
-response_feed(struct response *r, const struct response_case *c, enum feeding how, size_t cut,
-	const char **buf)
+static enum why response_feed(struct response *r, const struct response_case *c, enum feeding how,
+	size_t cut, const char **buf)
 {
 	size_t all = c->len < head_max ? c->len : head_max;
 	size_t n = how == ONCE ? all : how == TWICE ? cut : 0;
@@ -240,8 +239,7 @@ response_feed(struct response *r, const struct response_case *c, enum feeding ho
 	return why == WHY_NONE ? response_check(r, *buf, c->upgrade, c->head, ACCEPT) : why;
 }
 
-static void
-response_case_run(const struct response_case *c)
+static void response_case_run(const struct response_case *c)
 {
 	size_t cut, all = c->len < head_max ? c->len : head_max;
 	unsigned before = failures;
@@ -272,8 +270,7 @@ response_case_run(const struct response_case *c)
 	}
 }
 
-static void
-response_table(const struct response_case *c, size_t n)
+static void response_table(const struct response_case *c, size_t n)
 {
 	for (; n != 0; n--, c++)
 		response_case_run(c);
@@ -283,16 +280,14 @@ static void test_response_line(void)    { response_table(response_lines, COUNT(r
 static void test_response_body(void)    { response_table(response_bodies, COUNT(response_bodies)); }
 static void test_response_upgrade(void) { response_table(response_upgrades, COUNT(response_upgrades)); }
 
-static void
-response_limit_case(size_t len, enum why want)
+static void response_limit_case(size_t len, enum why want)
 {
 	struct response_case c = { 0, large, len, 0, 0, want, want, 0, 0, 0 };
 
 	response_case_run(&c);
 }
 
-static void
-test_response_limits(void)
+static void test_response_limits(void)
 {
 	size_t len;
 	unsigned i;
@@ -316,8 +311,7 @@ test_response_limits(void)
 
 /* ---- rendering ---- */
 
-static size_t
-response_rendered(const char *in, size_t len, int upgrade, int head)
+static size_t response_rendered(const char *in, size_t len, int upgrade, int head)
 {
 	struct response_case c = { 0, in, len, upgrade, head, WHY_NONE, WHY_NONE, 0, 0, 0 };
 	struct response r;
@@ -393,8 +387,7 @@ static const struct response_render_case response_renders[] = {
 		SWITCH PROVE "Sec-WebSocket-Protocol: chat\r\n" END },
 };
 
-static void
-test_response_render(void)
+static void test_response_render(void)
 {
 	const struct response_render_case *c;
 	const char *connection;
@@ -412,8 +405,7 @@ test_response_render(void)
 }
 
 /* What a client could read in two ways never goes out, whatever came in. */
-static void
-test_response_render_framing(void)
+static void test_response_render_framing(void)
 {
 	static const struct { const char *in; int head; } cases[] = {
 		{ OK CL "5\r\n" CL "5\r\n" END, 0 },
@@ -458,8 +450,7 @@ test_response_render_framing(void)
 }
 
 /* An interim answer that is passed on doesn't announce the end of the connection. */
-static void
-test_response_render_interim(void)
+static void test_response_render_interim(void)
 {
 	response_rendered(LIT("HTTP/1.1 103 Early Hints\r\nLink: x\r\nA: b\r\n" END), 1, 0);
 	CHECK_STR(take("Connection"), "(none)");
@@ -583,8 +574,7 @@ static const struct chunked_case chunked_cases[] = {
 };
 
 /* Feeds the rest from `from` on; what was taken in all. */
-static size_t
-chunked_feed(struct chunked *c, const struct chunked_case *t, size_t from, size_t to)
+static size_t chunked_feed(struct chunked *c, const struct chunked_case *t, size_t from, size_t to)
 {
 	size_t n = chunked_scan(c, guard_copy(&input, t->in + from, to - from), to - from);
 
@@ -594,8 +584,8 @@ chunked_feed(struct chunked *c, const struct chunked_case *t, size_t from, size_
 	return n;
 }
 
-static void
-chunked_check(const struct chunked_case *t, const struct chunked *c, size_t taken, int bad)
+static void chunked_check(const struct chunked_case *t, const struct chunked *c, size_t taken,
+	int bad)
 {
 	CHECK_INT(c->bad != 0, bad);
 	CHECK_INT(c->done != 0, bad ? 0 : t->done);
@@ -603,8 +593,7 @@ chunked_check(const struct chunked_case *t, const struct chunked *c, size_t take
 		CHECK_INT(taken, t->taken);
 }
 
-static void
-chunked_case_run(const struct chunked_case *t)
+static void chunked_case_run(const struct chunked_case *t)
 {
 	struct chunked c = { 0 };
 	unsigned before = failures;
@@ -635,8 +624,7 @@ chunked_case_run(const struct chunked_case *t)
 	chunked_check(t, &c, taken, bad);
 }
 
-static void
-test_chunked(void)
+static void test_chunked(void)
 {
 	const struct chunked_case *t;
 
@@ -645,8 +633,7 @@ test_chunked(void)
 }
 
 /* A chunk larger than any buffer: its data is counted down over many calls. */
-static void
-test_chunked_large(void)
+static void test_chunked_large(void)
 {
 	static char data[65536];
 	struct chunked c = { 0 };
@@ -668,8 +655,7 @@ test_chunked_large(void)
 
 /* ---- accept_key ---- */
 
-static void
-test_accept_key(void)
+static void test_accept_key(void)
 {
 	struct guard key = { 0 };
 	char out[29];

@@ -73,7 +73,7 @@ static const struct test tests[] = {
 	TEST(anchors_bad),
 	TEST(keyring_load),
 	TEST(file_read),
-	TEST(name_matches),
+	TEST(name_fits),
 	TEST(log_escape),
 	TEST(log_line),
 	TEST(log_reject),
@@ -121,8 +121,7 @@ static const struct test tests[] = {
 	TEST(pinned),
 };
 
-static int
-run_one(const char *name)
+static int run_one(const char *name)
 {
 	size_t i;
 
@@ -137,8 +136,7 @@ run_one(const char *name)
 	return 2;
 }
 
-int
-main(int argc, char **argv)
+int main(int argc, char **argv)
 {
 	unsigned passed = 0, failed = 0;
 	size_t i;

@@ -33,8 +33,7 @@ static char detail[80];         /* and the inner loop's part of that */
 #define CHECK_BYTES(got, len, ...) /* want, want_len */ \
 	check_bytes(__FILE__, __LINE__, #got, (got), (len), __VA_ARGS__)
 
-static int
-shown(const char *file, int line)
+static int shown(const char *file, int line)
 {
 	failures++;
 	if (failures == SHOWN_MAX + 1)
@@ -45,8 +44,7 @@ shown(const char *file, int line)
 	return 1;
 }
 
-static void
-print_escaped(const char *s, size_t len)
+static void print_escaped(const char *s, size_t len)
 {
 	size_t i;
 
@@ -68,8 +66,7 @@ print_escaped(const char *s, size_t len)
 	printf(i < len ? "\"... (%zu bytes)" : "\"", len);
 }
 
-static void
-print_context(void)
+static void print_context(void)
 {
 	if (context[0] != '\0')
 		printf("\tat %s\n", context);
@@ -77,8 +74,7 @@ print_context(void)
 		printf("\twith %s\n", detail);
 }
 
-static void
-check_true(const char *file, int line, const char *what, int ok)
+static void check_true(const char *file, int line, const char *what, int ok)
 {
 	if (ok || !shown(file, line))
 		return;
@@ -86,8 +82,7 @@ check_true(const char *file, int line, const char *what, int ok)
 	print_context();
 }
 
-static void
-check_int(const char *file, int line, const char *what, intmax_t got, intmax_t want)
+static void check_int(const char *file, int line, const char *what, intmax_t got, intmax_t want)
 {
 	if (got == want || !shown(file, line))
 		return;
@@ -95,8 +90,7 @@ check_int(const char *file, int line, const char *what, intmax_t got, intmax_t w
 	print_context();
 }
 
-static void
-check_bytes(const char *file, int line, const char *what, const char *got, size_t len,
+static void check_bytes(const char *file, int line, const char *what, const char *got, size_t len,
 	const char *want, size_t want_len)
 {
 	if (len == want_len && (len == 0 || memcmp(got, want, len) == 0))
@@ -111,15 +105,13 @@ check_bytes(const char *file, int line, const char *what, const char *got, size_
 	print_context();
 }
 
-static void
-check_str(const char *file, int line, const char *what, const char *got, const char *want)
+static void check_str(const char *file, int line, const char *what, const char *got, const char *want)
 {
 	check_bytes(file, line, what, got, strlen(got), want, strlen(want));
 }
 
 __attribute__((format(printf, 1, 2)))
-static void
-at(const char *format, ...)
+static void at(const char *format, ...)
 {
 	va_list ap;
 
@@ -130,8 +122,7 @@ at(const char *format, ...)
 }
 
 __attribute__((format(printf, 1, 2)))
-static void
-with(const char *format, ...)
+static void with(const char *format, ...)
 {
 	va_list ap;
 
@@ -141,8 +132,7 @@ with(const char *format, ...)
 }
 
 /* A table's input as context: printable, cut to what is worth reading. */
-static void
-at_input(int line, const char *in, size_t len)
+static void at_input(int line, const char *in, size_t len)
 {
 	size_t n, i;
 
@@ -169,8 +159,7 @@ struct guard {
 	char *end;                  /* the first byte that can't be touched */
 };
 
-static void
-guard_open(struct guard *g)
+static void guard_open(struct guard *g)
 {
 	size_t page = (size_t)sysconf(_SC_PAGESIZE);
 	char *p = mmap(NULL, GUARD_SIZE + page, PROT_READ | PROT_WRITE,
@@ -184,8 +173,7 @@ guard_open(struct guard *g)
 }
 
 /* The last `len` bytes before the page, filled with a byte that no test expects. */
-static char *
-guard_room(struct guard *g, size_t len)
+static char *guard_room(struct guard *g, size_t len)
 {
 	if (g->end == NULL)
 		guard_open(g);
@@ -194,8 +182,7 @@ guard_room(struct guard *g, size_t len)
 }
 
 /* A copy that ends at the page; what an earlier, longer copy left before it is wiped. */
-static char *
-guard_copy(struct guard *g, const void *data, size_t len)
+static char *guard_copy(struct guard *g, const void *data, size_t len)
 {
 	size_t before = len + 256 < GUARD_SIZE ? 256 : GUARD_SIZE - len;
 
@@ -209,8 +196,7 @@ guard_copy(struct guard *g, const void *data, size_t len)
 
 static uint64_t random_state = 1;
 
-static uint64_t
-random_next(void)
+static uint64_t random_next(void)
 {
 	uint64_t z = random_state += 0x9e3779b97f4a7c15u;
 
@@ -219,8 +205,7 @@ random_next(void)
 	return z ^ (z >> 31);
 }
 
-static unsigned
-random_below(unsigned n)
+static unsigned random_below(unsigned n)
 {
 	return (unsigned)(random_next() % n);
 }
@@ -229,8 +214,7 @@ random_below(unsigned n)
 
 #define TEST_SECONDS 120
 
-static int
-test_passes(const struct test *t)
+static int test_passes(const struct test *t)
 {
 	failures = 0;
 	context[0] = detail[0] = '\0';
@@ -240,8 +224,7 @@ test_passes(const struct test *t)
 }
 
 /* In a child, so that a crash, an endless loop or an exit is one failed test and no more. */
-static int
-test_isolated(const struct test *t)
+static int test_isolated(const struct test *t)
 {
 	pid_t pid;
 	int status;

@@ -1,31 +1,34 @@
-"""bench.py - what wssproxy costs beside its peers. Started by tests/bench/run; see LICENSE for copyright.
+"""bench.py - what wssproxy costs beside its peers. Started by tests/bench/run; see LICENSE.
 
-Each proxy is one process with one worker and one thread (stunnel: its thread for each session), on a
-CPU of its own where there are two; with the same certificate (EC P-256), the same TLS 1.2 suite, key
-exchange by X25519, room for MAX_SESSIONS, and the same backend in the clear. hitch and stunnel know no
-HTTP and pass the WebSocket bytes as they are; the others check and rewrite the upgrade.
+Each proxy is one process with one worker and one thread (stunnel: with its thread for each
+session), on a CPU of its own where there are two; with the same certificate (EC P-256), the same
+TLS 1.2 suite, key exchange by X25519, room for MAX_SESSIONS, and the same backend in the clear.
+hitch and stunnel know no HTTP and pass the WebSocket's bytes as they are; the others check and
+rewrite the upgrade.
 
-A round makes each measure with each peer in turn, each time with a process started for it, so that what
-disturbs the machine hits all alike. The tables show medians over the rounds. CPU is the kernel's account
-of the proxy's processes (user and system, see load.c), memory their private dirty pages (smaps_rollup):
-anonymous ones, the kernel's buffers not counted.
+A round makes each measure with each peer in turn, every time with a process started for it, so that
+what disturbs the machine hits all alike; what counts is the median over the rounds. CPU is the
+kernel's account of the proxy's processes (user and system, see load.c); memory is their private
+dirty pages (smaps_rollup), without the kernel's socket buffers.
 
 Environment:
-    QUICK=1         one short round with few sessions, to see that all works: its numbers say little
+    QUICK=1         one short round with few sessions, to see that all works; says little
     ROUNDS, SECONDS rounds, and seconds for each measure
     PEERS           of: %(peers)s
     MEASURES        of: %(measures)s
-    CLIENTS         that talk at a time in the echo measures, SESSIONS in the memory measure,
-    RESTING         beside talking ones
+    CLIENTS         how many talk at a time in the echo measures
+    RESTING         how many sessions rest beside them, and
+    SESSIONS        in the memory measure
     SUITE           AES128-GCM or CHACHA20
     BEARSSL         a source tree of BearSSL, for the peer wssproxy-bearssl
-    CC, CFLAGS      as for make
+    CC, MAKE        what compiles
 
-Results, in tests/build/bench: table.txt, table.csv (medians), runs.csv (all), plot.svg."""
+Results, in tests/build/bench: table.txt, table.csv (medians), runs.csv (all values), plot.svg."""
 
 import csv
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -35,18 +38,18 @@ import sys
 import time
 from pathlib import Path
 
-import resource
-
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
 OUT = TOP / "tests" / "build" / "bench"
 MAX_SESSIONS = 5000
 FILES = 16384           # descriptors for each process
 SUITES = {
-    "AES128-GCM": ("ECDHE-ECDSA-AES128-GCM-SHA256", "BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"),
-    "CHACHA20": ("ECDHE-ECDSA-CHACHA20-POLY1305", "BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256"),
+    "AES128-GCM": ("ECDHE-ECDSA-AES128-GCM-SHA256",
+                   "BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"),
+    "CHACHA20": ("ECDHE-ECDSA-CHACHA20-POLY1305",
+                 "BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256"),
 }
-O2 = "-O2 -fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2"
+QUICK = os.environ.get("QUICK", "") not in ("", "0")
 
 
 def option(name, default, quick=None):
@@ -61,18 +64,18 @@ def option(name, default, quick=None):
     return type(default)(text)
 
 
-QUICK = os.environ.get("QUICK", "") not in ("", "0")
 ROUNDS = option("ROUNDS", 3, 1)
 SECONDS = option("SECONDS", 1.5, 0.2)
 CLIENTS = option("CLIENTS", 32)
-SESSIONS = option("SESSIONS", [500, 1000, 2000], [100, 200])
 RESTING = option("RESTING", [1000, 4000], [300])
+SESSIONS = option("SESSIONS", [500, 1000, 2000], [100, 200])
 SUITE = option("SUITE", "AES128-GCM")
 BEARSSL = option("BEARSSL", "")
 CC = option("CC", "cc")
+MAKE = option("MAKE", "make")
 
 
-# ---- the peers: what to run, and the files it wants in its directory ----
+# ---- the peers: what to run, and the files that it wants in its directory ----
 
 def nginx(d, port, backend):
     return ["nginx", "-e", "stderr", "-c", f"{d}/nginx.conf"], {"nginx.conf": f"""
@@ -187,25 +190,28 @@ def lighttpd(d, port, backend):
         """}
 
 
+OTHERS = {"nginx": nginx, "haproxy": haproxy, "hitch": hitch, "stunnel": stunnel,
+          "lighttpd": lighttpd}
+PROGRAMS = {"stunnel": "stunnel4"}
+PACKAGES = {"nginx": "nginx-light", "stunnel": "stunnel4"}
+
 # wssproxy as it comes, and in other builds: what make is told, and changes to its config.h.
+FAST = "-fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2"
 BUILDS = {
     "wssproxy": ({}, {}),
     "wssproxy-static": ({"LDFLAGS": "-static"}, {}),
-    "wssproxy-O2": ({"CFLAGS": O2}, {}),
-    "wssproxy-O2-static": ({"CFLAGS": O2, "LDFLAGS": "-static"}, {}),
-    "wssproxy-bearssl": ({"CFLAGS": O2.replace("2", "3", 1), "BEARSSL": BEARSSL}, {}),
+    "wssproxy-O2": ({"CFLAGS": f"-O2 {FAST}"}, {}),
+    "wssproxy-bearssl": ({"CFLAGS": f"-O3 {FAST}", "BEARSSL": BEARSSL}, {}),
     "wssproxy-plain": ({}, {"park": 0, "max_busy": MAX_SESSIONS}),
 }
-ONLY = {"wssproxy-static": ["idle"]}    # by default it is there for this
-OTHERS = {"nginx": nginx, "haproxy": haproxy, "hitch": hitch, "stunnel": stunnel, "lighttpd": lighttpd}
-PROGRAMS = {"stunnel": "stunnel4"}
-PACKAGES = {"nginx": "nginx-light", "stunnel": "stunnel4"}
-DEFAULT_PEERS = ["wssproxy", "wssproxy-static", *(["wssproxy-bearssl"] if BEARSSL else []), *OTHERS]
-PEERS = option("PEERS", DEFAULT_PEERS)
+PEERS = option("PEERS", ["wssproxy", "wssproxy-static", *(["wssproxy-bearssl"] if BEARSSL else []),
+                         *OTHERS])
+# By default the static build is there for one row of the table and has no column.
+ONLY = {} if "PEERS" in os.environ else {"wssproxy-static": ["idle"]}
 
 
 def config_write(path, port, backend, changes):
-    """config.h for the bench: config.def.h with other values, each of which must be found there."""
+    """config.h for the bench: config.def.h with other values, each of which must be there."""
     text = (TOP / "config.def.h").read_text()
 
     def change(pattern, value):
@@ -214,20 +220,24 @@ def config_write(path, port, backend, changes):
         if n != 1:
             sys.exit(f"bench: config.def.h is not what this script expects: {pattern}")
 
-    def table(kind, name, value):
-        change(rf"^(static const {kind} {name}\[\] = \{{).*?(^\}};)", f"\n\t{value},\n")
+    def table(name, value):
+        change(rf"^(static const [\w ]+ {name}\[\] = \{{).*?(^\}};)", f"\n\t{value},\n")
 
-    table("struct listener", "listeners", f'{{ "127.0.0.1", "{port}", WSS }}')
-    table("struct cert", "certs", f'{{ NULL, "{OUT}/cert.pem", "{OUT}/key.pem" }}')
-    table("struct backend", "backends", f'{{ .host = "127.0.0.1", .port = "{backend}" }}')
-    table("uint16_t", "ciphers", SUITES[SUITE][1])
-    values = {"max_sessions": MAX_SESSIONS, "max_busy": 64, "max_per_ip": 0, "log_sessions": 0, **changes}
-    for name, value in values.items():
+    table("listeners", f'{{ "127.0.0.1", "{port}", WSS }}')
+    table("certs", f'{{ NULL, "{OUT}/cert.pem", "{OUT}/key.pem" }}')
+    table("backends", f'{{ .host = "127.0.0.1", .port = "{backend}" }}')
+    table("ciphers", SUITES[SUITE][1])
+    values = {"max_sessions": MAX_SESSIONS, "max_busy": 64, "max_per_ip": 0, "log_sessions": 0}
+    for name, value in {**values, **changes}.items():
         change(rf"^(#define {name}\s+|static const \w+ {name}\s+= )\w+(.*?$)", str(value))
     path.write_text(text)
 
 
 # ---- processes ----
+
+class Failure(Exception):
+    """A measure could not be made."""
+
 
 def cpus():
     """CPUs for the proxy, the load and the backend: the proxy's is its own if possible."""
@@ -259,30 +269,25 @@ def free_port():
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 s.bind(("127.0.0.1", port))
-                return port
             except OSError:
-                pass
-    raise Failure("no port is free")
-
-
-class Failure(Exception):
-    """A measure could not be made."""
+                continue
+            if port not in ports.values():
+                return port
+    sys.exit("bench: no port is free")
 
 
 class Proxy:
     """A running peer."""
 
     def __init__(self, name):
-        self.name = name
-        self.dir = OUT / name
         self.port = ports[name]
-        self.log = self.dir / "log"
-        argv, files = ([str(self.dir / "wssproxy")], {}) if name in BUILDS else \
-            OTHERS[name](self.dir, self.port, backend_port)
+        self.dir = OUT / name
         self.dir.mkdir(exist_ok=True)
+        argv, files = ([self.dir / "wssproxy"], {}) if name in BUILDS else \
+            OTHERS[name](self.dir, self.port, backend_port)
         for file, text in files.items():
             (self.dir / file).write_text(re.sub(r"^ {8}", "", text, flags=re.M).lstrip())
-        with open(self.log, "wb") as log:
+        with open(self.dir / "log", "wb") as log:
             self.process = start(cpus()[0], argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def __enter__(self):
@@ -294,14 +299,15 @@ class Proxy:
                 return self
             except OSError:
                 time.sleep(0.02)
-        self.__exit__()
-        raise Failure("it did not start: " + self.last_words())
+        kill(self.process)
+        raise Failure(f"it did not start; {self.last_words()}")
 
     def __exit__(self, *_):
         kill(self.process)
 
     def last_words(self):
-        return " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])
+        lines = (self.dir / "log").read_text(errors="replace").splitlines()
+        return "its log: " + " | ".join(lines[-3:])
 
     def pids(self):
         """All processes of its group."""
@@ -315,21 +321,22 @@ class Proxy:
         return found
 
     def memory(self):
-        """Dirty KB of its processes; what they share of it counts once (before Linux 6.0: not at all)."""
+        """Dirty KB; what its processes share of it counts once (before Linux 6.0: not at all)."""
         kb = 0
         for pid in self.pids():
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             kb += int(re.search(r"^(?:Pss_Dirty|Private_Dirty): *(\d+) kB", rollup, re.M)[1])
         return kb
 
-    def load_argv(self, *args):
-        return [str(OUT / "load"), "-p", str(self.port), "-P", ",".join(self.pids()), "-C", SUITES[SUITE][0],
-                *map(str, args)]
+    def load_start(self, *args):
+        return start(cpus()[1], [OUT / "load", "-p", str(self.port), "-P", ",".join(self.pids()),
+                                 "-C", SUITES[SUITE][0], *map(str, args)],
+                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                     text=True)
 
     def load(self, *args):
         """Runs the load and returns what it counted."""
-        process = start(cpus()[1], self.load_argv("-t", SECONDS, *args), stdout=subprocess.PIPE,
-                        stderr=subprocess.PIPE, text=True)
+        process = self.load_start("-t", SECONDS, *args)
         try:
             out, error = process.communicate(timeout=SECONDS + 200)
         except subprocess.TimeoutExpired:
@@ -337,15 +344,14 @@ class Proxy:
         finally:
             kill(process)
         if process.returncode:
-            raise Failure(f"{error.strip()}; its log: {self.last_words()}")
-        result = {key: float(value) for key, value in (word.split("=") for word in out.split())}
-        if not result["count"] + result["bytes"]:
+            raise Failure(f"{error.strip()}; {self.last_words()}")
+        r = {key: float(value) for key, value in (word.split("=") for word in out.split())}
+        if not r["count"] + r["bytes"]:
             raise Failure("nothing came through")
-        result["busy"] = result["cpu"] / result["seconds"]
-        return result
+        return r
 
 
-# ---- measures: each gives the values of one or more rows of the table ----
+# ---- measures: each gives values by key, see ROWS ----
 
 def idle(proxy):
     time.sleep(0.3)
@@ -353,95 +359,95 @@ def idle(proxy):
 
 
 def memory(proxy):
-    """Sessions that rest, more and more of them, none of them resumed."""
+    """More and more sessions that rest, none of them resumed."""
     time.sleep(0.3)
     kb = {0: proxy.memory()}
-    process = start(cpus()[1], proxy.load_argv("-c", 8, "-w", 0.5, "hold", *SESSIONS), stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = proxy.load_start("-c", 8, "-w", 0.5, "hold", *SESSIONS)
     try:
         for n in SESSIONS:
             if not process.stdout.readline():
-                raise Failure(f"{process.stderr.read().strip()}; its log: {proxy.last_words()}")
+                raise Failure(f"{process.stderr.read().strip()}; {proxy.last_words()}")
             kb[n] = proxy.memory()
             process.stdin.write("\n")
             process.stdin.flush()
     finally:
         kill(process)
-    last = SESSIONS[-1]
-    return {"memory": (kb[last] - kb[0]) / last, **{f"memory-{n}": kb[n] / 1024 for n in kb}}
+    return {"memory": (kb[SESSIONS[-1]] - kb[0]) / SESSIONS[-1],
+            **{f"memory-{n}": kb[n] / 1024 for n in kb}}
 
 
-def echo(size, resting=0):
+def rates(name, r, unit):
+    """CPU in us for each of `unit` things, how many a second, and how busy its CPU was then."""
+    return {f"{name}-cpu": r["cpu"] / unit * 1e6, f"{name}-rate": unit / r["seconds"],
+            f"{name}-busy": r["cpu"] / r["seconds"]}
+
+
+def echo(name, size, resting=0):
     def measure(proxy):
         beside = ["-R", "-r", resting, "-w", 1.5] if resting else []
         r = proxy.load("-c", CLIENTS, "-s", size, *beside, "echo")
-        name = f"rest-{resting}" if resting else f"echo-{size}"
-        return {f"{name}-cpu": r["cpu"] / r["count"] * 1e6, f"{name}-rate": r["count"] / r["seconds"],
-                f"{name}-p99": r["p99"], "busy": r["busy"]}
+        return {**rates(name, r, r["count"]), f"{name}-p99": r["p99"]}
     return measure
 
 
-def bulk(way):
+def bulk(name):
     def measure(proxy):
-        r = proxy.load("-c", 4, way)
-        return {f"{way}-cpu": r["cpu"] / r["bytes"] * 1e9, f"{way}-rate": r["bytes"] / r["seconds"] / 1e6,
-                "busy": r["busy"]}
+        r = proxy.load("-c", 4, name)
+        return rates(name, r, r["bytes"] / 1e6)
     return measure
 
 
-def connect(resumed):
+def connect(name, *args):
     def measure(proxy):
-        name = "resumed" if resumed else "full"
-        r = proxy.load("-c", 8, *(["-R"] if resumed else []), "connect")
+        r = proxy.load("-c", 8, *args, "connect")
         if r["full"] > r["count"] / 100:
             raise Failure("it resumes no sessions")
-        return {f"{name}-cpu": r["cpu"] / r["count"] * 1e6, f"{name}-rate": r["count"] / r["seconds"],
-                "busy": r["busy"]}
+        return rates(name, r, r["count"])
     return measure
 
 
 ALL_MEASURES = {
     "idle": idle,
     "memory": memory,
-    "echo": echo(64),
-    **{f"rest-{n}": echo(64, n) for n in RESTING},
-    "echo-1024": echo(1024),
-    "echo-16384": echo(16384),
+    "echo-64": echo("echo-64", 64),
+    **{f"rest-{n}": echo(f"rest-{n}", 64, n) for n in RESTING},
+    "echo-1024": echo("echo-1024", 1024),
+    "echo-16384": echo("echo-16384", 16384),
     "up": bulk("up"),
     "down": bulk("down"),
-    "full": connect(False),
-    "resumed": connect(True),
+    "full": connect("full"),
+    "resumed": connect("resumed", "-R"),
 }
-ONCE = ["idle", "memory"]       # does not vary
+ONCE = ["idle", "memory"]       # they do not vary
 MEASURES = option("MEASURES", list(ALL_MEASURES))
 
-# Rows of the table: key, label, decimals, whether less is better, and the goal: an absolute one, or a
-# factor to the best peer's or to our own without sessions at rest.
+# Rows of the table: key, label, decimals, whether less is better, and the goal: an absolute one
+# (MAX), a factor to the best of the others (BEST), or to our own echo without resting sessions (OWN).
+MAX, BEST, OWN = "", "best", "own"
 ROWS = [
     ("idle", "idle program, KB", 0, True, None),
-    ("idle-static", "the same, static, KB", 0, True, ("max", 400)),
-    ("memory", "session at rest, KB", 1, True, ("max", 4.5)),
-    ("echo-64-cpu", "echo of 64 B, CPU us", 2, True, ("best", 0.8)),
-    *[(f"rest-{n}-cpu", f"the same beside {n} at rest", 2, True, ("own", 1.1)) for n in RESTING],
+    ("idle-static", "the same, static, KB", 0, True, (400, MAX)),
+    ("memory", "session at rest, KB", 1, True, (4.5, MAX)),
+    ("echo-64-cpu", "echo of 64 B, CPU us", 2, True, (0.8, BEST)),
+    *[(f"rest-{n}-cpu", f"  beside {n} at rest", 2, True, (1.1, OWN)) for n in RESTING],
     ("echo-1024-cpu", "echo of 1 KB, CPU us", 2, True, None),
     ("echo-16384-cpu", "echo of 16 KB, CPU us", 1, True, None),
-    ("up-cpu", "upload, CPU us for 1 KB", 3, True, None),
-    ("down-cpu", "download, CPU us for 1 KB", 3, True, None),
+    ("up-cpu", "upload of 1 MB, CPU us", 0, True, None),
+    ("down-cpu", "download of 1 MB, CPU us", 0, True, None),
     ("full-cpu", "full handshake, CPU us", 0, True, None),
-    ("resumed-cpu", "resumed handshake, CPU us", 0, True, ("best", 0.8)),
-    ("echo-64-rate", "echoes of 64 B a second", 0, False, None),
-    ("echo-1024-rate", "echoes of 1 KB a second", 0, False, None),
-    ("echo-16384-rate", "echoes of 16 KB a second", 0, False, ("best", 1.3)),
-    ("up-rate", "upload, MB a second", 0, False, ("best", 1.1)),
-    ("down-rate", "download, MB a second", 0, False, ("best", 1.1)),
-    ("full-rate", "full handshakes a second", 0, False, None),
-    ("resumed-rate", "resumed handshakes a second", 0, False, None),
+    ("resumed-cpu", "resumed handshake, CPU us", 0, True, (0.8, BEST)),
+    ("echo-64-rate", "echoes of 64 B / s", 0, False, None),
+    ("echo-1024-rate", "echoes of 1 KB / s", 0, False, None),
+    ("echo-16384-rate", "echoes of 16 KB / s", 0, False, (1.3, BEST)),
+    ("up-rate", "upload, MB / s", 0, False, (1.1, BEST)),
+    ("down-rate", "download, MB / s", 0, False, (1.1, BEST)),
+    ("full-rate", "full handshakes / s", 0, False, None),
+    ("resumed-rate", "resumed handshakes / s", 0, False, None),
     ("echo-64-p99", "echo of 64 B, us at 99 %", 0, True, None),
 ]
-REACHED_IS_LESS = {key: less for key, _, _, less, _ in ROWS}
 
 
-# ---- results ----
+# ---- the table ----
 
 samples = {}            # (peer, key): values, one a round
 failures = []
@@ -455,63 +461,69 @@ def value(peer, key):
     return statistics.median(values) if values else None
 
 
-def busy(peer, key):
-    """How busy the proxy's CPU was when a rate was measured."""
-    return value(peer, key.replace("-rate", "-busy"))
-
-
 def columns():
-    return [p for p in PEERS if p not in ONLY or "PEERS" in os.environ]
+    return [p for p in PEERS if p not in ONLY]
 
 
-def others(key):
-    return {p: v for p in PEERS if p in OTHERS and (v := value(p, key)) is not None}
+def limited(peer, key):
+    """Whether a rate was limited by the load, not by the proxy."""
+    return key.endswith("-rate") and value(peer, key.replace("-rate", "-busy")) < 0.9
 
 
-def best(key, less):
-    """The best of the peers, and its value."""
-    return (min if less else max)(others(key).items(), key=lambda item: item[1], default=(None, None))
+def worth(peer, key):
+    """What to compare: of a rate, that for a whole second of the proxy's CPU."""
+    x = value(peer, key)
+    if x is not None and key.endswith("-rate"):
+        x /= value(peer, key.replace("-rate", "-busy"))
+    return x
 
 
-def judge(key, less, goal):
-    """The goal as text, and whether it is reached."""
-    own = value("wssproxy", key)
-    kind, factor = goal
-    base = {"max": 1, "own": value("wssproxy", "echo-64-cpu"), "best": best(key, less)[1]}[kind]
-    if own is None or base is None:
-        return "", ""
-    text = f"{factor:g}" if kind == "max" else f"{factor:g} of {'its own' if kind == 'own' else 'the best'}"
-    reached = own <= factor * base if less else own >= factor * base
-    return text, "yes" if reached else f"no: {own / base:.2f}" if kind != "max" else "no"
+def compare(key, less):
+    """The best of the others, and our ratio to it."""
+    them = {p: x for p in PEERS if p in OTHERS and (x := worth(p, key))}
+    us = worth("wssproxy", key)
+    if not them:
+        return "", None
+    best = (min if less else max)(them, key=them.get)
+    return best, us / them[best] if us is not None else None
+
+
+def judge(key, less, ratio, goal):
+    """The goal, and whether it is reached."""
+    limit, kind = goal
+    x = ratio
+    if kind != BEST:
+        x = value("wssproxy", key)
+    if kind == OWN and x is not None:
+        own = value("wssproxy", "echo-64-cpu")
+        x = x / own if own else None
+    if x is None:
+        return ""
+    found = f"{x:.2f} " if kind == OWN else ""
+    return f"{limit:g} {kind}: {found}".replace(" :", ":") + \
+        ("yes" if (x <= limit if less else x >= limit) else "no")
 
 
 def table():
-    """Rows of text: a label, a value for each peer, the best one, the ratio to it, goal, whether reached."""
-    rows = [["", *columns(), "best peer", "wssproxy / best", "goal", "reached"]]
+    """The table's cells: a label, a value for each peer, the best one, our ratio to it, the goal."""
+    rows = [["", *columns(), "best", "ratio", "goal"]]
     for key, label, decimals, less, goal in ROWS:
-        values = [value(p, key) for p in columns()]
-        if all(v is None for v in values):
-            continue
-        cells = ["-" if v is None else f"{v:.{decimals}f}" for v in values]
-        if key.endswith("-rate"):
-            cells = [c + ("*" if c != "-" and busy(p, key) < 0.9 else "") for c, p in zip(cells, columns())]
-        name, least = best(key, less)
-        own = value("wssproxy", key)
-        ratio = f"{own / least:.2f}" if own is not None and least else ""
-        rows.append([label, *cells, name or "", ratio, *(judge(key, less, goal) if goal else ("", ""))])
+        cells = []
+        for p in columns():
+            x = value(p, key)
+            cells.append("-" if x is None else f"{x:.{decimals}f}{'*' if limited(p, key) else ''}")
+        if any(c != "-" for c in cells):
+            best, ratio = compare(key, less)
+            rows.append([label, *cells, best, "" if ratio is None else f"{ratio:.2f}",
+                         judge(key, less, ratio, goal) if goal else ""])
     return rows
-
-
-def table_text(rows):
-    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "".join("  ".join([row[0].ljust(width[0])] + [c.rjust(w) for c, w in zip(row[1:], width[1:])]).rstrip() + "\n"
-                   for row in rows)
 
 
 def output(*argv):
     """What a command prints, or nothing."""
     try:
-        return subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout.strip()
+        return subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                              check=False).stdout.strip()
     except OSError:
         return ""
 
@@ -522,78 +534,109 @@ def preface():
     versions = []
     for package in [PACKAGES.get(p, p) for p in PEERS if p in OTHERS] + ["libbearssl0", "libssl3"]:
         version = output("dpkg-query", "-W", "-f", "${Version}", package)
-        versions.append(f"{package} {version or '(version unknown)'}")
-    return (f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} x {model[1] if model else os.uname().machine}, "
+        versions.append(f"{package} {version or 'of unknown version'}")
+    return (f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} x "
+            f"{model[1] if model else os.uname().machine}, "
             f"Linux {os.uname().release.split('-')[0]}\n"
-            f"{', '.join(versions)}\n"
-            f"{SUITES[SUITE][0]}, EC P-256, X25519; {CLIENTS} clients for echoes, 4 for bulk, 8 for handshakes; "
-            f"medians of {ROUNDS} x {SECONDS:g} s\n")
+            f"{', '.join(versions)}\n{SUITES[SUITE][0]}, EC P-256, X25519; {CLIENTS} clients for "
+            f"echoes, 4 for bulk, 8 for handshakes; medians of {ROUNDS} x {SECONDS:g} s\n\n")
 
 
 def save():
+    """Writes table.txt and table.csv, and returns the former."""
     rows = table()
-    text = preface() + "\n" + table_text(rows)
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    text = preface()
+    for row in rows:
+        cells = [c.rjust(w) for c, w in zip(row, width)]
+        text += "  ".join([row[0].ljust(width[0]), *cells[1:-1], row[-1]]).rstrip() + "\n"
+    text += "best, ratio: of the others, and wssproxy's to it; of rates: for a second of CPU\n"
     if any(c.endswith("*") for row in rows for c in row):
-        text += "* its CPU was less than 90 % busy: the load was the limit\n"
+        text += "*: its CPU was less than 90 % busy, so that the load was the limit\n"
     text += "".join(f"failed: {f}\n" for f in failures)
     (OUT / "table.txt").write_text(text)
     with open(OUT / "table.csv", "w", newline="") as f:
-        out = csv.writer(f, lineterminator="\n")
-        keys = list(dict.fromkeys(key for _, key in samples))
-        out.writerow(["measure", *PEERS])
-        for key in keys:
-            out.writerow([key, *("" if (v := value(p, key)) is None else f"{v:.6g}" for p in PEERS)])
+        lines = csv.writer(f, lineterminator="\n")
+        lines.writerow(["measure", *PEERS])
+        for key in dict.fromkeys(key for _, key in samples):
+            lines.writerow([key, *("" if (x := value(p, key)) is None else f"{x:.6g}"
+                                   for p in PEERS)])
     return text
 
 
 # ---- the plot ----
 
+PLOT = """set terminal svg size 1100,1250 font "sans,13" background "white"
+set output "{output}"
+set multiplot layout 3,2 margins 0.08,0.98,0.05,0.97 spacing 0.09,0.08
+set linetype 1 lc rgb "#c02020"
+set linetype 2 lc rgb "#306090"
+set linetype 3 lc rgb "#60a0d0"
+set linetype 4 lc rgb "#e0a030"
+set linetype 5 lc rgb "#909090"
+set linetype 6 lc rgb "#50a050"
+set style data histogram
+set style histogram clustered gap 1
+set style fill solid 0.9 noborder
+set boxwidth 0.9 relative
+set grid ytics
+set tics nomirror
+set key left top reverse Left
+"""
+
+
+def plot_lines(peers, title, x, y, points, top="*"):
+    """points: (x, key of its value)"""
+    out = f'set title "{title}"\nset xlabel "{x}"\nset ylabel "{y}"\nset xtics auto\n' \
+        f'set xrange [0:*]\nset yrange [0:{top}]\n'
+    curves = []
+    for i, p in enumerate(peers):
+        data = [f"{at} {v:.6g}\n" for at, key in points if (v := value(p, key)) is not None]
+        if data:
+            out += f"$c{i} << EOD\n{''.join(data)}EOD\n"
+            curves.append(f'$c{i} with linespoints lt {i + 1} pt 7 ps 0.6 lw 2 title "{p}"')
+    return f"{out}plot {', '.join(curves)}\n" if curves else ""
+
+
+def plot_bars(peers, title, y, groups):
+    """groups: (label, key). The colours are those of the lines, whose key will do."""
+    groups = [g for g in groups if any(value(p, g[1]) is not None for p in peers)]
+    if not groups:
+        return ""
+    out = f'set title "{title}"\nset xlabel ""\nset ylabel "{y}"\nset xrange [*:*]\n' \
+        'set yrange [0:*]\n$bars << EOD\n'
+    for label, key in groups:
+        out += f'"{label}" {" ".join(f"{value(p, key) or 0:.6g}" for p in peers)}\n'
+    bars = [f'$bars using {i + 2}:xtic(1) lt {i + 1} title "{p}"' for i, p in enumerate(peers)]
+    return f"{out}EOD\nplot {', '.join(bars)}\nunset key\n"
+
+
 def plot():
-    """Five pictures, by gnuplot: what the table says, and the lines that it has only the ends of."""
+    """Six pictures by gnuplot: the lines that the table has only the ends of, and bars."""
     peers = [p for p in columns() if any(peer == p for peer, _ in samples)]
-    out = [f'set terminal svg size 1100,1250 font "sans,13" background "white"\nset output "{OUT}/plot.svg"\n'
-           'set multiplot layout 3,2\nset key left top reverse Left\nset style data histogram\n'
-           'set style histogram clustered gap 1\nset style fill solid 0.8 noborder\nset boxwidth 0.9 relative\n'
-           'set yrange [0:*]\nset grid ytics\nset tics nomirror\n']
-
-    def lines(title, x, y, points):
-        """points: (x, key of its value)"""
-        out.append(f'set title "{title}"\nset xlabel "{x}"\nset ylabel "{y}"\nset xtics auto\nset xrange [0:*]\n')
-        curves = []
-        for i, p in enumerate(peers):
-            data = "".join(f"{at} {v:.6g}\n" for at, key in points if (v := value(p, key)) is not None)
-            if data:
-                out.append(f"$c{i} << EOD\n{data}EOD\n")
-                curves.append(f'$c{i} with linespoints lc {i + 1} pt 7 ps 0.6 lw 2 title "{p}"')
-        if curves:
-            out.append(f"plot {', '.join(curves)}\n")
-
-    def bars(title, y, groups):
-        """groups: (label, key)"""
-        out.append(f'set title "{title}"\nset xlabel ""\nset ylabel "{y}"\nset xrange [*:*]\n')
-        groups = [g for g in groups if any(value(p, g[1]) is not None for p in peers)]
-        if groups:
-            data = "".join(" ".join([f'"{label}"', *(f"{value(p, key) or 0:.6g}" for p in peers)]) + "\n"
-                           for label, key in groups)
-            out.append(f"$bars << EOD\n{data}EOD\nplot " + ", ".join(
-                f'$bars using {i + 2}{":xtic(1)" if i == 0 else ""} lc {i + 1} title "{p}"'
-                for i, p in enumerate(peers)) + "\n")
-
-    lines("Memory of the program", "sessions at rest", "private dirty, MB",
-          [(n, f"memory-{n}") for n in [0, *SESSIONS]])
-    lines("An echo of 64 bytes", "sessions at rest beside it", "CPU, us",
-          [(0, "echo-64-cpu"), *((n, f"rest-{n}-cpu") for n in RESTING)])
-    bars("Echoes", "a second", [("64 B", "echo-64-rate"), ("1 KB", "echo-1024-rate"), ("16 KB", "echo-16384-rate")])
-    bars("Bulk", "MB a second", [("upload", "up-rate"), ("download", "down-rate")])
-    bars("CPU of bulk", "us for 1 KB", [("upload", "up-cpu"), ("download", "down-cpu")])
-    bars("Handshake and upgrade", "CPU, us", [("full", "full-cpu"), ("resumed", "resumed-cpu")])
-    (OUT / "plot.gp").write_text("".join(out))
-    if shutil.which("gnuplot"):
-        result = subprocess.run(["gnuplot", OUT / "plot.gp"], stderr=subprocess.PIPE, text=True, check=False)
-        if result.returncode:
-            failures.append(f"plot: {result.stderr.strip()}")
-    else:
-        failures.append("plot: gnuplot is not there")
+    talk = max((value(p, "echo-64-cpu") or 0 for p in peers), default=0)
+    text = PLOT.format(output=OUT / "plot.svg")
+    text += plot_lines(peers, "Memory of the program", "sessions at rest", "private dirty, MB",
+                       [(n, f"memory-{n}") for n in [0, *SESSIONS]])
+    text += plot_lines(peers, "An echo of 64 bytes, 32 clients", "sessions at rest beside them",
+                       "CPU, us", [(0, "echo-64-cpu"), *((n, f"rest-{n}-cpu") for n in RESTING)],
+                       f"{2 * talk:.3g}" if talk else "*")
+    text += plot_bars(peers, "Echoes", "CPU, us", [("64 B", "echo-64-cpu"),
+                      ("1 KB", "echo-1024-cpu"), ("16 KB", "echo-16384-cpu")])
+    text += plot_bars(peers, "Echoes", "a second", [("64 B", "echo-64-rate"),
+                      ("1 KB", "echo-1024-rate"), ("16 KB", "echo-16384-rate")])
+    text += plot_bars(peers, "Bulk", "CPU of 1 MB, us", [("upload", "up-cpu"),
+                      ("download", "down-cpu")])
+    text += plot_bars(peers, "Handshake and upgrade", "CPU, us", [("full", "full-cpu"),
+                      ("resumed", "resumed-cpu")])
+    (OUT / "plot.gp").write_text(text)
+    if not shutil.which("gnuplot"):
+        failures.append("plot: gnuplot is not installed")
+        return
+    result = subprocess.run(["gnuplot", OUT / "plot.gp"], stderr=subprocess.PIPE, text=True,
+                            check=False)
+    if result.returncode:
+        failures.append(f"plot: {result.stderr.strip()}")
 
 
 # ---- what is done ----
@@ -602,76 +645,79 @@ ports = {}
 backend_port = 0
 
 
-def compile_all(backend):
-    """The load, and each build of wssproxy; a failure of one of ours is the end."""
-    def run(*argv):
-        result = subprocess.run(argv, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if result.returncode:
-            sys.exit(f"bench: this failed: {' '.join(map(str, argv))}\n{result.stdout}")
-
-    run(CC, "-std=c11", "-D_GNU_SOURCE", "-O2", "-o", OUT / "load", HERE / "load.c", "-lssl", "-lcrypto")
-    for name in [p for p in PEERS if p in BUILDS]:
-        variables, changes = BUILDS[name]
-        (OUT / name).mkdir(exist_ok=True)
-        config_write(OUT / name / "config.h", ports[name], backend, changes)
-        run(os.environ.get("MAKE", "make"), f"CONFIG={OUT / name}/config.h", f"OUT={OUT / name}/wssproxy", f"CC={CC}",
-            *(f"{k}={v}" for k, v in variables.items()))
-        with open(OUT / name / "wssproxy", "rb+") as f:
-            os.fsync(f)         # or its text counts as dirty
+def run(*argv):
+    """A command that has to succeed."""
+    result = subprocess.run(argv, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, check=False)
+    if result.returncode:
+        sys.exit(f"bench: this failed: {' '.join(map(str, argv))}\n{result.stdout}")
 
 
-def certificate():
-    """A self-signed EC certificate for all."""
-    if not shutil.which("openssl"):
-        sys.exit("bench: openssl is needed")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
-                    "30", "-subj", "/CN=localhost", "-keyout", OUT / "key.pem", "-out", OUT / "cert.pem"],
-                   stderr=subprocess.DEVNULL, check=True)
-    (OUT / "both.pem").write_text((OUT / "cert.pem").read_text() + (OUT / "key.pem").read_text())
-
-
-def files_raise():
-    """Descriptors enough for all sessions, in all processes that we start."""
+def prepare():
+    """Descriptors enough for all sessions in all that we start; the certificate; our programs."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
     except (OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        print(f"bench: no more than {hard} descriptors: measures with many sessions may fail", file=sys.stderr)
+        print(f"bench: {hard} descriptors: too many sessions will fail", file=sys.stderr)
+    OUT.mkdir(parents=True, exist_ok=True)
+    run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+        "-days", "30", "-subj", "/CN=localhost", "-keyout", OUT / "key.pem",
+        "-out", OUT / "cert.pem")
+    (OUT / "both.pem").write_text((OUT / "cert.pem").read_text() + (OUT / "key.pem").read_text())
+    for program in ["load", "backend"]:
+        run(CC, "-std=c11", "-D_GNU_SOURCE", "-O2", "-o", OUT / program, HERE / f"{program}.c",
+            "-lssl", "-lcrypto")
 
 
-def measure_all(rows):
-    """All rounds. `rows` is the CSV of single values."""
+def build(name):
+    """One build of wssproxy."""
+    variables, changes = BUILDS[name]
+    d = OUT / name
+    d.mkdir(exist_ok=True)
+    config_write(d / "config.h", ports[name], backend_port, changes)
+    run(MAKE, f"CC={CC}", f"CONFIG={d}/config.h", f"OUT={d}/wssproxy",
+        *(f"{k}={v}" for k, v in variables.items()))
+    with open(d / "wssproxy", "rb+") as f:
+        os.fsync(f)     # as long as it is not on disk, its text counts as dirty
+
+
+def measure(name, peer):
+    """Makes one measure. Returns the values, or None."""
+    try:
+        with Proxy(peer) as proxy:
+            return ALL_MEASURES[name](proxy)
+    except (Failure, OSError) as e:
+        failures.append(f"{name} of {peer}: {e}")
+        return None
+
+
+def measure_all(lines):
+    """All rounds; `lines` is the CSV of the single values."""
     for turn in range(ROUNDS):
-        for name in MEASURES:
-            if turn and name in ONCE:
-                continue
-            print(f"round {turn + 1} of {ROUNDS}, {name}", end="", file=sys.stderr, flush=True)
+        for name in [m for m in MEASURES if turn == 0 or m not in ONCE]:
+            print(f"round {turn + 1} of {ROUNDS}, {name}:", end="", file=sys.stderr, flush=True)
             shift = turn % len(PEERS)
             for peer in PEERS[shift:] + PEERS[:shift]:
-                if name not in ONLY.get(peer, MEASURES) and "PEERS" not in os.environ:
+                if name not in ONLY.get(peer, MEASURES):
                     continue
-                try:
-                    with Proxy(peer) as proxy:
-                        result = ALL_MEASURES[name](proxy)
-                except (Failure, OSError) as e:
-                    failures.append(f"{name}, {peer}: {e}")
-                    print(f"; {peer} failed: {e}", end="", file=sys.stderr, flush=True)
-                    continue
-                first = next(iter(result))
-                print(f"; {peer} {result[first]:.4g}", end="", file=sys.stderr, flush=True)
-                for key, x in result.items():
-                    if key == "busy":
-                        key = first.rpartition("-")[0] + "-busy"
+                found = measure(name, peer)
+                first = f"{next(iter(found.values())):.4g}" if found else "failed"
+                print(f" {peer} {first}", end="", file=sys.stderr, flush=True)
+                for key, x in (found or {}).items():
                     samples.setdefault((peer, key), []).append(x)
-                    rows.writerow([turn + 1, peer, key, f"{x:.6g}"])
+                    lines.writerow([turn + 1, peer, key, f"{x:.6g}"])
             print(file=sys.stderr)
 
 
 def peers_check():
-    unknown = [p for p in PEERS if p not in BUILDS and p not in OTHERS] + [m for m in MEASURES if m not in ALL_MEASURES]
-    if unknown or SUITE not in SUITES:
-        sys.exit(f"bench: unknown: {' '.join(unknown) or SUITE}\n\n{__doc__}")
+    unknown = [p for p in PEERS if p not in BUILDS and p not in OTHERS]
+    unknown += [m for m in MEASURES if m not in ALL_MEASURES]
+    unknown += [SUITE] if SUITE not in SUITES else []
+    if unknown:
+        sys.exit(f"bench: unknown: {' '.join(unknown)}\n\n" + __doc__ % {
+            "peers": " ".join([*BUILDS, *OTHERS]), "measures": " ".join(ALL_MEASURES)})
     for p in [p for p in PEERS if p in OTHERS and not shutil.which(PROGRAMS.get(p, p))]:
         failures.append(f"{p}: not installed")
         PEERS.remove(p)
@@ -683,33 +729,28 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ["PATH"] += ":/usr/sbin:/usr/local/sbin"
     began = time.monotonic()
-    OUT.mkdir(parents=True, exist_ok=True)
     peers_check()
-    files_raise()
-    certificate()
-    subprocess.run([CC, "-std=c11", "-D_GNU_SOURCE", "-O2", "-o", OUT / "backend", HERE / "backend.c", "-lcrypto"], check=True)
+    prepare()
     backend = start(cpus()[2], [OUT / "backend"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         backend_port = int(backend.stdout.readline())
         for p in PEERS:
             ports[p] = free_port()
-            while list(ports.values()).count(ports[p]) > 1:
-                ports[p] = free_port() + len(ports)
-        compile_all(backend_port)
+        for p in [p for p in PEERS if p in BUILDS]:
+            build(p)
         with open(OUT / "runs.csv", "w", newline="") as f:
-            rows = csv.writer(f, lineterminator="\n")
-            rows.writerow(["round", "peer", "measure", "value"])
-            measure_all(rows)
+            lines = csv.writer(f, lineterminator="\n")
+            lines.writerow(["round", "peer", "measure", "value"])
+            measure_all(lines)
     finally:
         kill(backend)
     plot()
-    print(f"\n{save()}\n{time.monotonic() - began:.0f} s; in {OUT.relative_to(Path.cwd()) if OUT.is_relative_to(Path.cwd()) else OUT}: "
-          "table.txt, table.csv, runs.csv, plot.svg")
+    print(f"\n{save()}\n{time.monotonic() - began:.0f} s; "
+          f"table.txt, table.csv, runs.csv and plot.svg are in {os.path.relpath(OUT, TOP)}")
     return 1 if any("wssproxy" in f for f in failures) else 0
 
 
 if __name__ == "__main__":
-    __doc__ = __doc__ % {"peers": " ".join([*BUILDS, *OTHERS]), "measures": " ".join(ALL_MEASURES)}
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -1,14 +1,14 @@
-import os
+import fcntl
+import itertools
 import resource
 import shutil
 import signal
 import socket
-from pathlib import Path
 
 import pytest
 
 import pki
-from harness import BUILD, PATIENCE, WORKER, WSS, Proxy
+from harness import BUILD, PATIENCE, WSS, Proxy
 from peers import NodeServer, Place, Places, PythonServer, Scripted, Stream
 
 
@@ -124,8 +124,17 @@ def proxy(request):
 
 @pytest.fixture
 def live_files():
-    """A directory whose name is the same in each run, for files that change while a proxy runs."""
-    path = BUILD / f"live-{WORKER}"
+    """A directory for files that change while a proxy runs. Its name is the same in each run, as it
+    is part of the configuration, unless another run uses it at this moment."""
+    for n in itertools.count():
+        lock = open(BUILD / f"live-{n}.lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            lock.close()
+    path = BUILD / f"live-{n}"
     shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
+    path.mkdir()
+    yield path
+    lock.close()

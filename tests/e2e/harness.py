@@ -18,7 +18,7 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 
 # Seconds after which anything that is waited for counts as hung. Nothing waits so long when all is
 # well: every wait ends with its event.
-PATIENCE = 40 if SANITIZE else 15
+PATIENCE = 60 if SANITIZE else 30
 
 SANITIZER_REPORT = re.compile(r"Sanitizer|runtime error:")
 

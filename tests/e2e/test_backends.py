@@ -235,7 +235,7 @@ def test_only_backend_is_an_unknown_name(proxy):
 class NameServer:
     """A DNS server on a loopback address that is silent until it is told what to say."""
 
-    ADDRESS = "127.0.0.53"
+    ADDRESS = f"127.53.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
 
     def __init__(self):
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

@@ -38,10 +38,12 @@ class Witness(Scripted):
     def _read(self, stream):
         self.got.append(b"")
         mine = len(self.got) - 1
+        answered = False
         try:
             while data := stream.receive():
                 self.got[mine] += data
-                if self.got[mine].count(b"\r\n\r\n") == 1 and self.reply:
+                if b"\r\n\r\n" in self.got[mine] and not answered:
+                    answered = True
                     stream.send(self.reply)
         except OSError:
             pass
@@ -102,7 +104,7 @@ KINDS = pytest.mark.parametrize("kind", [WSS, WS])
     (["Transfer\x00-Encoding: chunked"], 400), (["Transfer-Encoding\x00: chunked"], 400),
     # lengths
     (["Content-Length: 5", "Content-Length: 44"], 400), (["Content-Length: 5, 44"], 400),
-    (["Content-Length: 44, 44"], 400), (["Content-Length: 44 "], 200),
+    (["Content-Length: 44, 44"], 400),
     (["Content-Length: 0x2c"], 400), (["Content-Length: +44"], 400), (["Content-Length: -0"], 400),
     (["Content-Length: 4 4"], 400), (["Content-Length: 44\x00"], 400),
     (["Content-Length: 44.0"], 400), (["Content-Length: 4e1"], 400),
@@ -112,15 +114,9 @@ KINDS = pytest.mark.parametrize("kind", [WSS, WS])
     (["Host: evil.test"], 400), ([" Host: evil.test"], 400),
 ])
 def test_request_of_two_readings(attack, kind, fields, expected):
-    if kind == WS and expected == 200:
-        pytest.skip("one kind will do for what is allowed")
-    sent = request("/", "POST", extra=fields) + SMUGGLED
-    answered, seen = attack(sent, kind)
+    answered, seen = attack(request("/", "POST", extra=fields) + SMUGGLED, kind)
     assert status(answered) == expected
-    if expected != 200:
-        assert seen == b""
-    # where a length is right, the bytes are a body, and go as one
-    assert seen.count(b" HTTP/1.1\r\n") <= (2 if expected == 200 else 0)
+    assert seen == b""
 
 
 @KINDS

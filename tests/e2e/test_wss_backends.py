@@ -17,7 +17,7 @@ from harness import FORWARD, PATIENCE, C, eventually, run_once
 from more import (TLS_NOVERIFY, TLS_PIN, TLS_VERIFY, Nginx, NodeHttps, OpensslServer, ScriptedTls,
                   curl, identity, key_of, memory_peak_kb, memory_peak_reset, pem, request,
                   server_context)
-from peers import ask, connect, open_tunnel, pattern, play, switching, upgrade, ws
+from peers import ask, connect, pattern, play, switching, upgrade, ws
 
 TLS = {"tls_backends": 1, "http": FORWARD}
 

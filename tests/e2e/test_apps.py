@@ -1,0 +1,252 @@
+"""Applications that others wrote, whole: pages, assets, a login, streams, polling and WebSockets
+through one port."""
+
+import json
+import os
+import subprocess
+import threading
+from http import HTTPStatus
+
+import pytest
+import websockets
+
+import pki
+from harness import FORWARD, IP_HASH, PATIENCE, ROUND_ROBIN, WSS
+from more import JS, STICKY_COOKIE, Server, curl, need, npm_modules
+from peers import NODE, PythonServer, connect, play, pattern, ws
+
+CONFIG = {"http": FORWARD, "listeners": [("127.0.0.1", "0", WSS)]}
+
+
+class NodeApp(Server):
+    """One of node/more's programs."""
+
+    def __init__(self, script, place, *args, env=NODE):
+        self.place, self.name, self.entry = place, place.name, place.entry
+        self.start([need("node"), JS / script, place.host, place.port, *args], env=env)
+        self.log.wait("ready")
+
+
+# ---- Express with ws ----
+
+@pytest.fixture
+def app(place, keeper):
+    return keeper(NodeApp("app.js", place()))
+
+
+@pytest.fixture
+def site(proxy, app):
+    return proxy(app, **CONFIG)
+
+
+def test_express_page(site):
+    result = curl(site, "/", "-w", " %{http_code} %{content_type}")
+    assert result.stdout.endswith("Hello 200 text/html; charset=utf-8"), result.stderr
+
+
+def test_express_asset_is_not_sent_twice(site, tmp_path):
+    tag = tmp_path / "etag"
+    first = curl(site, "/static/app.js", "--etag-save", tag)
+    again = curl(site, "/static/app.js", "--etag-compare", tag, "-w", "%{http_code}")
+    assert first.stdout == '"use strict";'
+    assert again.stdout == "304", again.stderr
+
+
+def test_express_head(site):
+    result = curl(site, "/static/app.js", "-I")
+    assert "HTTP/1.1 200 OK" in result.stdout and "Content-Length: 13" in result.stdout
+
+
+def test_express_404(site):
+    assert curl(site, "/nowhere", "-o", "/dev/null", "-w", "%{http_code}").stdout == "404"
+
+
+def test_express_knows_client_and_scheme(site):
+    """By X-Forwarded-For and X-Forwarded-Proto, as 'trust proxy' reads them."""
+    info = json.loads(curl(site, "/info").stdout)
+    assert info == {"ip": "127.0.0.1", "ips": ["127.0.0.1"], "secure": True, "protocol": "https",
+                    "hostname": "localhost"}
+
+
+def test_express_login_leads_to_the_home_page(site, tmp_path):
+    result = curl(site, "/login", "-L", "-c", tmp_path / "jar", "-d", "user=me&password=right")
+    assert result.stdout == "welcome home", result.stderr
+
+
+def test_express_login_with_a_wrong_password(site):
+    result = curl(site, "/login", "-d", "password=wrong", "-w", " %{http_code}")
+    assert result.stdout == "wrong password 401"
+
+
+@pytest.mark.parametrize("size", [1000, 5_000_000])
+def test_express_upload_of_a_form(site, tmp_path, size):
+    (tmp_path / "file").write_bytes(pattern(size))
+    result = curl(site, "/upload", "-F", f"file=@{tmp_path / 'file'}")
+    seen = json.loads(result.stdout)
+    assert size < seen["size"] < size + 1000
+    assert seen["type"].startswith("multipart/form-data")
+
+
+def test_express_events_come_as_they_happen(site, app):
+    """The stream has no end, so whoever collects it first would deliver nothing."""
+    client = connect(site)
+    client.send(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    head = client.read_head()
+    assert head.get("Content-Type") == "text/event-stream"
+    client.read_until(b"data: tick 0\n\n")
+    for n in (1, 2):
+        curl(site, "/tick", "-d", "")
+        client.read_until(b"data: tick %d\n\n" % n)
+    client.close()
+    app.log.wait("listener")
+
+
+def test_ws_beside_express_with_the_cookie_of_its_login(site):
+    async def chat():
+        async with ws(site, "/chat", extra_headers={"Cookie": "session=42"}) as client:
+            for message in ("hello", b"\0" * 100_000, "ü" * 50_000):
+                await client.send(message)
+                assert await client.recv() == message
+            await client.send("/close")
+            with pytest.raises(websockets.ConnectionClosed):
+                await client.recv()
+            return client.close_code, client.close_reason
+    assert play(chat()) == (4001, "as you wish")
+
+
+def test_ws_beside_express_without_the_cookie(site):
+    async def chat():
+        async with ws(site, "/chat"):
+            pass
+    with pytest.raises(websockets.InvalidStatusCode) as refusal:
+        play(chat())
+    assert refusal.value.status_code == 401
+
+
+def test_many_pages_and_sockets_at_once(site):
+    results = []
+
+    def fetch():
+        results.append(curl(site, "/").stdout[-5:])
+    jobs = [threading.Thread(target=fetch) for _ in range(10)]
+    for job in jobs:
+        job.start()
+
+    async def chat():
+        async with ws(site, "/chat", extra_headers={"Cookie": "session=42"}) as client:
+            for n in range(50):
+                await client.send(str(n))
+                assert await client.recv() == str(n)
+    play(chat())
+    for job in jobs:
+        job.join(PATIENCE)
+    assert results == ["Hello"] * 10
+
+
+# ---- websockets, with a page ----
+
+PAGE = b"<!DOCTYPE html><title>by websockets</title>"
+
+
+async def page_or_socket(path, headers):
+    """What the library calls before each handshake."""
+    if path == "/":
+        return HTTPStatus.OK, [("Content-Type", "text/html")], PAGE
+    if path == "/favicon.ico":
+        return HTTPStatus.NOT_FOUND, [], b""
+    return None
+
+
+@pytest.fixture
+def websockets_site(proxy, place, keeper):
+    server = keeper(PythonServer(place(), process_request=page_or_socket))
+    return proxy(server, **CONFIG)
+
+
+def test_websockets_page(websockets_site):
+    result = curl(websockets_site, "/", "-w", " %{http_code}", text=False)
+    assert result.stdout == PAGE + b" 200", result.stderr
+
+
+def test_websockets_missing_page(websockets_site):
+    assert curl(websockets_site, "/favicon.ico", "-w", "%{http_code}").stdout == "404"
+
+
+def test_websockets_socket_beside_its_page(websockets_site):
+    async def echo():
+        async with ws(websockets_site, "/echo") as client:
+            await client.send("hello")
+            assert await client.recv() == "hello"
+    play(echo())
+
+
+# ---- socket.io ----
+
+@pytest.fixture
+def chat_servers(place, keeper):
+    """Two socket.io servers that know nothing of each other."""
+    env = {**NODE, "NODE_PATH": str(npm_modules())}
+    return [keeper(NodeApp("socketio.js", place(), name, env=env)) for name in ("one", "two")]
+
+
+def socket_io(p, source=None, transports=("polling", "websocket"), messages=10):
+    host, port = p.address()
+    orders = {"url": f"https://localhost:{port}/", "ca": str(pki.DIR / "ec256.pem"),
+              "from": source, "transports": transports, "messages": messages,
+              "upgrade": "websocket" in transports, "patience": PATIENCE}
+    result = subprocess.run([need("node"), JS / "socketio-client.js"], input=json.dumps(orders),
+                            capture_output=True, text=True, timeout=4 * PATIENCE,
+                            env={**os.environ, "NODE_PATH": str(npm_modules()),
+                                 "NODE_OPTIONS": "--dns-result-order=ipv4first"})
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def check(seen, first, last):
+    assert "error" not in seen, seen
+    assert (seen["first"], seen["last"]) == (first, last)
+    assert seen["same"] is True and len(seen["names"]) == 1
+    return seen["names"][0]
+
+
+@pytest.mark.parametrize("balance", [IP_HASH, STICKY_COOKIE])
+def test_socket_io_polls_first_and_then_upgrades(proxy, chat_servers, balance):
+    p = proxy(*chat_servers, balance=balance, **CONFIG)
+    name = check(socket_io(p), "polling", "websocket")
+    server = chat_servers[("one", "two").index(name)]
+    server.log.wait("connection", transport="polling")
+    server.log.wait("upgrade", transport="websocket")
+
+
+@pytest.mark.parametrize("balance", [IP_HASH, STICKY_COOKIE])
+def test_socket_io_by_polling_alone(proxy, chat_servers, balance):
+    p = proxy(*chat_servers, balance=balance, **CONFIG)
+    check(socket_io(p, transports=["polling"]), "polling", "polling")
+
+
+def test_socket_io_by_websocket_alone_needs_no_stickiness(proxy, chat_servers):
+    p = proxy(*chat_servers, balance=ROUND_ROBIN, **CONFIG)
+    check(socket_io(p, transports=["websocket"]), "websocket", "websocket")
+
+
+@pytest.mark.parametrize("balance", [IP_HASH, STICKY_COOKIE])
+def test_socket_io_clients_share_both_servers(proxy, chat_servers, balance):
+    p = proxy(*chat_servers, balance=balance, **CONFIG)
+    seen, names = [], set()
+
+    def client(source):
+        seen.append(socket_io(p, source, messages=4))
+    jobs = [threading.Thread(target=client, args=(f"127.0.0.{n}",)) for n in range(2, 8)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(4 * PATIENCE)
+    for one in seen:
+        names.add(check(one, "polling", "websocket"))
+    assert len(seen) == 6 and names == {"one", "two"}
+
+
+def test_socket_io_polling_fails_without_stickiness(proxy, chat_servers):
+    """So the tests above could."""
+    p = proxy(*chat_servers, balance=ROUND_ROBIN, **CONFIG)
+    assert "error" in socket_io(p, transports=["polling"])
