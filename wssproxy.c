@@ -246,6 +246,8 @@ struct head_buffer {
 	unsigned interim;       /* 1xx answers so far */
 	char accept[29];        /* the Sec-WebSocket-Accept that a 101 must carry */
 	char host[128], path[256];      /* for the log, cut to size */
+	uint8_t name_known;     /* 1: name_hash is that of the server name in the ClientHello */
+	unsigned char name_hash[br_sha256_SIZE];
 	char subject[128];      /* common name of the client's verified certificate, "" */
 	char bytes[HEAD_ROOM];
 };
@@ -2791,42 +2793,74 @@ static int random_bytes(void *buf, size_t len, unsigned flags)
 	return n == (ssize_t)len;
 }
 
-/* The session cache: BearSSL's, with the server name mixed into the session ID, for a session must not
- * be resumed under another name (RFC 6066 3). */
-static void cache_key(const br_ssl_server_context *cc, br_ssl_session_parameters *p)
+/* Skips a vector of a ClientHello, whose length has that many bytes. NULL: past the end. */
+static const unsigned char *hello_skip(const unsigned char *p, const unsigned char *end, int bytes)
 {
-	const char *name = br_ssl_engine_get_server_name(&cc->eng);
-	unsigned char hash[br_sha256_SIZE];
-	br_sha256_context c;
+	size_t len = 0;
+
+	while (p && bytes-- > 0)
+		p = p < end ? (len = len << 8 | *p, p + 1) : NULL;
+	return p && len <= (size_t)(end - p) ? p + len : NULL;
+}
+
+/* The server name in the first record of a handshake (RFC 5246 7.4.1.2, RFC 6066 3), empty if it has
+ * none. BearSSL looks a session up before it reads that far, so this must. 0: the record is not whole. */
+static int hello_name(const unsigned char *p, size_t len, const unsigned char **name, size_t *name_len)
+{
+	const unsigned char *end = p + len, *next;
+
+	*name = (const unsigned char *)"";
+	*name_len = 0;
+	if (len < 5 || (size_t)(p[3] << 8 | p[4]) > len - 5 || len < 5 + 4 + 34)
+		return 0;
+	end = p + 5 + (p[3] << 8 | p[4]);
+	p = hello_skip(p + 5 + 4 + 34, end, 1);         /* behind the session ID */
+	p = hello_skip(p, end, 2);                      /* cipher suites */
+	p = hello_skip(p, end, 1);                      /* compression methods */
+	for (p = p && end - p > 2 ? p + 2 : end; end - p > 4; p = next) {
+		if ((next = hello_skip(p + 2, end, 2)) == NULL)
+			return 0;
+		if (p[0] == 0 && p[1] == 0 && next - p > 9 && p[6] == 0) {
+			*name_len = (size_t)(next - p - 9);
+			*name = p + 9;
+		}
+	}
+	return 1;
+}
+
+/* The session cache: BearSSL's, with the server name mixed into the session ID, for a session must not
+ * be resumed under another name. */
+static void cache_key(const struct session *s, br_ssl_session_parameters *p)
+{
 	unsigned i;
 
-	br_sha256_init(&c);
-	br_sha256_update(&c, name, strnlen(name, sizeof cc->eng.server_name));
-	br_sha256_out(&c, hash);
-	for (i = 0; i < sizeof p->session_id && i < sizeof hash; i++)
-		p->session_id[i] ^= hash[i];
+	for (i = 0; i < sizeof p->session_id; i++)
+		p->session_id[i] ^= s->hd->name_hash[i];
 }
 
 static void cache_save(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
 	const br_ssl_session_parameters *params)
 {
+	const struct session *s = OWNER(cc, struct session, tls);
 	br_ssl_session_parameters p = *params;
 
 	(void)ctx;
-	cache_key(cc, &p);
-	cache.vtable->save(&cache.vtable, cc, &p);
+	cache_key(s, &p);
+	if (s->hd->name_known)
+		cache.vtable->save(&cache.vtable, cc, &p);
 	wipe(&p, sizeof p);
 }
 
 static int cache_load(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
 	br_ssl_session_parameters *params)
 {
+	const struct session *s = OWNER(cc, struct session, tls);
 	int found;
 
 	(void)ctx;
-	cache_key(cc, params);
-	found = cache.vtable->load(&cache.vtable, cc, params);
-	cache_key(cc, params);
+	cache_key(s, params);
+	found = s->hd->name_known && cache.vtable->load(&cache.vtable, cc, params);
+	cache_key(s, params);
 	return found;
 }
 
@@ -2834,6 +2868,19 @@ static const br_ssl_session_cache_class named_cache_class = {
 	sizeof(br_ssl_session_cache_class *), cache_save, cache_load,
 };
 static const br_ssl_session_cache_class *named_cache = &named_cache_class;
+
+/* Notes the server name of a ClientHello that is about to be fed. */
+static void hello_note(struct head_buffer *hd, const struct buffers *b)
+{
+	const unsigned char *name;
+	br_sha256_context c;
+	size_t len;
+
+	hd->name_known = (uint8_t)hello_name(b->ahead + b->at, b->end - b->at, &name, &len);
+	br_sha256_init(&c);
+	br_sha256_update(&c, name, len);
+	br_sha256_out(&c, hd->name_hash);
+}
 
 /* What engines of both sides have in common. */
 static int engine_make(br_ssl_engine_context *eng)
@@ -2947,6 +2994,7 @@ static int tls_start(struct session *s)
 	if (!s->tls_made && !tls_make(s))
 		return 0;
 	leg_start(s, &s->client, &s->tls.eng);
+	hello_note(s->hd, s->client.buf);
 	s->policy.vtable = &policy_class;
 	br_ssl_server_set_policy(&s->tls, &s->policy.vtable);
 	if (client_ca)

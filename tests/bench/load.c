@@ -11,7 +11,7 @@
  *     -c clients      at work at a time (1); hold: how many open at a time
  *     -r sessions     that rest beside them after one message each (0)
  *     -s bytes        of a message (64)
- *     -t seconds      to measure (1), after a tenth of it, at least 0.2 s, to warm up
+ *     -t seconds      to measure (1), after a tenth of it, at least 0.1 s, to warm up
  *     -w seconds      to wait before that, once sessions rest (0)
  *     -R              sessions are resumed, but for the first
  *     -C suite        OpenSSL's name of the one cipher suite (ECDHE-ECDSA-AES128-GCM-SHA256)
@@ -535,7 +535,7 @@ static void measure(void)
 	}
 	for (i = 0; i < opt.clients && opt.role != CONNECT; i++)
 		conn_run(&c[i]);
-	run(opt.seconds < 2 ? 0.2 : opt.seconds / 10, NULL, 0);
+	run(opt.seconds < 1 ? 0.1 : opt.seconds / 10, NULL, 0);
 	measuring = 1;
 	began = clock_ns(CLOCK_MONOTONIC);
 	cpu = cpu_ns();
