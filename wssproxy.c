@@ -4494,7 +4494,7 @@ static void session_open(int fd, const struct address *peer, enum listener_kind 
 	session_watch(s);
 }
 
-/* Poll found something: a handshake waits for its turn, everything else runs. */
+/* A session can go on: a handshake waits for its turn, everything else runs. */
 static void session_event(struct session *s, unsigned ready)
 {
 	if ((s->state == HANDSHAKE || (s->state == BACKEND_HANDSHAKE && !(ready & CLIENT_GONE))) &&
@@ -4711,7 +4711,7 @@ static void sessions_epoll(void)
 	}
 }
 
-/* One handshake step, and all that were given what they waited for. */
+/* All that were given what they waited for, after one handshake step. */
 static void sessions_turn(void)
 {
 	struct link *l;
@@ -4724,7 +4724,7 @@ static void sessions_turn(void)
 	while (!link_alone(&runnable)) {
 		l = runnable.next;
 		link_drop(l);
-		session_run(OWNER(l, struct session, wait), CLIENT_IN | BACKEND_IN);
+		session_event(OWNER(l, struct session, wait), CLIENT_IN | BACKEND_IN);
 	}
 }
 
