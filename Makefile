@@ -4,7 +4,9 @@
 CC      ?= cc
 CFLAGS  ?= -Os -fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2
 CPPFLAGS ?=
-LDFLAGS ?= -pie
+# Both are overridden by static programs, LDFLAGS=-static: they have no use for them.
+LDFLAGS ?= -pie -Wl,-z,relro -Wl,-z,now
+PIC     ?= -fPIE
 LDLIBS  ?=
 PREFIX  ?= /usr/local
 DESTDIR ?=
@@ -21,8 +23,8 @@ VERSION = 0.1
 SRC     = wssproxy.c
 SMALL   = -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables
 FLAGS   = -std=c11 -D_GNU_SOURCE -DVERSION='"$(VERSION)"' -DCONFIG='"$(CONFIG)"' -I. \
-	$(BEARSSL:%=-isystem %/inc) -fPIE $(SMALL) $(CPPFLAGS) $(CFLAGS) \
-	-Wl,--gc-sections -Wl,-z,relro -Wl,-z,now $(LDFLAGS)
+	$(BEARSSL:%=-isystem %/inc) $(PIC) $(SMALL) $(CPPFLAGS) $(CFLAGS) \
+	-Wl,--gc-sections $(LDFLAGS)
 # Objects of the library lie inside its tree, apart for each compiler and its flags.
 OBJECTS = build/$$(echo '$(CC) $(CFLAGS)' | cksum | tr -dc 0-9)
 
@@ -30,7 +32,7 @@ all: $(OUT)
 
 $(OUT): $(SRC) wssproxy.c wssproxy.h $(CONFIG) $(OUT).flags
 	@test -z '$(BEARSSL)' || { cd '$(BEARSSL)' && mkdir -p $(OBJECTS)/obj && $(MAKE) lib BUILD=$(OBJECTS) \
-	CC='$(CC)' CFLAGS='-fPIC $(SMALL) $(CFLAGS)' AR="$${AR:-$$($(CC) -print-prog-name=ar)}"; }
+	CC='$(CC)' CFLAGS='$(PIC) $(SMALL) $(CFLAGS)' AR="$${AR:-$$($(CC) -print-prog-name=ar)}"; }
 	tree='$(BEARSSL)'; $(CC) $(FLAGS) $${SOURCE_DATE_EPOCH:+-DBUILD_TIME=$$SOURCE_DATE_EPOCH} \
 	-o $@ $(SRC) $(LDLIBS) $${tree:+-L$$tree/$(OBJECTS)} -lbearssl
 
@@ -71,9 +73,9 @@ clean:
 demo:
 	@CC='$(CC)' MAKE='$(MAKE)' PORT='$(PORT)' sh tests/demo/run
 
-check check-unit check-e2e check-warnings lint:
+check check-unit check-e2e check-cross check-warnings lint:
 	@CC='$(CC)' MAKE='$(MAKE)' sh tests/check $@
 
 FORCE:
 
-.PHONY: all install uninstall dist clean demo check check-unit check-e2e check-warnings lint FORCE
+.PHONY: all install uninstall dist clean demo check check-unit check-e2e check-cross check-warnings lint FORCE

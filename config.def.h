@@ -35,6 +35,10 @@ static const struct backend backends[] = {
  * max_sessions, 50 KB for each of max_busy. */
 #define tls_backends    0
 
+/* 1: the host of some of them is a name. 0 leaves the resolver out: 20 to 30 KB of a static program,
+ * and the process that waits for the name servers. */
+#define resolve_names   0
+
 /* How a backend is chosen: ROUND_ROBIN, IP_HASH, LEAST_CONN, STICKY_COOKIE. */
 static const enum balance balance = ROUND_ROBIN;
 

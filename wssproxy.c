@@ -2408,6 +2408,8 @@ static void server_place(unsigned i)
 			b->port ? b->port : "NULL");
 	v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
 	v->by_name = !v->addresses;
+	if (v->by_name && !resolve_names)
+		die("config.h: backends[%u]: \"%s\" is a name: set resolve_names to 1", i, b->host);
 	snprintf(v->name, sizeof v->name, strchr(b->host, ':') ? "[%s]:%s" : "%s:%s", b->host, b->port);
 }
 
@@ -4991,7 +4993,8 @@ static int version_print(void)
 #define NUMBER(name) { #name, name }
 	static const struct { const char *name; unsigned value; } numbers[] = {
 		NUMBER(hash_bits4), NUMBER(hash_bits6), NUMBER(ciphers_by_cpu), NUMBER(session_cache),
-		NUMBER(check_accept), NUMBER(tls_backends), NUMBER(max_sessions), NUMBER(max_busy), NUMBER(max_per_ip),
+		NUMBER(check_accept), NUMBER(tls_backends), NUMBER(resolve_names),
+		NUMBER(max_sessions), NUMBER(max_busy), NUMBER(max_per_ip),
 		NUMBER(head_max), NUMBER(handshake_ms), NUMBER(head_ms), NUMBER(connect_ms),
 		NUMBER(response_ms), NUMBER(idle_ms), NUMBER(linger_ms), NUMBER(stall_ms),
 		NUMBER(drain_ms), NUMBER(park), NUMBER(park_ms), NUMBER(max_fails), NUMBER(fail_ms),
@@ -5086,7 +5089,8 @@ int main(int argc, char *argv[])
 	}
 	signals_init(&while_polling);
 	descriptors_raise();
-	resolver_start(&become);
+	if (resolve_names)
+		resolver_start(&become);
 	log_open();
 	certs_init();
 	entropy_wait();

@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,9 +17,11 @@ BUILD = Path(os.environ.get("WSSPROXY_BUILD", E2E.parent / "build")).resolve()
 SANITIZE = os.environ.get("SANITIZE", "") not in ("", "0")
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 
+RUN = shlex.split(os.environ.get("WSSPROXY_RUN", ""))       # what runs programs of another machine
+
 # Seconds after which anything that is waited for counts as hung. Nothing waits so long when all is
 # well: every wait ends with its event.
-PATIENCE = 60 if SANITIZE else 30
+PATIENCE = 60 if SANITIZE or RUN else 30
 
 SANITIZER_REPORT = re.compile(r"Sanitizer|runtime error:")
 
@@ -65,7 +68,7 @@ def set_entry(text, name, value):
 
 def config_text(entries):
     text = (REPO / "config.def.h").read_text()
-    for name, value in entries.items():
+    for name, value in {"resolve_names": 1, **entries}.items():
         text = set_entry(text, name, value)
     return text
 
@@ -82,24 +85,29 @@ def build(config):
         flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     libraries = shlex.split(os.environ.get("LDFLAGS", "")) \
         + shlex.split(os.environ.get("LDLIBS", "-lbearssl"))
-    source = REPO / "wssproxy.c"
-    inputs = [source.read_text(), (REPO / "wssproxy.h").read_text(), config,
-              *compiler, *flags, *libraries]
-    key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:24]
-    binary = BUILD / "bin" / key
-    if binary.exists():
-        return binary
-    binary.parent.mkdir(parents=True, exist_ok=True)
-    header = binary.with_suffix(".h")
-    unfinished = binary.with_suffix(f".{os.getpid()}")
-    header.write_text(config)
-    command = [*compiler, *flags, f'-DCONFIG="{header}"', f"-I{REPO}", str(source),
-               *libraries, "-o", str(unfinished)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise BuildFailed(f"{shlex.join(command)}\n{result.stderr}")
-    unfinished.rename(binary)
-    return binary
+    files = {name: (REPO / name).read_text() for name in ("wssproxy.c", "wssproxy.h")}
+    files["config.h"] = config
+    inputs = [*compiler, *flags, *libraries, *files.values()]
+    place = BUILD / "bin" / hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:24]
+    if place.exists():
+        return place / "wssproxy"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, ignore_cleanup_errors=True) as unfinished:
+        # from copies, for somebody may be editing the files
+        work = Path(unfinished)
+        for name, text in files.items():
+            (work / name).write_text(text)
+        command = [*compiler, *flags, f'-DCONFIG="{work}/config.h"', f"{work}/wssproxy.c",
+                   *libraries, "-o", f"{work}/wssproxy"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise BuildFailed(f"{shlex.join(command)}\n{result.stderr}")
+        work.chmod(0o755)
+        try:
+            work.rename(place)
+        except OSError:     # another worker was faster
+            pass
+    return place / "wssproxy"
 
 
 class Line:
@@ -189,7 +197,7 @@ class Proxy:
     def __init__(self, entries, wrapper=(), **popen):
         self.entries = entries
         self.log = Log()
-        command = [*wrapper, build(config_text(entries))]
+        command = [*wrapper, *RUN, build(config_text(entries))]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                         **popen)
@@ -299,7 +307,7 @@ def eventually(condition, seconds=PATIENCE):
 
 def run_once(entries, *args, **options):
     """The outcome of a run that ends by itself, such as -t; its output is text."""
-    result = subprocess.run([build(config_text(entries)), *args], stdin=subprocess.DEVNULL,
+    result = subprocess.run([*RUN, build(config_text(entries)), *args], stdin=subprocess.DEVNULL,
                             capture_output=True, text=True, timeout=PATIENCE, **options)
     assert not SANITIZER_REPORT.search(result.stderr), result.stderr
     return result

@@ -318,12 +318,12 @@ def curl(p, path, *args, host="localhost", text=True, ca=None, kind=None, **opti
     """curl, to the first listener (of that kind), which it knows as `host`."""
     address, port = p.address(kind)
     scheme = "https" if p.kind(kind) == WSS else "http"
-    command = [need("curl"), "-sS", "--http1.1", "--noproxy", "*", "--max-time", str(4 * PATIENCE),
+    command = [need("curl"), "-sS", "--http1.1", "--noproxy", "*", "--max-time", str(6 * PATIENCE),
                "--cacert", ca or pki.DIR / "ec256.pem",
                "--connect-to", f"{host}:{port}:{address}:{port}",
                *args, f"{scheme}://{host}:{port}{path}"]
     return subprocess.run(list(map(str, command)), capture_output=True, text=text,
-                          timeout=6 * PATIENCE, **options)
+                          timeout=7 * PATIENCE, **options)
 
 
 # ---- Node packages that Debian lacks ----

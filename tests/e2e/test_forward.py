@@ -414,7 +414,7 @@ def test_answer_to_head(forwarding, backend, fields):
         assert head.get(name) == value
 
 
-def test_own_answer_to_head_has_no_body(forwarding, place, proxy):
+def test_own_answer_to_head_has_no_body(proxy, place):
     p = proxy(place(), http=FORWARD)
     head, body = ask(p, request(method="HEAD"))
     assert head.status == 502

@@ -130,7 +130,7 @@ def test_rsa_and_ec_as_default(proxy, place):
 
 
 def test_named_entry_without_a_fitting_key_does_not_fall_to_another_name(proxy, place):
-    """a.example has an EC key only; a client that can RSA only is refused, not shown the default."""
+    """a.example has an EC key only: who can RSA only is refused, and not shown the default."""
     p = proxy(place(), certs=[entry("a.example", "a.example"), entry(None, "a.example-rsa")])
     context = client_context(None)
     context.set_ciphers("ECDHE+aRSA+AESGCM")

@@ -1,5 +1,6 @@
 """What happens at each limit: sessions, addresses, buffers, descriptors, time."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -14,13 +15,7 @@ import pytest
 import pki
 from conftest import whole_config
 from harness import PATIENCE, SANITIZE, WS, build, config_text, eventually
-from peers import ask, client_context, connect, head, open_tunnel, switching, tcp, upgrade
-
-
-def is_served(stream):
-    """Whether a request on a plain connection gets an answer."""
-    stream.send(head("GET / HTTP/1.1", {"Host": "example.test"}))
-    return stream.read_head().status == 426
+from peers import ask, client_context, connect, open_tunnel, switching, tcp, upgrade
 
 
 def idle_cpu(p, seconds=0.5):
@@ -180,18 +175,30 @@ def test_sessions_wait_for_a_buffer_and_get_it(proxy, scripted):
 
 # ---- descriptors ----
 
+@contextlib.contextmanager
+def descriptors_left(p, n):
+    """While this lasts, it gets n more descriptors and then EMFILE."""
+    used = {int(fd.name) for fd in p.files()}
+    free = [fd for fd in range(len(used) + n + 1) if fd not in used]
+    limit = resource.prlimit(p.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, (free[n], limit[1]))
+    yield
+    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, limit)
+
+
 def test_exhausted_descriptors_stop_the_listener_not_the_sessions(proxy, scripted):
     backend = scripted()
     p = proxy(backend, listeners=PLAIN)
     client, server = open_tunnel(p, backend)
-    limit = resource.prlimit(p.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, (p.descriptors(), limit[1]))
-    waiting = connect(p)
-    assert idle_cpu(p) < 0.1
-    client.send(b"alive")
-    assert server.read(5) == b"alive"
-    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, limit)
-    assert is_served(waiting)
+    with descriptors_left(p, 0):
+        waiting = connect(p)
+        waiting.send(upgrade())
+        assert idle_cpu(p) < 0.1
+        client.send(b"alive")
+        assert server.read(5) == b"alive"
+        assert backend.untouched()
+    backend.accept().send(switching())
+    assert waiting.read_head().status == 101
 
 
 def test_no_descriptor_for_the_backend(proxy, scripted):
@@ -199,10 +206,8 @@ def test_no_descriptor_for_the_backend(proxy, scripted):
     backend = scripted()
     p = proxy(backend, listeners=PLAIN)
     open_tunnel(p, backend)
-    limit = resource.prlimit(p.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, (p.descriptors() + 1, limit[1]))
-    assert ask(p, upgrade())[0].status in (502, 503)
-    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, limit)
+    with descriptors_left(p, 1):
+        assert ask(p, upgrade())[0].status in (502, 503)
     open_tunnel(p, backend)
 
 

@@ -35,11 +35,11 @@ def tutorial(proxy, etc):
         backends = [{
             "host": name, "port": port,             # server server01:3000;
             "tls": TLS_VERIFY, "ca": pem("ca"),     # proxy_pass https://...; (and verified)
-            **identity("client-ec"),                # proxy_ssl_certificate, proxy_ssl_certificate_key
+            **identity("client-ec"),                # proxy_ssl_certificate(_key)
         } for name in NAMES]
         config = {
             "listeners": [("127.0.0.1", "0", WSS)],             # listen 443 ssl;
-            "certs": [(None, pem("ec"), key_of("ec"))],         # ssl_certificate, ssl_certificate_key
+            "certs": [(None, pem("ec"), key_of("ec"))],         # ssl_certificate(_key)
             "tls_min": C("BR_TLS12"), "tls_max": C("BR_TLS12"),  # ssl_protocols TLSv1.2;
             "ciphers": [C("BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"),    # ssl_ciphers
                         C("BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256")],

@@ -289,6 +289,15 @@ def test_distrusted_backend_is_replaced_by_the_next_at_once(proxy, nginx):
     assert len(good.requests(3)) == 3 and bad.requests(0) == []
 
 
+def test_failed_handshakes_count_as_failures(proxy, nginx):
+    """Though TCP connects each time."""
+    backend = nginx(certificate="expired")
+    p = proxy(verified(backend), max_fails=2, **TLS)
+    assert get(p)[0].status == 502
+    assert p.log.all("backend") == []
+    refused(p, backend, "expired")
+
+
 def test_upgrade_fails_over_from_a_distrusted_backend(proxy, nginx, node):
     bad, good = nginx(certificate="wrong-name"), node()
     p = proxy(verified(bad), verified(good), **TLS)

@@ -44,7 +44,10 @@ async function main() {
 	const [pushed] = await once(socket, 'pushed');
 	if (!bytes.equals(Buffer.from(pushed)))
 		return finish({ error: 'binary echo differs' });
-	finish({ ...seen, names: [...new Set(seen.names)], last: engine.transport.name, same: engine.id === seen.sid });
+	finish({
+		...seen, names: [...new Set(seen.names)],
+		last: engine.transport.name, same: engine.id === seen.sid,
+	});
 }
 
 function finish(seen) {
