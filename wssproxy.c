@@ -407,13 +407,24 @@ static void die(const char *format, ...)
 	exit(1);
 }
 
+/* Connects the log's socket to the syslog daemon. */
+static int log_connect(void)
+{
+	struct sockaddr_un sun = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
+
+	return connect(log_fd, (struct sockaddr *)&sun, sizeof sun);
+}
+
 /* Ends the loop's wait for a slow reader of the log before it begins: a line that can't be written
  * at once is counted and dropped. A pipe with POLLOUT takes PIPE_BUF bytes without blocking. */
 static void log_write(const char *line, size_t len)
 {
 	struct pollfd p = { .fd = log_fd, .events = POLLOUT };
 
-	if (poll(&p, 1, 0) != 1 || write(log_fd, line, len) < 0)
+	if (poll(&p, 1, 0) == 1 && write(log_fd, line, len) >= 0)
+		return;
+	/* a syslog daemon that was started again has another socket */
+	if (log_fd == STDERR_FILENO || log_connect() < 0 || write(log_fd, line, len) < 0)
 		totals.log_lost++;
 }
 
@@ -425,7 +436,7 @@ static void log_line(int priority, const char *format, ...)
 	va_list ap;
 	int n;
 
-	if (log_to == SYSLOG)
+	if (log_fd != STDERR_FILENO)
 		len = (size_t)snprintf(line, sizeof line, "<%d>wssproxy[%ld]: ",
 			LOG_DAEMON | priority, (long)getpid());
 	va_start(ap, format);
@@ -434,7 +445,7 @@ static void log_line(int priority, const char *format, ...)
 	if (n < 0)
 		return;
 	len += (size_t)n < sizeof line - len - 1 ? (size_t)n : sizeof line - len - 2;
-	if (log_to == STDERR)
+	if (log_fd == STDERR_FILENO)
 		line[len++] = '\n';
 	log_write(line, len);
 }
@@ -464,18 +475,16 @@ static void log_escape(char *out, size_t size, const char *in, size_t len)
 /* Where the log goes. The daemon's socket is opened before chroot; without it, stderr serves. */
 static void log_open(void)
 {
-	struct sockaddr_un sun = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
-
 	if (log_to != SYSLOG)
 		return;
 	log_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (log_fd < 0 || connect(log_fd, (struct sockaddr *)&sun, sizeof sun) < 0) {
-		fprintf(stderr, "wssproxy: config.h: log_to = SYSLOG: /dev/log: %s: "
-			"start a syslog daemon; logging to stderr\n", strerror(errno));
-		if (log_fd >= 0)
-			close(log_fd);
-		log_fd = STDERR_FILENO;
-	}
+	if (log_fd >= 0 && log_connect() == 0)
+		return;
+	fprintf(stderr, "wssproxy: config.h: log_to = SYSLOG: /dev/log: %s: "
+		"start a syslog daemon before; logging to stderr\n", strerror(errno));
+	if (log_fd >= 0)
+		close(log_fd);
+	log_fd = STDERR_FILENO;
 }
 
 /* ---- lists, hashes, time and timers ---- */
@@ -1049,39 +1058,52 @@ static void socket_abort(int fd)
 	setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof l);
 }
 
+/* A listening socket for an address, -1 and errno. */
+static int listener_bind(const struct address *a, int dual)
+{
+	struct sockaddr_storage ss;
+	socklen_t len = address_write(a, &ss);
+	int error, fd = socket(a->family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+
+	if (fd < 0)
+		return -1;
+	socket_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+	if (a->family == AF_INET6)
+		socket_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, !dual);
+	socket_tune(fd);
+	if (bind(fd, (struct sockaddr *)&ss, len) == 0 && listen(fd, SOMAXCONN) == 0)
+		return fd;
+	error = errno;
+	close(fd);
+	errno = error;
+	return -1;
+}
+
 static void listener_open(unsigned i)
 {
 	static const char *const kind[] = { "WSS", "WS", "REDIRECT" };
 	const struct listener *l = &listeners[i];
+	const int dual = strcmp(l->address, "::") == 0;
 	struct sockaddr_storage ss;
 	struct address a;
 	char text[ADDRESS_TEXT];
-	socklen_t len;
+	socklen_t len = sizeof ss;
 	int fd;
 
 	if (!address_parse(&a, l->address, l->port))
 		die("config.h: listeners[%u]: \"%s\", \"%s\": give an IPv4 or IPv6 literal and a "
 			"decimal port", i, l->address, l->port);
-	len = address_write(&a, &ss);
-	fd = socket(ss.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	fd = listener_bind(&a, dual);
+	if (fd < 0 && dual && (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) {
+		a.family = AF_INET;     /* a kernel without IPv6 */
+		fd = listener_bind(&a, dual);
+	}
 	if (fd < 0)
-		die("config.h: listeners[%u]: %s: socket: %s", i, l->address, strerror(errno));
-	socket_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
-	if (ss.ss_family == AF_INET6)
-		socket_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, strcmp(l->address, "::") != 0);
-	socket_tune(fd);
-	if (bind(fd, (struct sockaddr *)&ss, len) < 0)
-		die("config.h: listeners[%u]: %s port %s: bind: %s", i, l->address, l->port,
-			strerror(errno));
-	if (listen(fd, SOMAXCONN) < 0)
-		die("config.h: listeners[%u]: %s port %s: listen: %s", i, l->address, l->port,
-			strerror(errno));
-	len = sizeof ss;
+		die("config.h: listeners[%u]: %s port %s: %s", i, l->address, l->port, strerror(errno));
 	if (getsockname(fd, (struct sockaddr *)&ss, &len) == 0)
 		address_read(&a, (struct sockaddr *)&ss);
 	fds[FD_LISTEN + i].fd = fd;
-	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1, text),
-		kind[l->kind]);
+	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1, text), kind[l->kind]);
 }
 
 /* ---- privileges ---- */

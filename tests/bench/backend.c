@@ -1,5 +1,5 @@
-/* backend.c - the WebSocket server behind the proxies of the benchmark: as cheap as it can be, so that
- * it shares a CPU with the load. See LICENSE for copyright.
+/* backend.c - the WebSocket server behind the proxies of the benchmark: as cheap as it can be, for
+ * it may have to share a CPU with the load. See LICENSE for copyright.
  *
  *     backend
  *
@@ -47,7 +47,9 @@ struct client {
 };
 
 static unsigned char buffer[FRAME_MAX + READ_MAX + 1];
-static unsigned char frame[SOURCE_HEAD + SOURCE_FRAME] = { 0x82, 127, 0, 0, 0, 0, 0, SOURCE_FRAME >> 16, 0, 0 };
+static unsigned char frame[SOURCE_HEAD + SOURCE_FRAME] = {
+	0x82, 127, 0, 0, 0, 0, 0, SOURCE_FRAME >> 16, 0, 0
+};
 static int epoll_fd, listen_fd;
 
 static _Noreturn void die(const char *what)
@@ -135,7 +137,8 @@ static int client_send_rest(struct client *c)
 	return 0;
 }
 
-static void unmask(unsigned char *to, const unsigned char *from, size_t n, const unsigned char *mask)
+static void unmask(unsigned char *to, const unsigned char *from, size_t n,
+	const unsigned char *mask)
 {
 	uint32_t half;
 	uint64_t m, word;
@@ -212,7 +215,8 @@ static int client_source(struct client *c)
 /* Answers an upgrade whose head is the buffer's first `len` bytes, a zero behind them. */
 static int client_upgrade(struct client *c, size_t len)
 {
-	static const char name[] = "\r\nsec-websocket-key:", guid[] = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
+	static const char name[] = "\r\nsec-websocket-key:";
+	static const char guid[] = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 	const char *head = (const char *)buffer, *key = strcasestr(head, name);
 	unsigned char digest[SHA_DIGEST_LENGTH], accept[32];
 	char text[256];
@@ -232,7 +236,8 @@ static int client_upgrade(struct client *c, size_t len)
 	EVP_EncodeBlock(accept, digest, sizeof digest);
 	n = snprintf(text, sizeof text, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
 		"Connection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n", accept);
-	c->role = strncmp(head, "GET /sink", 9) == 0 ? SINK : strncmp(head, "GET /source", 11) == 0 ? SOURCE : ECHO;
+	c->role = strncmp(head, "GET /sink", 9) == 0 ? SINK :
+		strncmp(head, "GET /source", 11) == 0 ? SOURCE : ECHO;
 	if (client_send(c, (unsigned char *)text, (size_t)n) < 0)
 		return -1;
 	if (c->role == SOURCE)
@@ -258,8 +263,9 @@ static int client_read(struct client *c)
 	n = recv(c->fd, buffer + kept, READ_MAX, 0);
 	if (n <= 0)
 		return -1;
-	buffer[kept + (size_t)n] = 0;
-	return c->role == REQUEST ? client_upgrade(c, kept + (size_t)n) : client_echo(c, kept + (size_t)n);
+	kept += (size_t)n;
+	buffer[kept] = 0;
+	return c->role == REQUEST ? client_upgrade(c, kept) : client_echo(c, kept);
 }
 
 static int client_event(struct client *c, unsigned events)
@@ -273,7 +279,8 @@ static int client_event(struct client *c, unsigned events)
 
 static void start(void)
 {
-	struct sockaddr_in sa = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	struct sockaddr_in sa = { .sin_family = AF_INET,
+		.sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
 	struct epoll_event ev = { .events = EPOLLIN, .data.ptr = &listen_fd };
 	socklen_t len = sizeof sa;
 	struct rlimit files;
@@ -284,7 +291,8 @@ static void start(void)
 	}
 	memset(frame + SOURCE_HEAD, 'x', SOURCE_FRAME);
 	listen_fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-	if (listen_fd < 0 || bind(listen_fd, (struct sockaddr *)&sa, sizeof sa) < 0 || listen(listen_fd, SOMAXCONN) < 0 ||
+	if (listen_fd < 0 || bind(listen_fd, (struct sockaddr *)&sa, sizeof sa) < 0 ||
+	    listen(listen_fd, SOMAXCONN) < 0 ||
 	    getsockname(listen_fd, (struct sockaddr *)&sa, &len) < 0)
 		die("listen");
 	epoll_fd = epoll_create1(EPOLL_CLOEXEC);

@@ -359,10 +359,10 @@ def idle(proxy):
 
 
 def memory(proxy):
-    """More and more sessions that rest, none of them resumed."""
+    """More and more sessions that rest, none of them resumed; and what one more of them takes."""
     time.sleep(0.3)
     kb = {0: proxy.memory()}
-    process = proxy.load_start("-c", 8, "-w", 0.5, "hold", *SESSIONS)
+    process = proxy.load_start("-w", 0.5, "hold", *SESSIONS)
     try:
         for n in SESSIONS:
             if not process.stdout.readline():
@@ -372,7 +372,8 @@ def memory(proxy):
             process.stdin.flush()
     finally:
         kill(process)
-    return {"memory": (kb[SESSIONS[-1]] - kb[0]) / SESSIONS[-1],
+    first, last = SESSIONS[0] if len(SESSIONS) > 1 else 0, SESSIONS[-1]
+    return {"memory": (kb[last] - kb[first]) / (last - first),
             **{f"memory-{n}": kb[n] / 1024 for n in kb}}
 
 
@@ -422,7 +423,7 @@ ONCE = ["idle", "memory"]       # they do not vary
 MEASURES = option("MEASURES", list(ALL_MEASURES))
 
 # Rows of the table: key, label, decimals, whether less is better, and the goal: an absolute one
-# (MAX), a factor to the best of the others (BEST), or to our own echo without resting sessions (OWN).
+# (MAX), a factor to the best of the others (BEST), or to our own echo without any at rest (OWN).
 MAX, BEST, OWN = "", "best", "own"
 ROWS = [
     ("idle", "idle program, KB", 0, True, None),
@@ -505,7 +506,7 @@ def judge(key, less, ratio, goal):
 
 
 def table():
-    """The table's cells: a label, a value for each peer, the best one, our ratio to it, the goal."""
+    """The cells: a label, a value for each peer, the best of them, our ratio to it, the goal."""
     rows = [["", *columns(), "best", "ratio", "goal"]]
     for key, label, decimals, less, goal in ROWS:
         cells = []

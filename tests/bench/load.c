@@ -1,14 +1,14 @@
 /* load.c - the clients of the benchmark: many wss:// connections to one proxy, in one epoll loop.
  * See LICENSE for copyright.
  *
- *     load [options] -p port echo       each client sends a message, awaits its echo, sends the next
- *     load [options] -p port up         each client sends frames without end
- *     load [options] -p port down       each client reads frames without end
- *     load [options] -p port connect    each client connects, upgrades, closes, connects again
- *     load [options] -p port hold N...  opens N sessions, up to N more.., that rest after one message:
- *                                       says when they do, and waits for a line of its input
+ *     load [options] -p port echo      each client sends a message, awaits its echo, sends the next
+ *     load [options] -p port up        each client sends frames without end
+ *     load [options] -p port down      each client reads frames without end
+ *     load [options] -p port connect   each client connects, upgrades, closes, connects again
+ *     load [options] -p port hold N... has N sessions that rest after one message, says when they
+ *                                      do, awaits a line of its input, goes on to the next N
  *
- *     -c clients      at work at a time (1); hold: how many open at a time
+ *     -c clients      at work at a time (1)
  *     -r sessions     that rest beside them after one message each (0)
  *     -s bytes        of a message (64)
  *     -t seconds      to measure (1), after a tenth of it, at least 0.1 s, to warm up
@@ -17,10 +17,10 @@
  *     -C suite        OpenSSL's name of the one cipher suite (ECDHE-ECDSA-AES128-GCM-SHA256)
  *     -P pid,...      processes whose CPU time is counted
  *
- * The one line of the result is key=value: count (of messages or connections), bytes (of payload both
- * ways for echo), seconds, cpu (seconds of the processes of -P, user and kernel), full (handshakes that
- * were not resumed although -R asked for it), p50 and p99 (microseconds of a round trip, or from
- * connect to 101).
+ * The one line of the result is key=value: count (of messages or connections), bytes (of bulk),
+ * seconds, cpu (seconds of the processes of -P, user and kernel), full (handshakes that were not
+ * resumed although -R asked for it), p50 and p99 (microseconds of a round trip, or from connect to
+ * 101).
  *
  * Anything that goes otherwise than it should ends the program with 1: an echo that is not what was
  * sent, another suite, a connection that ends. */
@@ -56,6 +56,8 @@ enum role { ECHO, UP, DOWN, CONNECT, REST };
 enum step { TCP, TLS, REQUEST, RESPONSE, SEND, RECV, SILENT };
 
 struct conn {
+	struct conn *next;      /* of all */
+	struct conn *waiting;   /* the next one that waits for a place among the OPENING_MAX */
 	int fd;
 	SSL *ssl;
 	enum role role;
@@ -84,8 +86,7 @@ static SSL_SESSION *ticket;     /* what -R resumes */
 static int epoll_fd;
 static unsigned opening;        /* connections before SEND */
 static unsigned silent;         /* sessions that rest */
-static struct conn **waiting;   /* for a place among the OPENING_MAX */
-static unsigned waiting_len;
+static struct conn *all, *waiting;
 static int measuring;
 static uint64_t count, bytes, full;
 static uint32_t latency[LATENCY_MAX + 1];
@@ -126,8 +127,8 @@ static uint64_t cpu_ns(void)
 	return sum;
 }
 
-/* Messages. A message is its serial number and a pattern. Its mask follows from the serial number, so
- * that what did not go at once can be made again. */
+/* Messages. A message is its serial number and a pattern. Its mask follows from the serial number,
+ * so that what did not go at once can be made again. */
 
 static size_t header_write(unsigned char *p, size_t len, int masked)
 {
@@ -209,7 +210,8 @@ static void conn_watch(struct conn *c, unsigned events)
 /* What to do after an SSL call that did not go through: wait for what it says. */
 static void conn_wait(struct conn *c, int result)
 {
-	static const char *const steps[] = { "connect", "handshake", "request", "response", "send", "receive", "silence" };
+	static const char *const steps[] = { "connect", "handshake", "request", "response", "send",
+		"receive", "silence" };
 	int error = SSL_get_error(c->ssl, result);
 
 	if (error == SSL_ERROR_WANT_READ)
@@ -217,7 +219,8 @@ static void conn_wait(struct conn *c, int result)
 	else if (error == SSL_ERROR_WANT_WRITE)
 		conn_watch(c, EPOLLOUT);
 	else
-		die("a connection ended in its %s: %s", steps[c->step], errno ? strerror(errno) : "EOF");
+		die("a connection ended in its %s: %s", steps[c->step],
+			errno ? strerror(errno) : "EOF");
 }
 
 /* Writes the rest of a buffer, of which c->at bytes went. 1: all is gone. */
@@ -243,7 +246,8 @@ static void conn_open(struct conn *c)
 	int one = 1;
 
 	if (opening == OPENING_MAX && c->role != CONNECT) {
-		waiting[waiting_len++] = c;
+		c->waiting = waiting;
+		waiting = c;
 		return;
 	}
 	opening++;
@@ -262,9 +266,13 @@ static void conn_open(struct conn *c)
 
 static void conn_opened(void)
 {
+	struct conn *c = waiting;
+
 	opening--;
-	if (waiting_len > 0)
-		conn_open(waiting[--waiting_len]);
+	if (c) {
+		waiting = c->waiting;
+		conn_open(c);
+	}
 }
 
 static void latency_add(uint64_t since)
@@ -335,13 +343,13 @@ static int request_step(struct conn *c)
 static int response_step(struct conn *c)
 {
 	static const char status[] = "HTTP/1.1 101";
-	unsigned char b;
+	char b;
 	int n;
 
 	while ((n = SSL_read(c->ssl, &b, 1)) > 0) {
 		if (c->at < sizeof status - 1 && b != status[c->at++])
 			die("the answer to an upgrade is not 101");
-		c->tail = c->tail << 8 | b;
+		c->tail = c->tail << 8 | (unsigned char)b;
 		if (c->tail == 0x0d0a0d0a) {
 			c->at = 0;
 			conn_opened();
@@ -440,7 +448,6 @@ static int recv_step(struct conn *c)
 			}
 			if (measuring) {
 				count++;
-				bytes += 2 * opt.size;
 				latency_add(c->since);
 			}
 			message_start(c);
@@ -459,8 +466,8 @@ static int silent_step(struct conn *c)
 /* Steps a connection until it waits. */
 static void conn_run(struct conn *c)
 {
-	static int (*const steps[])(struct conn *) = { tcp_step, tls_step, request_step, response_step,
-		send_step, recv_step, silent_step };
+	static int (*const steps[])(struct conn *) = { tcp_step, tls_step, request_step,
+		response_step, send_step, recv_step, silent_step };
 
 	errno = 0;
 	ERR_clear_error();
@@ -468,17 +475,17 @@ static void conn_run(struct conn *c)
 		;
 }
 
-static struct conn *conns_open(unsigned n, enum role role)
+static void conns_open(unsigned n, enum role role)
 {
-	struct conn *c = calloc(n + 1, sizeof *c);
-	unsigned i;
+	for (; n > 0; n--) {
+		struct conn *c = calloc(1, sizeof *c);
 
-	waiting = realloc(waiting, (waiting_len + n + opt.clients) * sizeof(struct conn *) + 1);
-	if (!c || !waiting)
-		die("out of memory");
-	for (i = 0; i < n; i++) {
-		c[i].role = role;
-		conn_open(&c[i]);
+		if (!c)
+			die("out of memory");
+		c->role = role;
+		c->next = all;
+		all = c;
+		conn_open(c);
 		while (opt.resume && !ticket) {
 			struct epoll_event ev;
 
@@ -487,7 +494,6 @@ static struct conn *conns_open(unsigned n, enum role role)
 			conn_run(ev.data.ptr);
 		}
 	}
-	return c;
 }
 
 /* Runs what comes until the time, or while *what is not `value`. */
@@ -524,17 +530,17 @@ static void measure(void)
 {
 	uint64_t began, cpu;
 	struct conn *c;
-	unsigned i;
 
 	conns_open(opt.resting, REST);
 	run(30 + opt.resting / 50.0, &silent, opt.resting);
-	c = conns_open(opt.clients, opt.role);
+	conns_open(opt.clients, opt.role);
 	if (opt.role != CONNECT) {
 		run(30, &opening, 0);
 		run(opt.settle, NULL, 0);
 	}
-	for (i = 0; i < opt.clients && opt.role != CONNECT; i++)
-		conn_run(&c[i]);
+	for (c = all; c && opt.role != CONNECT; c = c->next)
+		if (c->role == opt.role)
+			conn_run(c);
 	run(opt.seconds < 1 ? 0.1 : opt.seconds / 10, NULL, 0);
 	measuring = 1;
 	began = clock_ns(CLOCK_MONOTONIC);
@@ -543,8 +549,8 @@ static void measure(void)
 	cpu = cpu_ns() - cpu;
 	began = clock_ns(CLOCK_MONOTONIC) - began;
 	printf("count=%llu bytes=%llu seconds=%.4f cpu=%.6f full=%llu p50=%u p99=%u\n",
-		(unsigned long long)count, (unsigned long long)bytes, (double)began / 1e9, (double)cpu / 1e9,
-		(unsigned long long)full, latency_at(.5), latency_at(.99));
+		(unsigned long long)count, (unsigned long long)bytes, (double)began / 1e9,
+		(double)cpu / 1e9, (unsigned long long)full, latency_at(.5), latency_at(.99));
 }
 
 static void hold(int n, char **counts)
@@ -572,7 +578,8 @@ static void pids_parse(char *list)
 	char *p;
 
 	for (p = strtok(list, ","); p; p = strtok(NULL, ","))
-		if (opt.pids == PIDS_MAX || clock_getcpuclockid((pid_t)atoi(p), &opt.pid[opt.pids++]))
+		if (opt.pids == PIDS_MAX ||
+		    clock_getcpuclockid((pid_t)atoi(p), &opt.pid[opt.pids++]))
 			die("no process %s", p);
 }
 
@@ -580,7 +587,8 @@ static void tls_init(void)
 {
 	tls = SSL_CTX_new(TLS_client_method());
 	if (!tls || !SSL_CTX_set_min_proto_version(tls, TLS1_2_VERSION) ||
-	    !SSL_CTX_set_max_proto_version(tls, TLS1_2_VERSION) || !SSL_CTX_set_cipher_list(tls, opt.suite) ||
+	    !SSL_CTX_set_max_proto_version(tls, TLS1_2_VERSION) ||
+	    !SSL_CTX_set_cipher_list(tls, opt.suite) ||
 	    !SSL_CTX_set1_groups_list(tls, "X25519:P-256"))
 		die("OpenSSL");
 	SSL_CTX_set_mode(tls, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
@@ -595,7 +603,8 @@ static void messages_init(void)
 	memset(payload, 'm', sizeof payload);
 	at = header_write(bulk, BULK_FRAME, 1);
 	memset(bulk + at, 0x5a, sizeof bulk - at);
-	request_len = (size_t)snprintf((char *)request, sizeof request, "GET %s HTTP/1.1\r\nHost: localhost:%u\r\n"
+	request_len = (size_t)snprintf((char *)request, sizeof request,
+		"GET %s HTTP/1.1\r\nHost: localhost:%u\r\n"
 		"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
 		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: https://localhost:%u\r\n"
 		"User-Agent: load\r\n\r\n", paths[opt.role], opt.port, opt.port);
@@ -603,8 +612,8 @@ static void messages_init(void)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: load [-R] [-c clients] [-r resting] [-s size] [-t seconds] [-w seconds] [-C suite]\n"
-		"\t[-P pids] -p port echo|up|down|connect|hold [sessions...]\n");
+	fprintf(stderr, "usage: load [-R] [-c clients] [-r resting] [-s size] [-t seconds]\n"
+		"\t[-w seconds] [-C suite] [-P pids] -p port echo|up|down|connect|hold [n...]\n");
 	exit(2);
 }
 
@@ -629,7 +638,9 @@ static void arguments(int argc, char **argv)
 		}
 	for (i = 0; optind < argc && i < 5 && strcmp(argv[optind], roles[i]) != 0; i++)
 		;
-	if (optind == argc || i == 5 || opt.port == 0 || opt.size == 0 || opt.size > MESSAGE_MAX - 8)
+	if (optind == argc || i == 5 || opt.port == 0)
+		usage();
+	if (opt.size == 0 || opt.size > MESSAGE_MAX - 8 || opt.clients == 0)
 		usage();
 	opt.role = (enum role)i;
 }

@@ -26,6 +26,13 @@ def pytest_runtest_makereport(item):
             report.sections.append((f"log of proxy {n}", proxy.log.text))
 
 
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "measured":
+                terminalreporter.write_line(f"{report.nodeid}: {value}")
+
+
 @pytest.fixture(autouse=True)
 def deadline():
     """No test hangs, whatever its waits forgot."""

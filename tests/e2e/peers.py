@@ -229,6 +229,16 @@ def client_context(trust="ec256", versions=(ssl.TLSVersion.TLSv1_2, ssl.TLSVersi
     return context
 
 
+def client_hello():
+    """The first record of a handshake."""
+    outgoing = ssl.MemoryBIO()
+    tls = client_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+    try:
+        tls.do_handshake()
+    except ssl.SSLWantReadError:
+        return outgoing.read()
+
+
 def tcp(proxy, kind=None, source=None):
     """A bare TCP connection to a listener, from that address."""
     return Stream(socket.create_connection(proxy.address(kind), PATIENCE,

@@ -4,7 +4,6 @@ import contextlib
 import os
 import resource
 import shutil
-import ssl
 import subprocess
 import tempfile
 import threading
@@ -15,7 +14,7 @@ import pytest
 import pki
 from conftest import whole_config
 from harness import PATIENCE, SANITIZE, WS, build, config_text, eventually
-from peers import ask, client_context, connect, open_tunnel, switching, tcp, upgrade
+from peers import ask, client_hello, connect, open_tunnel, switching, tcp, upgrade
 
 
 def idle_cpu(p, seconds=0.5):
@@ -128,6 +127,18 @@ def test_session_that_sits_on_the_last_buffer_is_closed_when_others_wait(proxy, 
     assert len(p.log.all("close")) == 1
 
 
+def test_client_that_does_not_read_gives_its_buffer_up_when_others_wait(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_busy=1, stall_ms=400)
+    _, flooding = open_tunnel(p, backend)
+    with pytest.raises(OSError):
+        flooding.sock.settimeout(1)
+        while True:
+            flooding.send(bytes(100000))
+    open_tunnel(p, backend)
+    p.log.wait("close", why="stall")
+
+
 def test_session_that_sits_on_a_buffer_may_stay_while_none_waits(proxy, scripted):
     backend = scripted()
     p = proxy(backend, max_busy=2, stall_ms=200)
@@ -137,14 +148,6 @@ def test_session_that_sits_on_a_buffer_may_stay_while_none_waits(proxy, scripted
     threading.Event().wait(0.6)
     sitting.sock.sendall(record[8:])
     assert server.read(16) == b"finished at last"
-
-
-def client_hello():
-    outgoing = ssl.MemoryBIO()
-    tls = client_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
-    with pytest.raises(ssl.SSLWantReadError):
-        tls.do_handshake()
-    return outgoing.read()
 
 
 def test_stalled_handshake_gives_its_buffer_up(proxy, scripted):

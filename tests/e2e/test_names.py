@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import FORWARD, IP_HASH, PATIENCE, WORKER, WS, eventually
+from conftest import whole_config
+from harness import FORWARD, IP_HASH, PATIENCE, WORKER, WS, eventually, run_once
 from more import FILES_ONLY, STICKY_COOKIE, Etc, answer, request
 from peers import Place, ask, connect, open_tunnel
 
@@ -108,6 +109,13 @@ def test_others_serve_while_a_name_is_unresolved_for_each_balance(named, scripte
     p = named(by_name(missing), backend.entry(), balance=balance)
     for _ in range(3):
         page(p, backend)
+
+
+def test_name_without_resolve_names_is_named(place):
+    result = run_once(whole_config([{"host": "server01", "port": place().port}],
+                                   {"resolve_names": 0}), "-t")
+    assert result.returncode == 1
+    assert "server01" in result.stderr and "resolve_names" in result.stderr
 
 
 # ---- later ----

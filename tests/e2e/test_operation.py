@@ -16,7 +16,8 @@ import pki
 from conftest import certificate, whole_config
 from harness import (PATIENCE, SYSLOG, WS, WSS, BuildFailed, Log, build, config_text, eventually,
                      run_once)
-from peers import Stream, ask, client_context, connect, head, open_tunnel, tcp, upgrade
+from peers import (Stream, ask, client_context, client_hello, connect, head, open_tunnel, tcp,
+                   upgrade)
 
 GET = head("GET / HTTP/1.1", {"Host": "example.test"})
 
@@ -301,6 +302,23 @@ def test_sighup_while_a_handshake_is_under_way(proxy, place, live_certs):
     p.signal(signal.SIGHUP)
     p.log.wait("reload", ok=True)
     assert serves(p, "other")
+
+
+def test_second_sighup_waits_for_a_handshake_with_the_first_key(proxy, place, live_certs):
+    """There is room for two sets of keys."""
+    certs, put = live_certs
+    p = proxy(place(), certs=certs)
+    half = tcp(p)
+    half.send(client_hello()[:-1])
+    eventually(lambda: p.totals()["records"] == "1")
+    for name in ("other", "ec384"):
+        put(name)
+        p.signal(signal.SIGHUP)
+        p.log.wait("reload", ok=True)
+    p.totals()      # it has seen the second signal
+    half.close()
+    p.log.wait("reload", ok=True, nth=2)
+    assert serves(p, "ec384")
 
 
 # ---- SIGTERM ----
