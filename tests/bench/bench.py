@@ -324,7 +324,10 @@ class Proxy:
         """Dirty KB; what its processes share of it counts once (before Linux 6.0: not at all)."""
         kb = 0
         for pid in self.pids():
-            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            try:
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            except PermissionError:
+                raise Failure("it lets only root look at its memory") from None
             kb += int(re.search(r"^(?:Pss_Dirty|Private_Dirty): *(\d+) kB", rollup, re.M)[1])
         return kb
 
@@ -694,7 +697,7 @@ def measure(name, peer):
         return None
 
 
-def measure_all(lines):
+def measure_all(lines, backend):
     """All rounds; `lines` is the CSV of the single values."""
     for turn in range(ROUNDS):
         for name in [m for m in MEASURES if turn == 0 or m not in ONCE]:
@@ -704,6 +707,8 @@ def measure_all(lines):
                 if name not in ONLY.get(peer, MEASURES):
                     continue
                 found = measure(name, peer)
+                if backend.poll() is not None:
+                    sys.exit("\nbench: the backend has ended")
                 first = f"{next(iter(found.values())):.4g}" if found else "failed"
                 print(f" {peer} {first}", end="", file=sys.stderr, flush=True)
                 for key, x in (found or {}).items():
@@ -742,7 +747,7 @@ def main():
         with open(OUT / "runs.csv", "w", newline="") as f:
             lines = csv.writer(f, lineterminator="\n")
             lines.writerow(["round", "peer", "measure", "value"])
-            measure_all(lines)
+            measure_all(lines, backend)
     finally:
         kill(backend)
     plot()

@@ -86,7 +86,7 @@ static SSL_SESSION *ticket;     /* what -R resumes */
 static int epoll_fd;
 static unsigned opening;        /* connections before SEND */
 static unsigned silent;         /* sessions that rest */
-static struct conn *all, *waiting;
+static struct conn *conns, *waiting;
 static int measuring;
 static uint64_t count, bytes, full;
 static uint32_t latency[LATENCY_MAX + 1];
@@ -483,8 +483,8 @@ static void conns_open(unsigned n, enum role role)
 		if (!c)
 			die("out of memory");
 		c->role = role;
-		c->next = all;
-		all = c;
+		c->next = conns;
+		conns = c;
 		conn_open(c);
 		while (opt.resume && !ticket) {
 			struct epoll_event ev;
@@ -538,7 +538,7 @@ static void measure(void)
 		run(30, &opening, 0);
 		run(opt.settle, NULL, 0);
 	}
-	for (c = all; c && opt.role != CONNECT; c = c->next)
+	for (c = conns; c && opt.role != CONNECT; c = c->next)
 		if (c->role == opt.role)
 			conn_run(c);
 	run(opt.seconds < 1 ? 0.1 : opt.seconds / 10, NULL, 0);

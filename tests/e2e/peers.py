@@ -201,10 +201,12 @@ class TlsStream(Stream):
     def _receive(self):
         try:
             data = self._until_done(lambda: self.tls.read(1 << 18))
-        except ssl.SSLEOFError:
-            return b""
         except ssl.SSLZeroReturnError:      # when our own close_notify went before
             data = b""
+        except ssl.SSLError as error:
+            if error.reason != "UNEXPECTED_EOF_WHILE_READING":
+                raise
+            return b""
         self.saw_close_notify = not data
         return data
 
@@ -220,6 +222,7 @@ class TlsStream(Stream):
 def client_context(trust="ec256", versions=(ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_2)):
     """Verifies the certificate of that name; trust None: anyone."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF    # an end without close_notify is told apart
     context.minimum_version, context.maximum_version = versions
     if trust:
         context.load_verify_locations(pki.DIR / f"{trust}.pem")
