@@ -18,14 +18,14 @@
  * and record buffers (while a byte is on its way). A session at rest owns nothing but its slot;
  * after park_ms of that it waits in an epoll set instead of poll()'s array.
  *
- * A session is in one state; states[] says how to step it, how long it may stay, and what it
- * ends with when that is over:
+ * A session is in one state; states[] says how to step it, and what it ends with when its time
+ * there, which has a queue of its own, is over:
  *
  *     FREE > HANDSHAKE > HEAD > CONNECT > (BACKEND_HANDSHAKE >) REQUEST > RESPONSE >
  *            RELAY or EXCHANGE, or after any of these REPLY, > DRAIN > FREE
  *
  * A step moves what it can without blocking and returns the state to be in; FREE ends the session.
- * session_run alone enters and closes. What to poll for is derived from state and buffers by
+ * session_run alone changes states; no step closes its own session. What to poll for is derived from state and buffers by
  * session_watch after each run and kept nowhere else. Nothing in the loop walks all sessions.
  *
  * To understand everything else, start reading main(). */
@@ -33,6 +33,7 @@
 #include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/resource.h>
+#include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -88,6 +89,7 @@ enum {
 	INTERIM_MAX = 8,        /* 1xx answers before the final one */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
 	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
+	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
 	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory */
 	LOG_LINE = 1024,
 	LISTENERS = LENGTH(listeners),
@@ -103,7 +105,8 @@ _Static_assert(max_busy >= 1 && max_busy <= max_sessions,
 	"config.h: max_busy: 1 to max_sessions");
 _Static_assert(head_max >= 1024 && head_max <= 16000, "config.h: head_max: 1024 to 16000");
 _Static_assert(tls_backends == 0 || tls_backends == 1, "config.h: tls_backends: 0 or 1");
-_Static_assert(sizeof cookie_name > 1, "config.h: cookie_name: must not be empty");
+_Static_assert(sizeof cookie_name > 1 && sizeof cookie_name <= 100,
+	"config.h: cookie_name: 1 to 99 characters");
 
 /* ---- types and statics ---- */
 
@@ -329,7 +332,8 @@ struct server {
 	char name[128];         /* host:port, for the log */
 	char cookie[sizeof cookie_name + 17];   /* name=id */
 	uint8_t resumable;      /* 1: session is set */
-	br_ssl_session_parameters session;      /* of its last full TLS handshake */
+	br_ssl_session_parameters session;      /* of its last full TLS handshake, */
+	uint64_t session_until;                 /* good for resumption until then */
 	struct address address[ADDRESSES_MAX];
 	uint8_t addresses;
 	uint8_t by_name;        /* 1: the resolver is asked */
@@ -343,9 +347,9 @@ struct server {
 	struct timer retry, check;
 };
 
-/* poll()'s array: the resolver, the epoll set, the listeners, the checks of the backends, and two for
+/* poll()'s array: the signals, the resolver, the epoll set, the listeners, the checks of the backends, and two for
  * each awake session. */
-enum { FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_CHECK = FD_LISTEN + LISTENERS,
+enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_CHECK = FD_LISTEN + LISTENERS,
 	FD_SESSIONS = FD_CHECK + BACKENDS };
 
 static struct session sessions[max_sessions];
@@ -381,7 +385,8 @@ static struct {
 	uint64_t opened, rejected, rx, tx, log_lost;
 } totals;
 static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, files, what is thrown away */
-static volatile sig_atomic_t caught_hup, caught_term, caught_int, caught_usr1;
+static int reload_due;          /* SIGHUP came; 0 again when it was done */
+static int stops;               /* SIGTERM and SIGINT so far */
 
 static const struct {
 	const char *text;       /* for the log */
@@ -979,13 +984,15 @@ static int identity_load(struct identity *id, const char *entry, unsigned i, con
 }
 
 static int trust_load(struct keyring *ring, struct trust *t, const char *entry, unsigned i,
-	const char *path, struct fault *f)
+	const char *path, int one, struct fault *f)
 {
 	const char *what;
 
 	t->first = ring->anchors;
 	what = path ? pem_file(ring, path, anchors_parse) : "a PEM file is needed";
 	t->count = ring->anchors - t->first;
+	if (!what && one && t->count != 1)
+		what = "one certificate is wanted, there are several";
 	return what ? fault_set(f, entry, i, path, what) : 1;
 }
 
@@ -1001,7 +1008,8 @@ static int keyring_load_backends(struct keyring *ring, struct fault *f)
 		    !identity_load(&ring->client_id[i], "backends", i, b->cert, b->key, f))
 			return 0;
 		if ((b->tls == TLS_VERIFY || b->tls == TLS_PIN) &&
-		    !trust_load(ring, &ring->backend_ca[i], "backends", i, b->ca, f))
+		    !trust_load(ring, &ring->backend_ca[i], "backends", i, b->ca,
+		    b->tls == TLS_PIN, f))
 			return 0;
 	}
 	return 1;
@@ -1017,7 +1025,7 @@ static int keyring_load(struct keyring *ring, struct fault *f)
 	for (i = 0; i < CERTS; i++)
 		if (!identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key, f))
 			return 0;
-	if (client_ca && !trust_load(ring, &ring->client_ca, "client_ca", 0, client_ca, f))
+	if (client_ca && !trust_load(ring, &ring->client_ca, "client_ca", 0, client_ca, 0, f))
 		return 0;
 	return !tls_backends || keyring_load_backends(ring, f);
 }
@@ -1027,6 +1035,14 @@ static int keyring_load(struct keyring *ring, struct fault *f)
 static int would_block(int error)
 {
 	return error == EAGAIN || error == EWOULDBLOCK || error == EINTR;
+}
+
+/* Errors that are our machine's, not the other side's: no descriptor, memory, port, or a full backlog
+ * of a unix: socket. */
+static int is_our_shortage(int error)
+{
+	return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM ||
+		error == EADDRNOTAVAIL || error == EAGAIN;
 }
 
 static void socket_option(int fd, int level, int name, unsigned value)
@@ -2165,7 +2181,6 @@ static const char *connect_why(int error)
 	case ETIMEDOUT:         return "timeout";
 	case EHOSTUNREACH:
 	case ENETUNREACH:
-	case EADDRNOTAVAIL:
 	case EAFNOSUPPORT:      return "unreachable";
 	case EACCES:
 	case EPERM:             return "forbidden";
@@ -2233,7 +2248,7 @@ static void check_start(unsigned i)
 		return;
 	p->fd = server_dial(i, 0);
 	p->events = POLLOUT;
-	if (p->fd < 0 && errno != EMFILE && errno != ENFILE && errno != ENOBUFS && errno != ENOMEM)
+	if (p->fd < 0 && !is_our_shortage(errno))
 		check_over(i, connect_why(errno));
 }
 
@@ -2377,7 +2392,7 @@ static void resolver_event(void)
 	if (n == sizeof r && r.index < BACKENDS) {
 		resolver_answer(&r);
 	} else if (n >= 0 || !would_block(errno)) {
-		log_line(LOG_ERR, "resolver died: backends keep the addresses they have");
+		log_line(LOG_ERR, "resolver died: backends keep the addresses they have; start again");
 		close(fds[FD_RESOLVER].fd);
 		fds[FD_RESOLVER].fd = -1;
 	}
@@ -2451,9 +2466,11 @@ static void servers_init(void)
 		server_place(i);
 		if (b->tls != TLS_OFF && !tls_backends)
 			die("config.h: backends[%u]: tls: set tls_backends to 1", i);
-		if (b->tls == TLS_VERIFY && !backend_sni(b))
-			die("config.h: backends[%u]: TLS_VERIFY of an address: give the certificate's "
-				"name as .sni", i);
+		if (b->tls == TLS_VERIFY && (!backend_sni(b) || !*backend_sni(b)))
+			die("config.h: backends[%u]: TLS_VERIFY needs a name: give the certificate's as "
+				".sni", i);
+		if (b->tls != TLS_OFF && backend_sni(b) && strlen(backend_sni(b)) > 255)
+			die("config.h: backends[%u]: .sni is longer than 255", i);
 		server_ids[i] = hash_bytes(0, v->name, strlen(v->name));
 		cookie_make(v);
 	}
@@ -2827,15 +2844,24 @@ static const unsigned char *hello_skip(const unsigned char *p, const unsigned ch
 	return p && len <= (size_t)(end - p) ? p + len : NULL;
 }
 
+/* Whether the first record is there to its end. What is no TLS, or too large, is: no more would help. */
+static int record_whole(const unsigned char *p, size_t len)
+{
+	size_t need = len < 5 ? 5 : 5 + (size_t)(p[3] << 8 | p[4]);
+
+	return (len > 0 && p[0] != 22) || need > READ_AHEAD || len >= need;
+}
+
 /* The server name in the first record of a handshake (RFC 5246 7.4.1.2, RFC 6066 3), empty if it has
- * none. BearSSL looks a session up before it reads that far, so this must. 0: the record is not whole. */
+ * none. BearSSL looks a session up before it reads that far, so this must. 0: not to be told. */
 static int hello_name(const unsigned char *p, size_t len, const unsigned char **name, size_t *name_len)
 {
 	const unsigned char *end = p + len, *next;
 
 	*name = (const unsigned char *)"";
 	*name_len = 0;
-	if (len < 5 || (size_t)(p[3] << 8 | p[4]) > len - 5 || len < 5 + 4 + 34)
+	if (!record_whole(p, len) || len < 5 + 4 + 34 ||
+	    (size_t)(p[6] << 16 | p[7] << 8 | p[8]) + 4 != (size_t)(p[3] << 8 | p[4]))
 		return 0;
 	end = p + 5 + (p[3] << 8 | p[4]);
 	p = hello_skip(p + 5 + 4 + 34, end, 1);         /* behind the session ID */
@@ -2981,7 +3007,7 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	const struct keyring *ring, const struct trust *trust)
 {
 	static const struct { int id; const br_hash_class *class; } hashes[] = {
-		{ br_sha1_ID, &br_sha1_vtable }, { br_sha224_ID, &br_sha224_vtable },
+		{ br_sha224_ID, &br_sha224_vtable },
 		{ br_sha256_ID, &br_sha256_vtable }, { br_sha384_ID, &br_sha384_vtable },
 		{ br_sha512_ID, &br_sha512_vtable },
 	};
@@ -3134,6 +3160,8 @@ static int tls_dial(struct session *s)
 		br_ssl_client_set_single_ec(&u->tls, id->chain, id->chain_len,
 			br_skey_decoder_get_ec(&id->key), BR_KEYTYPE_SIGN, 0,
 			br_ec_get_default(), br_ecdsa_sign_asn1_get_default());
+	if (now >= server->session_until)
+		server->resumable = 0;
 	if (server->resumable)
 		br_ssl_engine_set_session_parameters(eng, &server->session);
 	return br_ssl_client_reset(&u->tls, backend_sni(&backends[i]), server->resumable) != 0;
@@ -3302,6 +3330,15 @@ static void leg_sent(struct leg *l, size_t len)
 		l->buf->out_at = l->buf->out_end = 0;
 }
 
+/* The backend takes no more, but what it sent before may still be there to read. */
+static void backend_deaf(struct session *s)
+{
+	if (s->state == RELAY)
+		session_end(s, BY_BACKEND, WHY_RESET);
+	s->up_left = 0;
+	s->backend.fin = s->backend.in = 1;
+}
+
 /* Buffer to socket. */
 static int leg_send(struct session *s, struct leg *l)
 {
@@ -3309,14 +3346,16 @@ static int leg_send(struct session *s, struct leg *l)
 	size_t len;
 	int moved = 0;
 
-	while (!l->full && !s->broken && (p = leg_pending(l, &len)) != NULL) {
+	while (!l->full && !l->fin && !s->broken && (p = leg_pending(l, &len)) != NULL) {
 		ssize_t n = send(l->fd, p, len, MSG_NOSIGNAL);
 
 		l->full = n < (ssize_t)len;
 		if (n > 0) {
 			leg_sent(l, (size_t)n);
-			s->moved = 1;
 			moved = 1;
+		} else if (l == &s->backend && (errno == EPIPE || errno == ECONNRESET)) {
+			backend_deaf(s);
+			return moved;
 		} else if (n < 0) {
 			leg_error(s, l);
 		}
@@ -3324,13 +3363,18 @@ static int leg_send(struct session *s, struct leg *l)
 	return moved;
 }
 
-/* Socket to read-ahead. */
+/* Socket to read-ahead, behind what is there. */
 static int leg_recv(struct session *s, struct leg *l)
 {
 	struct buffers *b = l->buf;
-	ssize_t n = recv(l->fd, b->ahead, sizeof b->ahead, 0);
+	size_t room;
+	ssize_t n;
 
-	if (n < (ssize_t)sizeof b->ahead || --l->reads == 0)
+	if (b->at == b->end)
+		b->at = b->end = 0;
+	room = sizeof b->ahead - b->end;
+	n = recv(l->fd, b->ahead + b->end, room, 0);
+	if (n < (ssize_t)room || --l->reads == 0)
 		l->in = 0;
 	if (n == 0)
 		leg_ended(s, l);
@@ -3338,9 +3382,7 @@ static int leg_recv(struct session *s, struct leg *l)
 		leg_error(s, l);
 	if (n <= 0)
 		return 0;
-	b->at = 0;
-	b->end = (size_t)n;
-	s->moved = 1;
+	b->end += (size_t)n;
 	return 1;
 }
 
@@ -3437,11 +3479,7 @@ static size_t backend_write(struct session *s, const unsigned char *p, size_t le
 	if (n >= 0)
 		return (size_t)n;
 	if (errno == EPIPE || errno == ECONNRESET) {
-		/* it takes no more, but what it sent before may still be there to read */
-		if (s->framing == BODY_TUNNEL)
-			session_end(s, BY_BACKEND, WHY_RESET);
-		s->up_left = 0;
-		l->fin = l->in = 1;
+		backend_deaf(s);
 	} else {
 		leg_error(s, l);
 	}
@@ -3455,6 +3493,8 @@ static int relay_up(struct session *s)
 	size_t len, room;
 	unsigned char *p = leg_readable(&s->client, &len), *q;
 
+	if (leg_closed(to))
+		s->up_left = 0;         /* close_notify: it takes no more */
 	if (!p || s->up_left == 0 || to->fin)
 		return 0;
 	len = len < s->up_left ? len : (size_t)s->up_left;
@@ -3749,21 +3789,28 @@ static int looks_like_http(const struct buffers *b)
 		(is_alnum(p[2]) || p[2] == ' ');
 }
 
+/* The ClientHello is awaited whole, for its server name; then the engine is started. */
 static enum state handshake_step(struct session *s)
 {
 	struct leg *l = &s->client;
 
 	if (!head_borrow(s) || !records_borrow(s))
 		return HANDSHAKE;
-	if (l->buf->at == l->buf->end && l->in && !leg_recv(s, l))
-		return l->eof || s->broken ? FREE : HANDSHAKE;
-	if (!l->eng && looks_like_http(l->buf)) {
-		s->plain = 1;
-		l->buf->at = l->buf->end;
-		return session_fail(s, WHY_PLAIN_HTTP);
+	if (l->in && (!l->eng || l->buf->at == l->buf->end))
+		leg_recv(s, l);
+	if (l->eof || s->broken)
+		return FREE;
+	if (!l->eng) {
+		if (!record_whole(l->buf->ahead, l->buf->end))
+			return HANDSHAKE;
+		if (looks_like_http(l->buf)) {
+			s->plain = 1;
+			l->buf->at = l->buf->end;
+			return session_fail(s, WHY_PLAIN_HTTP);
+		}
+		if (!tls_start(s))
+			return session_fail(s, WHY_NO_RANDOM);
 	}
-	if (!l->eng && !tls_start(s))
-		return session_fail(s, WHY_NO_RANDOM);
 	if (leg_handshake(s, l)) {
 		memset(&s->hd->u, 0, sizeof s->hd->u);
 		return HEAD;
@@ -3912,7 +3959,7 @@ static enum state connect_next(struct session *s)
 			timer_start(&queues[CONNECT], &s->timer);
 			return CONNECT;
 		}
-		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)
+		if (is_our_shortage(errno))
 			return session_fail(s, WHY_NO_BACKEND);
 		connect_failed(s, connect_why(errno));
 	}
@@ -3966,20 +4013,38 @@ static const char *handshake_why(const struct session *s)
 	return text;
 }
 
+/* Keeps a backend's new session for resumption, for an hour: then its certificate is looked at again.
+ * One that was verified by a keyring of the past is not kept. */
+static void server_remember(struct server *v, const br_ssl_engine_context *eng,
+	const struct keyring *ring)
+{
+	br_ssl_session_parameters p;
+
+	br_ssl_engine_get_session_parameters(eng, &p);
+	if (ring != keyring || p.session_id_len == 0 || (v->resumable &&
+	    memcmp(p.session_id, v->session.session_id, sizeof p.session_id) == 0))
+		return;
+	v->session = p;
+	v->session_until = now + RESUME_MS;
+	v->resumable = 1;
+}
+
 /* A backend that fails here has not seen a byte of the request: there may be another. */
 static enum state backend_handshake_step(struct session *s)
 {
 	struct leg *l = &s->backend;
 	struct server *v = &servers[s->server];
+	const struct keyring *ring = s->ring ? s->ring : keyring;
 
-	if (!records_borrow(s))
-		return BACKEND_HANDSHAKE;
-	if (!l->eng && !tls_dial(s))
-		return session_fail(s, WHY_NO_BACKEND);
-	if (l->buf->at < l->buf->end || !l->in || leg_recv(s, l)) {
-		if (leg_handshake(s, l)) {
-			br_ssl_engine_get_session_parameters(l->eng, &v->session);
-			v->resumable = v->session.session_id_len > 0;
+	if (!(s->ready & EXPIRED)) {
+		if (!records_borrow(s))
+			return BACKEND_HANDSHAKE;
+		if (!l->eng && !tls_dial(s))
+			return session_fail(s, WHY_NO_BACKEND);
+		if (l->buf->at == l->buf->end && l->in)
+			leg_recv(s, l);
+		if (!s->broken && !l->eof && leg_handshake(s, l)) {
+			server_remember(v, l->eng, ring);
 			server_good(v);
 			return REQUEST;
 		}
@@ -4176,22 +4241,23 @@ static enum state response_step(struct session *s)
 		return RESPONSE;
 	if (s->rec && !response_upload(s))
 		return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
-	if (s->rec && s->backend.eng)
-		leg_fill(s, &s->backend);
-	n = s->broken ? 0 : backend_read(s, (unsigned char *)hd->bytes + hd->len, head_max - hd->len);
-	if (s->broken || s->backend.eof)
-		return session_fail(s, WHY_BAD_RESPONSE);
-	if (n == 0)
-		return RESPONSE;
-	hd->len += n;
-	s->moved = 1;
 	do {
-		why = response_parse(&hd->u.response, hd->bytes, hd->len);
-		if (why == WHY_NONE)
-			next = response_done(s);
-	} while (why == WHY_NONE && next == RESPONSE);
-	if (why != WHY_NONE && why != WHY_MORE)
-		return session_fail(s, why);
+		if (s->rec && s->backend.eng)
+			leg_fill(s, &s->backend);
+		n = s->broken ? 0 : backend_read(s, (unsigned char *)hd->bytes + hd->len,
+			head_max - hd->len);
+		if (s->broken || s->backend.eof)
+			return session_fail(s, WHY_BAD_RESPONSE);
+		hd->len += n;
+		s->moved |= n > 0;
+		do {
+			why = response_parse(&hd->u.response, hd->bytes, hd->len);
+			if (why == WHY_NONE)
+				next = response_done(s);
+		} while (why == WHY_NONE && next == RESPONSE);
+		if (why != WHY_NONE && why != WHY_MORE)
+			return session_fail(s, why);
+	} while (n > 0 && next == RESPONSE);    /* the engine's next record raises no event */
 	return next;
 }
 
@@ -4210,7 +4276,7 @@ static int relay_down_over(const struct session *s)
 	size_t len;
 
 	if (leg_closed(&s->client))
-		return 1;
+		return s->backend.fin || s->backend.eof;        /* first what it sent */
 	if (!s->backend.eof || s->hd || leg_pending(&s->client, &len))
 		return 0;
 	return s->framing != BODY_TUNNEL || s->backend.fin || relay_up_over(s);
@@ -4229,7 +4295,7 @@ static enum state relay_step(struct session *s)
 	}
 	if (!c->fin) {
 		if (!records_borrow(s))
-			return s->state;
+			return s->ready & EXPIRED ? DRAIN : s->state;
 		relay_pump(s);
 		if (!s->broken && c->eof && !b->fin && relay_up_over(s))
 			leg_finish(s, b);
@@ -4246,28 +4312,26 @@ static enum state relay_step(struct session *s)
 	}
 	if (s->broken || (c->fin && c->eof && b->eof))
 		return FREE;
-	return c->fin || (s->ready & EXPIRED) || (s->state == RELAY && b->fin) ? DRAIN : s->state;
+	return c->fin || (s->ready & EXPIRED) || (s->state == RELAY && (b->fin || leg_closed(c))) ? DRAIN : s->state;
 }
 
 /* What a session may do in each state, and how it ends when its time there is over; WHY_NONE: the
  * step decides that itself. */
 static const struct {
-	const char *name;
 	enum state (*step)(struct session *);
 	enum why expired;
 } states[STATES] = {
-	[FREE]      = { "free", NULL, WHY_NONE },
-	[HANDSHAKE] = { "handshake", handshake_step, WHY_HANDSHAKE_TIMEOUT },
-	[HEAD]      = { "head", head_step, WHY_HEAD_TIMEOUT },
-	[CONNECT]   = { "connect", connect_step, WHY_NONE },
-	[BACKEND_HANDSHAKE] = { "backend-handshake",
-		tls_backends ? backend_handshake_step : NULL, WHY_NONE },
-	[REQUEST]   = { "request", request_step, WHY_RESPONSE_TIMEOUT },
-	[RESPONSE]  = { "response", response_step, WHY_RESPONSE_TIMEOUT },
-	[RELAY]     = { "relay", relay_step, WHY_NONE },
-	[EXCHANGE]  = { "exchange", relay_step, WHY_NONE },
-	[REPLY]     = { "reply", relay_step, WHY_NONE },
-	[DRAIN]     = { "drain", relay_step, WHY_NONE },
+	[FREE]      = { NULL, WHY_NONE },
+	[HANDSHAKE] = { handshake_step, WHY_HANDSHAKE_TIMEOUT },
+	[HEAD]      = { head_step, WHY_HEAD_TIMEOUT },
+	[CONNECT]   = { connect_step, WHY_NONE },
+	[BACKEND_HANDSHAKE] = { tls_backends ? backend_handshake_step : NULL, WHY_NONE },
+	[REQUEST]   = { request_step, WHY_RESPONSE_TIMEOUT },
+	[RESPONSE]  = { response_step, WHY_RESPONSE_TIMEOUT },
+	[RELAY]     = { relay_step, WHY_NONE },
+	[EXCHANGE]  = { relay_step, WHY_NONE },
+	[REPLY]     = { relay_step, WHY_NONE },
+	[DRAIN]     = { relay_step, WHY_NONE },
 };
 
 /* ---- sessions: opened, run, watched, closed ---- */
@@ -4322,7 +4386,7 @@ static void session_unslot(struct session *s)
 	struct session *last = awake[--awake_len];
 
 	awake[s->slot] = last;
-	memcpy(&fds[FD_SESSIONS + 2 * s->slot], &fds[FD_SESSIONS + 2 * last->slot],
+	memmove(&fds[FD_SESSIONS + 2 * s->slot], &fds[FD_SESSIONS + 2 * last->slot],
 		2 * sizeof fds[0]);
 	last->slot = s->slot;
 	s->slot = -1;
@@ -4404,13 +4468,15 @@ static short leg_events(const struct leg *l)
 		in = in && l->buf->at == l->buf->end;
 		in = in && (!l->eng || (br_ssl_engine_current_state(l->eng) & BR_SSL_RECVREC));
 	}
-	return (short)((in ? POLLIN : 0) | (leg_pending(l, &len) ? POLLOUT : 0));
+	return (short)((in ? POLLIN : 0) | (!l->fin && leg_pending(l, &len) ? POLLOUT : 0));
 }
 
 static short client_events(const struct session *s)
 {
 	if (is_asking(s))
 		return POLLRDHUP;
+	if (s->state == HANDSHAKE && !s->client.eng)
+		return POLLIN;
 	return leg_events(&s->client);
 }
 
@@ -4419,7 +4485,7 @@ static short backend_events(const struct session *s)
 	size_t len;
 	int in, out;
 
-	if (s->state == CONNECT || (s->state == REQUEST && !s->backend.eng))
+	if (s->state == CONNECT || s->state == REQUEST)
 		return POLLOUT;
 	if (s->backend.eng)
 		return leg_events(&s->backend);
@@ -4450,7 +4516,7 @@ static void session_settle(struct session *s)
 		records_return(s);
 	if (!s->rec && !s->hd)
 		link_drop(&s->stall.link);
-	else if (s->moved || link_alone(&s->stall.link))
+	else if ((s->moved && s->state != RESPONSE) || link_alone(&s->stall.link))
 		timer_start(&queues[Q_STALL], &s->stall);
 	if (s->fed)
 		timer_start(&queues[s->state], &s->timer);
@@ -4610,7 +4676,7 @@ static void listener_event(unsigned i)
 		fd = accept4(fds[FD_LISTEN + i].fd, (struct sockaddr *)&ss, &len,
 			SOCK_NONBLOCK | SOCK_CLOEXEC);
 		if (fd < 0) {
-			if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+			if (!would_block(errno) && is_our_shortage(errno)) {
 				log_line(LOG_WARNING, "accept paused ms=%d why=\"%s\"", ACCEPT_PAUSE_MS,
 					strerror(errno));
 				accept_after = now + ACCEPT_PAUSE_MS;
@@ -4668,7 +4734,11 @@ static void stallers_close(void)
 		next = l->next;
 		if (s->stall.due > now)
 			return;
-		if ((want_records && s->rec) || (want_heads && s->hd)) {
+		if (link_alone(&s->wait) && ((want_records && s->rec) || (want_heads && s->hd))) {
+			if (s->state == RESPONSE) {
+				session_run(s, EXPIRED);        /* it still gets an answer */
+				return;
+			}
 			session_end(s, BY_PROXY, WHY_STALL);
 			session_close(s);
 			return;
@@ -4754,35 +4824,23 @@ static void sessions_turn(void)
 
 /* ---- signals ---- */
 
-static void on_signal(int signo)
+/* Signals come through a descriptor, so that none is lost between a look and the wait, nor delayed while
+ * other descriptors are ready. */
+static void signals_init(void)
 {
-	if (signo == SIGHUP)
-		caught_hup = 1;
-	else if (signo == SIGUSR1)
-		caught_usr1 = 1;
-	else
-		caught_term++;
-	caught_int |= signo == SIGINT;
-}
-
-/* Signals are taken only while poll waits, so that none is lost between a look and the wait. */
-static void signals_init(sigset_t *while_polling)
-{
-	static const int caught[] = { SIGHUP, SIGTERM, SIGINT, SIGUSR1 };
-	struct sigaction sa = { .sa_handler = on_signal };
-	sigset_t block;
+	static const int taken[] = { SIGHUP, SIGTERM, SIGINT, SIGUSR1 };
+	sigset_t set;
 	unsigned i;
 
-	sigemptyset(&block);
-	for (i = 0; i < LENGTH(caught); i++) {
-		sigaction(caught[i], &sa, NULL);
-		sigaddset(&block, caught[i]);
-	}
+	sigemptyset(&set);
+	for (i = 0; i < LENGTH(taken); i++)
+		sigaddset(&set, taken[i]);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGCHLD, SIG_IGN);       /* the resolver's end is seen on its socket */
-	sigprocmask(SIG_BLOCK, &block, while_polling);
-	for (i = 0; i < LENGTH(caught); i++)
-		sigdelset(while_polling, caught[i]);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	fds[FD_SIGNAL].fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+	if (fds[FD_SIGNAL].fd < 0)
+		die("signalfd: %s", strerror(errno));
 }
 
 /* SIGHUP: certificates and keys from their files, names from the resolver. New ones are for new
@@ -4796,7 +4854,7 @@ static void reload(void)
 
 	if (other->users > 0)
 		return;
-	caught_hup = 0;
+	reload_due = 0;
 	for (i = 0; i < BACKENDS; i++) {
 		resolver_ask(&servers[i]);
 		servers[i].resumable = 0;
@@ -4827,16 +4885,14 @@ static void stats(void)
 			servers[i].aside_until > now ? "aside" : "up", servers[i].active,
 			(unsigned long long)servers[i].sessions,
 			(unsigned long long)servers[i].failures);
-	caught_usr1 = 0;
 }
 
 /* SIGTERM, SIGINT: no new connections; sessions have drain_ms. */
-static void drain_start(void)
+static void drain_start(const char *name)
 {
 	unsigned i;
 
-	log_line(LOG_NOTICE, "stop signal=%s sessions=%u", caught_int ? "SIGINT" : "SIGTERM",
-		session_pool.lent);
+	log_line(LOG_NOTICE, "stop signal=%s sessions=%u", name, session_pool.lent);
 	for (i = 0; i < LISTENERS; i++) {
 		close(fds[FD_LISTEN + i].fd);
 		fds[FD_LISTEN + i].fd = -1;
@@ -4857,35 +4913,41 @@ static void sessions_end(void)
 	}
 }
 
-static void signals_act(void)
+static void signals_take(void)
 {
-	if (caught_hup)
-		reload();
-	if (caught_usr1)
-		stats();
-	if (caught_term && !drain_until)
-		drain_start();
+	struct signalfd_siginfo info;
+
+	while (read(fds[FD_SIGNAL].fd, &info, sizeof info) == (ssize_t)sizeof info) {
+		if (info.ssi_signo == SIGHUP)
+			reload_due = 1;
+		else if (info.ssi_signo == SIGUSR1)
+			stats();
+		else if (stops++ == 0)
+			drain_start(info.ssi_signo == SIGINT ? "SIGINT" : "SIGTERM");
+	}
 }
 
 static int loop_over(void)
 {
-	return caught_term > 1 || (drain_until && (drain_until <= now || session_pool.lent == 0));
+	return stops > 1 || (drain_until && (drain_until <= now || session_pool.lent == 0));
 }
 
-static void loop(const sigset_t *while_polling)
+static void loop(void)
 {
 	unsigned i;
 
 	while (!loop_over()) {
 		int ms = link_alone(&turns) && link_alone(&runnable) ? timers_next() : 0;
-		struct timespec wait = { ms / 1000, ms % 1000 * 1000000L };
 		int n;
 
 		listeners_watch();
-		n = ppoll(fds, FD_SESSIONS + 2 * awake_len, ms < 0 ? NULL : &wait, while_polling);
+		n = poll(fds, FD_SESSIONS + 2 * awake_len, ms);
 		clock_read();
-		signals_act();
+		if (reload_due)
+			reload();
 		if (n > 0) {
+			if (fds[FD_SIGNAL].revents)
+				signals_take();
 			if (fds[FD_EPOLL].revents)
 				sessions_epoll();
 			sessions_poll();
@@ -4985,7 +5047,7 @@ static void certs_init(void)
 static unsigned long memory_ceiling(void)
 {
 	return sizeof sessions + sizeof records + sizeof heads + sizeof sources + sizeof buckets +
-		sizeof keyrings + sizeof servers + sizeof cache_store + sizeof fds + sizeof awake +
+		sizeof keyrings + sizeof servers + sizeof upstreams + sizeof cache_store + sizeof fds + sizeof awake +
 		sizeof scratch;
 }
 
@@ -5088,7 +5150,6 @@ static void entropy_wait(void)
 int main(int argc, char *argv[])
 {
 	struct become become;
-	sigset_t while_polling;
 	unsigned i;
 
 	standard_descriptors();
@@ -5109,7 +5170,7 @@ int main(int argc, char *argv[])
 		certs_init();
 		return check_print();
 	}
-	signals_init(&while_polling);
+	signals_init();
 	descriptors_raise();
 	if (resolve_names)
 		resolver_start(&become);
@@ -5129,7 +5190,7 @@ int main(int argc, char *argv[])
 	become_do(&become, chroot_dir);
 	if (check_ms > 0)
 		checks_start();
-	loop(&while_polling);
+	loop();
 	sessions_end();
 	log_line(LOG_NOTICE, "stop sessions=0");
 	return 0;

@@ -394,6 +394,15 @@ def echo(name, size, resting=0):
     return measure
 
 
+def storm(proxy):
+    """How long an echo takes while others make one full handshake after the other."""
+    others = proxy.load_start("-t", SECONDS + 2, "-c", 4, "connect")
+    try:
+        return {"storm-p99": proxy.load("-c", 4, "echo")["p99"]}
+    finally:
+        kill(others)
+
+
 def bulk(name):
     def measure(proxy):
         r = proxy.load("-c", 4, name)
@@ -421,6 +430,7 @@ ALL_MEASURES = {
     "down": bulk("down"),
     "full": connect("full"),
     "resumed": connect("resumed", "-R"),
+    "storm": storm,
 }
 ONCE = ["idle", "memory"]       # they do not vary
 MEASURES = option("MEASURES", list(ALL_MEASURES))
@@ -448,6 +458,7 @@ ROWS = [
     ("full-rate", "full handshakes / s", 0, False, None),
     ("resumed-rate", "resumed handshakes / s", 0, False, None),
     ("echo-64-p99", "echo of 64 B, us at 99 %", 0, True, None),
+    ("storm-p99", "  beside full handshakes", 0, True, None),
 ]
 
 

@@ -353,9 +353,10 @@ static int response_step(struct conn *c)
 		if (c->tail == 0x0d0a0d0a) {
 			c->at = 0;
 			conn_opened();
-			message_start(c);
-			if (c->role == DOWN)
-				c->step = RECV;
+			if (c->role == ECHO || c->role == REST)
+				message_start(c);
+			else
+				c->step = c->role == DOWN ? RECV : SEND;
 			conn_watch(c, EPOLLIN);
 			return c->role == CONNECT || c->role == REST;
 		}

@@ -7,6 +7,7 @@ import asyncio
 import gzip
 import os
 import re
+import shlex
 import shutil
 import socket
 import ssl
@@ -70,8 +71,9 @@ def program(echo, secure):
     source = CROSS / "wssproxy"
     for name in ("wssproxy.c", "wssproxy.h", "Makefile"):
         shutil.copy2(REPO / name, source / name)
-    subprocess.run(["make", "-s", f"CC={CC}", "BEARSSL=../bearssl-0.6", "LDFLAGS=-static",
-                    f"CONFIG={config}", f"OUT={WORK / 'wssproxy'}"], cwd=source, check=True,
+    line = re.search(rf"^ +(make CC={CC} .*)$", (REPO / "README").read_text(), re.M)[1]
+    subprocess.run([*shlex.split(line), "-s", f"CONFIG={config}", f"OUT={WORK / 'wssproxy'}"],
+                   cwd=source, check=True,
                    env={**os.environ, "SOURCE_DATE_EPOCH": str(int(time.time()))})
     return WORK / "wssproxy"
 

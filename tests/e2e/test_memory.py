@@ -5,7 +5,7 @@ import random
 import pytest
 
 from harness import SANITIZE, WS, WSS, eventually
-from peers import (accept_of, ask, client_context, connect, head, open_tunnel, switching, tcp,
+from peers import (accept_of, client_context, connect, head, open_tunnel, switching, tcp,
                    upgrade)
 
 BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
