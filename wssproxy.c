@@ -377,6 +377,7 @@ static struct session *awake[max_sessions];
 static unsigned awake_len;
 static unsigned crowds;         /* sources with more than one young session */
 static int epoll_fd = -1, log_fd = STDERR_FILENO;
+static int log_syslog;          /* 1: log_fd is the socket of the syslog daemon */
 static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
 static uint64_t accept_after;   /* listeners rest until then */
 static uint64_t drain_until;    /* 0: not draining */
@@ -429,7 +430,7 @@ static void log_write(const char *line, size_t len)
 	if (poll(&p, 1, 0) == 1 && write(log_fd, line, len) >= 0)
 		return;
 	/* a syslog daemon that was started again has another socket */
-	if (log_fd == STDERR_FILENO || log_connect() < 0 || write(log_fd, line, len) < 0)
+	if (!log_syslog || log_connect() < 0 || write(log_fd, line, len) < 0)
 		totals.log_lost++;
 }
 
@@ -441,7 +442,7 @@ static void log_line(int priority, const char *format, ...)
 	va_list ap;
 	int n;
 
-	if (log_fd != STDERR_FILENO)
+	if (log_syslog)
 		len = (size_t)snprintf(line, sizeof line, "<%d>wssproxy[%ld]: ",
 			LOG_DAEMON | priority, (long)getpid());
 	va_start(ap, format);
@@ -450,7 +451,7 @@ static void log_line(int priority, const char *format, ...)
 	if (n < 0)
 		return;
 	len += (size_t)n < sizeof line - len - 1 ? (size_t)n : sizeof line - len - 2;
-	if (log_fd == STDERR_FILENO)
+	if (!log_syslog)
 		line[len++] = '\n';
 	log_write(line, len);
 }
@@ -483,7 +484,8 @@ static void log_open(void)
 	if (log_to != SYSLOG)
 		return;
 	log_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (log_fd >= 0 && log_connect() == 0)
+	log_syslog = log_fd >= 0 && log_connect() == 0;
+	if (log_syslog)
 		return;
 	fprintf(stderr, "wssproxy: config.h: log_to = SYSLOG: /dev/log: %s: "
 		"start a syslog daemon before; logging to stderr\n", strerror(errno));

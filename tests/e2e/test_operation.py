@@ -317,8 +317,9 @@ def test_second_sighup_waits_for_a_handshake_with_the_first_key(proxy, place, li
         p.log.wait("reload", ok=True)
     p.totals()      # it has seen the second signal
     half.close()
-    p.log.wait("reload", ok=True, nth=2)
+    p.log.wait_ending("eof")
     assert serves(p, "ec384")
+    p.log.wait("reload", ok=True, nth=2)
 
 
 # ---- SIGTERM ----
