@@ -76,7 +76,7 @@ static const uint16_t ciphers[] = {
 static const char *const client_ca = NULL;
 
 /* Requests that are no WebSocket upgrade: FORWARD (one a connection) or REFUSE (426). */
-static const enum http http = REFUSE;
+static const enum http http = FORWARD;
 
 /* Origins that may open a WebSocket, like "https://a.example"; "same": that of the Host asked for.
  * Empty (NULL): any. Others get 403 before a backend is dialled. */

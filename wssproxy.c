@@ -4945,8 +4945,6 @@ static void loop(void)
 		listeners_watch();
 		n = poll(fds, FD_SESSIONS + 2 * awake_len, ms);
 		clock_read();
-		if (reload_due)
-			reload();
 		if (n > 0) {
 			if (fds[FD_SIGNAL].revents)
 				signals_take();
@@ -4957,6 +4955,8 @@ static void loop(void)
 				resolver_event();
 			checks_poll();
 		}
+		if (reload_due)
+			reload();
 		timers_run();
 		sessions_turn();
 		for (i = 0; n > 0 && i < LISTENERS; i++)

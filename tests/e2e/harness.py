@@ -68,7 +68,7 @@ def set_entry(text, name, value):
 
 def config_text(entries):
     text = (REPO / "config.def.h").read_text()
-    for name, value in {"resolve_names": 1, **entries}.items():
+    for name, value in {"resolve_names": 1, "http": REFUSE, **entries}.items():
         text = set_entry(text, name, value)
     return text
 
