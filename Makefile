@@ -69,13 +69,19 @@ dist:
 clean:
 	rm -rf $(OUT) $(OUT).flags $(DIST) $(DIST).tar.gz tests/build
 
-# The demo, and the tests: `check` is all of the others after it, and what they need installed.
+# The demo, and the tests: `check` runs all but those in emulators (check-cross, check-device), and
+# installs what they need.
 demo:
 	@CC='$(CC)' MAKE='$(MAKE)' PORT='$(PORT)' sh tests/demo/run
 
-check check-unit check-e2e check-cross check-warnings lint:
+check check-unit check-e2e check-cross check-device check-warnings lint:
 	@CC='$(CC)' MAKE='$(MAKE)' sh tests/check $@
+
+# Beside nginx, haproxy, hitch, stunnel and lighttpd: a table and a plot in tests/build/bench.
+bench:
+	@sh tests/bench/run
 
 FORCE:
 
-.PHONY: all install uninstall dist clean demo check check-unit check-e2e check-cross check-warnings lint FORCE
+.PHONY: all install uninstall dist clean demo check check-unit check-e2e check-cross check-device \
+	check-warnings lint bench FORCE

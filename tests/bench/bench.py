@@ -743,7 +743,8 @@ def peers_check():
 def main():
     global backend_port
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda n, _: sys.exit(f"\nbench: ended by signal {n}"))
     os.environ["PATH"] += ":/usr/sbin:/usr/local/sbin"
     began = time.monotonic()
     peers_check()

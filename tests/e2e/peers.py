@@ -165,6 +165,7 @@ class TlsStream(Stream):
     def __init__(self, sock, context, name="localhost", session=None):
         super().__init__(sock)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.lock = threading.RLock()       # OpenSSL's objects are not for two threads at once
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=name,
                                     session=session)
         self.saw_close_notify = False
@@ -173,26 +174,31 @@ class TlsStream(Stream):
     def _until_done(self, step):
         while True:
             try:
-                return step()
+                with self.lock:
+                    return step()
             except ssl.SSLWantReadError:
                 self.flush()
                 data = self.sock.recv(1 << 18)
-                if data:
-                    self.incoming.write(data)
-                else:
-                    self.incoming.write_eof()
+                with self.lock:
+                    if data:
+                        self.incoming.write(data)
+                    else:
+                        self.incoming.write_eof()
             finally:
                 self.flush()
 
     def flush(self):
-        if self.outgoing.pending:
-            self.sock.sendall(self.outgoing.read())
+        with self.lock:
+            data = self.outgoing.read()
+        if data:
+            self.sock.sendall(data)
 
     def records(self, data):
         """The records of that data, not sent yet."""
-        if data:
-            self.tls.write(data)
-        return self.outgoing.read()
+        with self.lock:
+            if data:
+                self.tls.write(data)
+            return self.outgoing.read()
 
     def send(self, data):
         for at in range(0, len(data), 1 << 18):
