@@ -1102,7 +1102,7 @@ static void listener_open(unsigned i)
 	static const char *const kind[] = { "WSS", "WS", "REDIRECT" };
 	const struct listener *l = &listeners[i];
 	const int dual = strcmp(l->address, "::") == 0;
-	struct sockaddr_storage ss;
+	struct sockaddr_storage ss = { 0 };
 	struct address a;
 	char text[ADDRESS_TEXT];
 	socklen_t len = sizeof ss;
@@ -2858,7 +2858,7 @@ static int record_whole(const unsigned char *p, size_t len)
  * none. BearSSL looks a session up before it reads that far, so this must. 0: not to be told. */
 static int hello_name(const unsigned char *p, size_t len, const unsigned char **name, size_t *name_len)
 {
-	const unsigned char *end = p + len, *next;
+	const unsigned char *end, *next;
 
 	*name = (const unsigned char *)"";
 	*name_len = 0;
