@@ -162,10 +162,11 @@ class TlsStream(Stream):
     """TLS over a socket, with the records in our hands: they can be split, and the ways in which
     a session ends can be told apart."""
 
+    lock = threading.RLock()    # OpenSSL's objects are not for two threads at once
+
     def __init__(self, sock, context, name="localhost", session=None):
         super().__init__(sock)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.lock = threading.RLock()       # OpenSSL's objects are not for two threads at once
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=name,
                                     session=session)
         self.saw_close_notify = False
