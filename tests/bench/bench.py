@@ -65,7 +65,7 @@ def option(name, default, quick=None):
 
 
 ROUNDS = option("ROUNDS", 3, 1)
-SECONDS = option("SECONDS", 1.5, 0.2)
+SECONDS = option("SECONDS", 1.2, 0.2)
 CLIENTS = option("CLIENTS", 32)
 RESTING = option("RESTING", [1000, 4000], [300])
 SESSIONS = option("SESSIONS", [500, 1000, 2000], [100, 200])
