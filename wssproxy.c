@@ -14,9 +14,9 @@
  * no code. A client in the clear (listener kind WS) uses the same buffers without an engine.
  *
  * A session is one slot of a static table. It owns its two descriptors and its TLS context, and
- * borrows, from static pools, a head buffer (from its first byte until the answer's head is out)
- * and record buffers (while a byte is on its way). A session at rest owns nothing but its slot;
- * after park_ms of that it waits in an epoll set instead of poll()'s array.
+ * borrows, from static pools, a head buffer (while a head is on its way) and record buffers (while
+ * a byte is). A session at rest owns nothing but its slot and, before its answer, a note of what was
+ * asked; after park_ms of that it waits in an epoll set instead of poll()'s array.
  *
  * A session is in one state; states[] says how to step it, and what it ends with when its time
  * there, which has a queue of its own, is over:
@@ -157,6 +157,8 @@ struct address {
 	uint8_t family;         /* AF_INET, AF_INET6; AF_UNIX: neither ip nor port */
 };
 
+struct session;
+
 struct pool {
 	char *base;
 	size_t size;            /* of an item; its first member is a pointer, ours while it is free */
@@ -164,6 +166,7 @@ struct pool {
 	unsigned fresh;         /* items from here on were never lent, so their pages are untouched */
 	void *free;             /* last in, first out: what is lent again is still in the cache */
 	struct link waiters;    /* sessions, first come, first served */
+	void (*attach)(struct session *, void *item);   /* where sessions wait: gives one an item */
 };
 
 /* The sessions of one address (IPv6: of one /64). */
@@ -235,8 +238,9 @@ struct verifier {
 	} u;
 };
 
-/* Lent from the first byte until the answer's head is on its way. Sessions that need both buffers
- * take this one first, so that none that holds records ever waits for a head. */
+/* Lent while a head is on its way: from the handshake or the first byte until the request is out, and
+ * from the answer's first byte until its head is out. Sessions that need both buffers take this one
+ * first and give it back last, so that none that holds records ever waits for a head. */
 struct head_buffer {
 	void *next_free;
 	size_t len;             /* bytes in use */
@@ -246,13 +250,18 @@ struct head_buffer {
 		struct request request;         /* in HEAD */
 		struct response response;       /* in RESPONSE */
 	} u;
+	uint8_t name_known;     /* 1: name_hash is that of the server name in the ClientHello */
+	unsigned char name_hash[br_sha256_SIZE];
+	char bytes[HEAD_ROOM];
+};
+
+/* What is remembered of a request until its answer; there is one for each session. */
+struct note {
+	void *next_free;
 	unsigned interim;       /* 1xx answers so far */
 	char accept[29];        /* the Sec-WebSocket-Accept that a 101 must carry */
 	char host[128], path[256];      /* for the log, cut to size */
-	uint8_t name_known;     /* 1: name_hash is that of the server name in the ClientHello */
-	unsigned char name_hash[br_sha256_SIZE];
 	char subject[128];      /* common name of the client's verified certificate, "" */
-	char bytes[HEAD_ROOM];
 };
 
 /* One of the two connections of a session. */
@@ -288,6 +297,7 @@ struct session {
 	uint8_t young;          /* 1: counted in source->young */
 	uint8_t opened;         /* 1: has its line `open` in the log */
 	uint8_t rejected;       /* 1: has its line `reject` */
+	uint8_t reply;          /* enum why: the answer that REPLY has yet to write */
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
 	uint8_t framing;        /* enum framing, of the answer */
 	uint8_t resting;        /* 1: in the epoll set */
@@ -311,6 +321,7 @@ struct session {
 	struct source *source;
 	struct records *rec;
 	struct head_buffer *hd;
+	struct note *note;
 	struct keyring *ring;   /* while a handshake is under way */
 	struct link wait;       /* for a buffer, a name, a handshake turn, or in runnable */
 	struct timer timer;     /* the state's */
@@ -355,6 +366,7 @@ enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_CHECK = FD_LISTEN + LISTE
 static struct session sessions[max_sessions];
 static struct records records[max_busy];
 static struct head_buffer heads[max_busy];
+static struct note notes[max_sessions];
 static struct upstream upstreams[tls_backends ? max_sessions : 1];      /* beside sessions[] */
 static struct source sources[max_sessions];
 static struct source *buckets[1024];
@@ -367,7 +379,7 @@ static unsigned char cache_store[session_cache * 100 + 1];
 static br_ssl_session_cache_lru cache;
 static uint16_t suites[LENGTH(ciphers)];        /* ciphers[], in this CPU's order */
 
-static struct pool session_pool, records_pool, heads_pool, source_pool;
+static struct pool session_pool, records_pool, heads_pool, note_pool, source_pool;
 static struct queue queues[QUEUES];
 static struct link turns;       /* sessions whose handshake has input: one step each turn */
 static struct link runnable;    /* sessions that were given what they waited for */
@@ -2564,84 +2576,90 @@ static void leg_detach(struct leg *l)
 		engine_take_back(l->eng);
 }
 
-static void records_attach(struct session *s, struct records *r)
+static void records_attach(struct session *s, void *item)
 {
-	s->rec = r;
-	leg_attach(&s->client, &r->side[0]);
+	s->rec = item;
+	leg_attach(&s->client, &s->rec->side[0]);
 	if (tls_backends && s->backend.eng)
-		leg_attach(&s->backend, &r->side[tls_backends]);
+		leg_attach(&s->backend, &s->rec->side[tls_backends]);
 }
 
-/* Makes sure that s has record buffers. 0: it waits for them, and will be run when it has. */
+static void head_attach(struct session *s, void *item)
+{
+	s->hd = item;
+	memset(s->hd, 0, offsetof(struct head_buffer, bytes));
+}
+
+/* 0: s waits for an item, and will be run when it has one. */
+static int session_borrow(struct session *s, struct pool *p)
+{
+	void *item = pool_lend(p);
+
+	if (item)
+		p->attach(s, item);
+	else
+		link_append(&p->waiters, &s->wait);
+	return item != NULL;
+}
+
+/* An item is free: for whoever has waited longest. */
+static void session_pass(struct pool *p, void *item)
+{
+	struct session *next = OWNER(p->waiters.next, struct session, wait);
+
+	if (link_alone(&p->waiters)) {
+		pool_return(p, item);
+	} else {
+		p->attach(next, item);
+		link_append(&runnable, &next->wait);
+	}
+}
+
+static int head_borrow(struct session *s)
+{
+	return s->hd || session_borrow(s, &heads_pool);
+}
+
 static int records_borrow(struct session *s)
 {
-	struct records *r;
-
-	if (s->rec)
-		return 1;
-	r = pool_lend(&records_pool);
-	if (r)
-		records_attach(s, r);
-	else
-		link_append(&records_pool.waiters, &s->wait);
-	return r != NULL;
+	return s->rec || session_borrow(s, &records_pool);
 }
 
-/* Gives them back: to whoever has waited longest. */
 static void records_return(struct session *s)
 {
 	struct records *r = s->rec;
-	struct session *next;
 
 	if (!r)
 		return;
 	s->rec = NULL;
 	leg_detach(&s->client);
 	leg_detach(&s->backend);
-	if (link_alone(&records_pool.waiters)) {
-		pool_return(&records_pool, r);
-		return;
-	}
-	next = OWNER(records_pool.waiters.next, struct session, wait);
-	records_attach(next, r);
-	link_append(&runnable, &next->wait);
-}
-
-static void head_attach(struct session *s, struct head_buffer *hd)
-{
-	memset(hd, 0, offsetof(struct head_buffer, bytes));
-	s->hd = hd;
-}
-
-static int head_borrow(struct session *s)
-{
-	struct head_buffer *hd;
-
-	if (s->hd)
-		return 1;
-	hd = pool_lend(&heads_pool);
-	if (hd)
-		head_attach(s, hd);
-	else
-		link_append(&heads_pool.waiters, &s->wait);
-	return hd != NULL;
+	session_pass(&records_pool, r);
 }
 
 static void head_return(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
-	struct session *next;
 
-	if (!hd)
-		return;
 	s->hd = NULL;
-	if (link_alone(&heads_pool.waiters)) {
-		pool_return(&heads_pool, hd);
-		return;
+	if (hd)
+		session_pass(&heads_pool, hd);
+}
+
+static struct note *note_take(struct session *s)
+{
+	if (!s->note) {
+		s->note = pool_lend(&note_pool);
+		memset(s->note, 0, sizeof *s->note);
 	}
-	next = OWNER(heads_pool.waiters.next, struct session, wait);
-	head_attach(next, hd);
-	link_append(&runnable, &next->wait);
+	return s->note;
+}
+
+static void note_return(struct session *s)
+{
+	if (s->note)
+		pool_return(&note_pool, s->note);
+	s->note = NULL;
 }
 
 /* ---- TLS set-up ---- */
@@ -3026,7 +3044,7 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	br_ssl_engine_set_x509(eng, &m->vtable);
 }
 
-/* The client must show a certificate; its common name goes to the head buffer. */
+/* The client must show a certificate; its common name is noted. */
 static void tls_ask_certificate(struct session *s)
 {
 	static unsigned char oid_cn[] = { 3, 0x55, 4, 3 };
@@ -3034,7 +3052,7 @@ static void tls_ask_certificate(struct session *s)
 	const struct trust *trust = &keyring->client_ca;
 
 	verifier_chain(v, &s->tls.eng, keyring, trust);
-	v->name = (br_name_element){ oid_cn, s->hd->subject, sizeof s->hd->subject, 0 };
+	v->name = (br_name_element){ oid_cn, note_take(s)->subject, sizeof s->note->subject, 0 };
 	br_x509_minimal_set_name_elements(&v->u.minimal, &v->name, 1);
 	br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + trust->first,
 		trust->count);
@@ -3681,7 +3699,7 @@ static void reply_compose(struct session *s, enum why why)
 {
 	struct text t = { .p = scratch, .size = HEAD_ROOM };
 	struct head_buffer *hd = s->hd;
-	unsigned status = whys[why].status;
+	const unsigned status = whys[why].status;
 	char body[96], line[64];
 	int n;
 
@@ -3741,11 +3759,11 @@ static void server_leave(struct session *s)
 static enum state session_fail(struct session *s, enum why why)
 {
 	session_end(s, BY_PROXY, why);
-	if (!whys[why].status || !s->hd)
+	if (!whys[why].status)
 		return FREE;
 	log_reject(&s->peer, whys[why].status, why);
 	s->rejected = 1;
-	reply_compose(s, why);
+	s->reply = (uint8_t)why;
 	server_leave(s);
 	s->up_left = 0;
 	s->broken = 0;          /* if anything was, it was the backend */
@@ -3855,6 +3873,7 @@ static enum state head_done(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
 	struct request *r = &hd->u.request;
+	struct note *note;
 	struct forwarded f = { .proto = s->plain ? "http" : "https" };
 	char client[ADDRESS_TEXT];
 	const char *target, *query;
@@ -3869,24 +3888,25 @@ static enum state head_done(struct session *s)
 		why = WHY_NOT_WEBSOCKET;
 	if (why != WHY_NONE)
 		return session_fail(s, why);
+	note = note_take(s);
 	own = r->target.len > 0 && hd->bytes[r->target.at] == '/';
 	target = own ? hd->bytes + r->target.at : "/";
 	len = own ? r->target.len : 1;
 	query = memchr(target, '?', len);
-	log_escape(hd->host, sizeof hd->host, hd->bytes + r->host.at, r->host.len);
-	log_escape(hd->path, sizeof hd->path, target, query ? (size_t)(query - target) : len);
+	log_escape(note->host, sizeof note->host, hd->bytes + r->host.at, r->host.len);
+	log_escape(note->path, sizeof note->path, target, query ? (size_t)(query - target) : len);
 	s->group = servers_for(target, len);
 	if (balance == STICKY_COOKIE)
 		s->sticky = cookie_find(&r->head, hd->bytes);
 	s->upgrade = (uint8_t)r->upgrade;
 	s->up_left = r->length;
 	if (r->upgrade)
-		accept_key(hd->bytes + r->key.at, hd->accept);
+		accept_key(hd->bytes + r->key.at, note->accept);
 	f.client = address_format(&s->peer, 0, client);
-	f.subject = hd->subject;
-	for (i = 0; hd->subject[i]; i++)
-		if (is_control((unsigned char)hd->subject[i]))
-			hd->subject[i] = '?';
+	f.subject = note->subject;
+	for (i = 0; note->subject[i]; i++)
+		if (is_control((unsigned char)note->subject[i]))
+			note->subject[i] = '?';
 	hd->len = request_render(r, hd->bytes, &f, scratch, HEAD_ROOM);
 	if (hd->len == 0)
 		return session_fail(s, WHY_LARGE_HEAD);
@@ -4111,7 +4131,6 @@ static enum state request_step(struct session *s)
 /* The line `open`: a tunnel stands, or a plain answer is on its way. */
 static void log_open_session(struct session *s, unsigned status)
 {
-	const struct head_buffer *hd = s->hd;
 	char client[ADDRESS_TEXT], tls[80] = "tls=- suite=- resumed=0";
 	br_ssl_session_parameters p;
 	int k;
@@ -4128,7 +4147,7 @@ static void log_open_session(struct session *s, unsigned status)
 		wipe(&p, sizeof p);
 	}
 	log_line(LOG_INFO, "open id=%lu client=%s %s host=%s path=%s backend=%s status=%u ms=%llu",
-		(unsigned long)s->id, address_format(&s->peer, 1, client), tls, hd->host, hd->path,
+		(unsigned long)s->id, address_format(&s->peer, 1, client), tls, s->note->host, s->note->path,
 		servers[s->server].name, status, (unsigned long long)(now - s->born));
 }
 
@@ -4176,7 +4195,7 @@ static enum state interim_done(struct session *s)
 	size_t len = response_render(r, hd->bytes, scratch, HEAD_ROOM);
 	unsigned char *p = leg_room(&s->client, &room);
 
-	if (++hd->interim > INTERIM_MAX)
+	if (++s->note->interim > INTERIM_MAX)
 		return session_fail(s, WHY_BAD_RESPONSE);
 	if (p && len > 0 && len <= room) {
 		memcpy(p, scratch, len);
@@ -4194,7 +4213,7 @@ static enum state interim_done(struct session *s)
 static enum state response_done(struct session *s)
 {
 	struct response r = s->hd->u.response;
-	enum why why = response_check(&r, s->hd->bytes, s->upgrade, s->head, s->hd->accept);
+	enum why why = response_check(&r, s->hd->bytes, s->upgrade, s->head, s->note->accept);
 
 	if (why != WHY_NONE)
 		return session_fail(s, why);
@@ -4206,6 +4225,7 @@ static enum state response_done(struct session *s)
 	if (!answer_place(s, &r))
 		return session_fail(s, WHY_BAD_RESPONSE);
 	log_open_session(s, r.status);
+	note_return(s);
 	if (s->upgrade)
 		s->up_left = r.framing == BODY_TUNNEL ? UINT64_MAX : 0;
 	return r.framing == BODY_TUNNEL ? RELAY : EXCHANGE;
@@ -4234,13 +4254,16 @@ static int response_upload(struct session *s)
 /* Looks through what came for a whole head; reads when there is none. */
 static enum state response_step(struct session *s)
 {
-	struct head_buffer *hd = s->hd;
+	struct head_buffer *hd;
 	enum state next = RESPONSE;
 	enum why why;
 	size_t n;
 
-	if ((s->up_left > 0 || s->backend.in) && !records_borrow(s))
+	if (s->up_left == 0 && !s->backend.in && !s->rec)
 		return RESPONSE;
+	if (!head_borrow(s) || !records_borrow(s))
+		return RESPONSE;
+	hd = s->hd;
 	if (s->rec && !response_upload(s))
 		return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
 	do {
@@ -4290,10 +4313,16 @@ static enum state relay_step(struct session *s)
 	struct leg *c = &s->client, *b = &s->backend;
 
 	if (s->ready & EXPIRED) {
-		if (s->state == REPLY || s->state == DRAIN)
-			return FREE;
 		session_end(s, BY_PROXY, WHY_IDLE);
+		if (s->state != RELAY)
+			return FREE;
 		b->eof = 1;
+	}
+	if (s->reply) {
+		if (!head_borrow(s))
+			return REPLY;
+		reply_compose(s, s->reply);
+		s->reply = WHY_NONE;
 	}
 	if (!c->fin) {
 		if (!records_borrow(s))
@@ -4415,7 +4444,8 @@ static void session_close(struct session *s)
 		log_reject(&s->peer, 0, s->why);
 	totals.rx += s->rx;
 	totals.tx += s->tx;
-	if (s->broken && s->by == BY_BACKEND && s->opened)
+	/* nor may an answer that was cut off look whole */
+	if (s->opened && (s->broken ? s->by == BY_BACKEND : s->state == EXCHANGE && !s->backend.eof))
 		socket_abort(s->client.fd);
 	if (s->broken && s->by == BY_CLIENT && s->backend.fd >= 0)
 		socket_abort(s->backend.fd);
@@ -4424,6 +4454,7 @@ static void session_close(struct session *s)
 	tls_ring_release(s);
 	records_return(s);
 	head_return(s);
+	note_return(s);
 	session_age(s, 0);
 	source_release(s->source, &s->peer);
 	link_drop(&s->wait);
@@ -4458,6 +4489,13 @@ static int session_rests(const struct session *s)
 		return 1;       /* what comes now is thrown away */
 	return s->state != HANDSHAKE && s->state != BACKEND_HANDSHAKE && s->state != REPLY &&
 		leg_rests(&s->client) && leg_rests(&s->backend);
+}
+
+/* The same of the head buffer: nothing of a head is there, and none is in want of records. */
+static int head_rests(const struct session *s)
+{
+	return (s->state == HEAD || s->state == RESPONSE) && s->hd->len == 0 && !s->rec &&
+		link_alone(&s->wait);
 }
 
 /* What to poll a leg with buffers for. */
@@ -4511,22 +4549,33 @@ static void session_watch(struct session *s)
 	p[1].fd = p[1].events ? s->backend.fd : -1;
 }
 
+/* Whether a session that stays as it is may leave poll()'s array: it waits for either side. */
+static int session_may_park(const struct session *s)
+{
+	const struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
+
+	return s->state >= RESPONSE && s->state <= EXCHANGE && !s->rec && !s->hd &&
+		p[0].fd >= 0 && p[1].fd >= 0;
+}
+
 /* After a run: gives back what is not needed, restarts what measures progress. */
 static void session_settle(struct session *s)
 {
 	if (s->rec && session_rests(s))
 		records_return(s);
+	if (s->hd && head_rests(s))
+		head_return(s);
 	if (!s->rec && !s->hd)
 		link_drop(&s->stall.link);
-	else if ((s->moved && s->state != RESPONSE) || link_alone(&s->stall.link))
+	else if (s->moved || link_alone(&s->stall.link))
 		timer_start(&queues[Q_STALL], &s->stall);
 	if (s->fed)
 		timer_start(&queues[s->state], &s->timer);
-	if (s->state == RELAY && park && !s->rec && link_alone(&s->wait))
+	session_watch(s);
+	if (park && session_may_park(s))
 		timer_start(&queues[Q_PARK], &s->park);
 	else
 		link_drop(&s->park.link);
-	session_watch(s);
 }
 
 /* Runs a session: steps it until its state stays, then settles it. The one place where states
@@ -4601,14 +4650,19 @@ static void session_event(struct session *s, unsigned ready)
 /* A session that has been silent for park_ms moves from poll()'s array to the epoll set. */
 static void session_rest(struct session *s)
 {
-	struct epoll_event ev = { .events = EPOLLIN | EPOLLONESHOT };
+	const struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
 	int op = s->in_set ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
+	uint32_t side;
 
 	link_drop(&s->park.link);
-	ev.data.u32 = (uint32_t)(s - sessions);
-	if (epoll_fd < 0 || epoll_ctl(epoll_fd, op, s->client.fd, &ev) < 0 ||
-	    epoll_ctl(epoll_fd, op, s->backend.fd, &ev) < 0)
-		return;         /* it keeps its poll slot, and is in no danger */
+	for (side = 0; side < 2; side++) {
+		/* poll's events have the same numbers as epoll's */
+		struct epoll_event ev = { .events = (uint32_t)p[side].events | EPOLLONESHOT };
+
+		ev.data.u32 = (uint32_t)(s - sessions) * 2 + side;
+		if (epoll_fd < 0 || epoll_ctl(epoll_fd, op, p[side].fd, &ev) < 0)
+			return; /* it keeps its poll slot, and is in no danger */
+	}
 	s->in_set = 1;
 	s->resting = 1;
 	session_unslot(s);
@@ -4769,41 +4823,47 @@ static void timers_run(void)
 	stallers_close();
 }
 
+/* What poll or epoll found at the client, and at the backend. */
+static unsigned ready_of(unsigned client, unsigned backend)
+{
+	return (client & (POLLIN | POLLHUP | POLLERR) ? CLIENT_IN : 0) |
+		(client & (POLLRDHUP | POLLHUP | POLLERR) ? CLIENT_GONE : 0) |
+		(client & POLLERR ? CLIENT_RESET : 0) |
+		(backend & (POLLIN | POLLHUP | POLLERR) ? BACKEND_IN : 0) |
+		(backend & (POLLOUT | POLLHUP | POLLERR) ? BACKEND_OUT : 0);
+}
+
 /* Sessions of poll()'s array that have something. From the last to the first: a session that
  * closes is replaced by the last one, which then had its turn. */
 static void sessions_poll(void)
 {
-	unsigned i, ready;
+	unsigned i;
 
 	for (i = awake_len; i-- > 0; ) {
 		struct pollfd *p = &fds[FD_SESSIONS + 2 * i];
-		short c = p[0].revents, b = p[1].revents;
+		unsigned client = (unsigned)p[0].revents, backend = (unsigned)p[1].revents;
 
-		if (i >= awake_len || !(c | b))
+		if (i >= awake_len || !(client | backend))
 			continue;
 		p[0].revents = p[1].revents = 0;
-		ready = c & (POLLIN | POLLHUP | POLLERR) ? CLIENT_IN : 0;
-		ready |= c & (POLLRDHUP | POLLHUP | POLLERR) ? CLIENT_GONE : 0;
-		ready |= c & POLLERR ? CLIENT_RESET : 0;
-		ready |= b & (POLLIN | POLLHUP | POLLERR) ? BACKEND_IN : 0;
-		ready |= b & (POLLOUT | POLLHUP | POLLERR) ? BACKEND_OUT : 0;
-		session_event(awake[i], ready);
+		session_event(awake[i], ready_of(client, backend));
 	}
 }
 
 /* Resting sessions that have something. Two descriptors share a session, so the second event may
- * find it awake, or gone; it is taken all the same, and before anyone reads what it tells of, for
- * only an event that is delivered disarms its descriptor. */
+ * find it awake, or gone; then poll tells of the same. It is taken all the same, and before anyone
+ * reads what it tells of, for only an event that is delivered disarms its descriptor. */
 static void sessions_epoll(void)
 {
 	struct epoll_event ev[64];
 	int i, n = epoll_wait(epoll_fd, ev, LENGTH(ev), 0);
 
 	for (i = 0; i < n; i++) {
-		struct session *s = &sessions[ev[i].data.u32];
+		struct session *s = &sessions[ev[i].data.u32 / 2];
+		unsigned backend = ev[i].data.u32 % 2;
 
-		if (s->state == RELAY && s->resting)
-			session_run(s, CLIENT_IN | BACKEND_IN);
+		if (s->resting)
+			session_run(s, backend ? ready_of(0, ev[i].events) : ready_of(ev[i].events, 0));
 	}
 }
 
@@ -4988,7 +5048,10 @@ static void tables_init(void)
 	link_init(&unnamed);
 	pool_init(&session_pool, sessions, sizeof sessions[0], max_sessions);
 	pool_init(&records_pool, records, sizeof records[0], max_busy);
+	records_pool.attach = records_attach;
 	pool_init(&heads_pool, heads, sizeof heads[0], max_busy);
+	heads_pool.attach = head_attach;
+	pool_init(&note_pool, notes, sizeof notes[0], max_sessions);
 	pool_init(&source_pool, sources, sizeof sources[0], max_sessions);
 	for (i = 0; i < FD_SESSIONS; i++) {
 		fds[i].fd = -1;
@@ -5048,7 +5111,7 @@ static void certs_init(void)
 
 static unsigned long memory_ceiling(void)
 {
-	return sizeof sessions + sizeof records + sizeof heads + sizeof sources + sizeof buckets +
+	return sizeof sessions + sizeof records + sizeof heads + sizeof notes + sizeof sources + sizeof buckets +
 		sizeof keyrings + sizeof servers + sizeof upstreams + sizeof cache_store + sizeof fds + sizeof awake +
 		sizeof scratch;
 }

@@ -363,12 +363,12 @@ static void test_pool_waiters(void)
 		CHECK_INT(head_borrow(s[i]), 1);
 	h = s[1]->hd;
 	h->len = h->off = 5;
-	h->interim = 3;
+	h->name_known = 1;
 	h->u.request.head.at = 7;
 	CHECK_INT(head_borrow(s[max_busy]), 0);
 	head_return(s[1]);
 	CHECK(s[1]->hd == NULL && s[max_busy]->hd == h);
-	CHECK(h->len == 0 && h->off == 0 && h->interim == 0 && h->u.request.head.at == 0);
+	CHECK(h->len == 0 && h->off == 0 && h->name_known == 0 && h->u.request.head.at == 0);
 }
 
 /* ---- addresses ---- */

@@ -288,7 +288,7 @@ class Proxy:
         epolls = [fd.name for fd in self.files() if "eventpoll" in os.readlink(fd)]
         info = "".join(Path(f"/proc/{self.pid}/fdinfo/{fd}").read_text() for fd in epolls)
         events = re.findall(r"^tfd: *\d+ events: *([0-9a-f]+)", info, re.M)
-        return sum(int(mask, 16) & 1 for mask in events)    # EPOLLIN
+        return sum(int(mask, 16) & 0x2001 != 0 for mask in events)  # EPOLLIN, EPOLLRDHUP
 
     def memory_kb(self, field="Private_Dirty"):
         for line in Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines():

@@ -610,6 +610,140 @@ def test_curl_says_that_an_answer_was_cut_off(forwarding, backend):
     assert result.returncode == 18, result.stderr
 
 
+# ---- who waits for an answer holds nothing ----
+
+def asked(p, backend, kind=None, **fields):
+    """A client whose request is at the backend, and the backend's end."""
+    client = connect(p, kind)
+    client.send(request(**fields))
+    server = backend.accept()
+    server.read_head()
+    return client, server
+
+
+def at_rest(p):
+    eventually(lambda: p.totals()["records"] == p.totals()["heads"] == "0")
+
+
+@pytest.mark.parametrize("kind", [WSS, WS])
+def test_long_polls_hold_no_buffers(forwarding, backend, kind):
+    p = forwarding(max_busy=2, stall_ms=60000, park_ms=50)
+    polls = [asked(p, backend, kind) for _ in range(20)]
+    at_rest(p)
+    eventually(lambda: p.parked() == 2 * len(polls))
+    client, server = open_tunnel(p, backend)
+    client.send(b"served")
+    assert server.read(6) == b"served"
+    for n, (client, server) in enumerate(polls):
+        server.send(answer(body=b"%d" % n))
+        assert client.read_head().status == 200
+        assert client.read_to_end() == b"%d" % n
+
+
+def test_slow_uploads_hold_no_buffers(forwarding, backend):
+    p = forwarding(max_busy=2, stall_ms=60000)
+    uploads = [asked(p, backend, method="POST", Content_Length="10") for _ in range(20)]
+    for byte in b"123456789":
+        for client, server in uploads:
+            client.send(bytes([byte]))
+        for client, server in uploads:
+            assert server.read(1) == bytes([byte])
+    at_rest(p)
+    exchange(p, backend, request("/between"), answer(body=b"x"))
+    for n, (client, server) in enumerate(uploads):
+        client.send(b"0")
+        assert server.read(1) == b"0"
+        server.send(answer(body=b"%d" % n))
+        assert client.read_head().status == 200
+        assert client.read_to_end() == b"%d" % n
+
+
+def test_answers_in_two_halves_take_turns(forwarding, backend):
+    """Ten answers of which half the head has come, two buffers: those who sit on them give way."""
+    p = forwarding(max_busy=2, stall_ms=400)
+    polls = [asked(p, backend) for _ in range(10)]
+    for _, server in polls:
+        server.send(b"HTTP/1.1 200 OK\r\nContent-Le")
+    answers = [client.read_head().status for client, _ in polls[:-2]]
+    assert set(answers) == {504}
+
+
+@pytest.mark.parametrize("kind", [WSS, WS])
+def test_silent_backend_gets_504_though_all_buffers_are_taken(forwarding, backend, kind):
+    p = forwarding(max_busy=1, stall_ms=60000, response_ms=1000, linger_ms=60000)
+    client, _ = asked(p, backend, kind)
+    at_rest(p)
+    sitting, server = open_tunnel(p, backend)
+    record = sitting.records(b"at last")
+    sitting.sock.sendall(record[:8])
+    eventually(lambda: p.totals()["records"] == "1")
+    p.log.wait("reject", status="504")
+    sitting.sock.sendall(record[8:])
+    assert server.read(7) == b"at last"
+    assert client.read_head().status == 504
+
+
+@pytest.mark.parametrize("park_ms", [50, 60000])
+def test_client_that_leaves_while_it_waits(forwarding, backend, park_ms):
+    p = forwarding(park_ms=park_ms)
+    client, server = asked(p, backend)
+    at_rest(p)
+    if park_ms == 50:
+        eventually(lambda: p.parked() == 2)
+    client.close()
+    assert server.read_to_end() == b""
+    p.log.wait_ending("eof")
+
+
+def test_backend_that_leaves_while_it_is_waited_for(forwarding, backend):
+    p = forwarding(park_ms=50)
+    client, server = asked(p, backend)
+    eventually(lambda: p.parked() == 2)
+    server.reset()
+    assert client.read_head().status == 502
+
+
+def test_client_that_has_not_asked_yet_holds_nothing(forwarding, backend):
+    p = forwarding(max_busy=1, stall_ms=60000)
+    early = [connect(p) for _ in range(5)]
+    at_rest(p)
+    for n, client in enumerate(early):
+        client.send(request(f"/{n}"))
+        server = backend.accept()
+        assert server.read_head().first == f"GET /{n} HTTP/1.1"
+        server.send(answer(body=b"x"))
+        assert client.read_head().status == 200
+
+
+def test_events_one_by_one_hold_no_buffers(forwarding, backend):
+    """Server-sent events: an answer that never ends, and rests between its lines."""
+    p = forwarding(max_busy=2, stall_ms=60000, park_ms=50)
+    streams = [asked(p, backend) for _ in range(10)]
+    for _, server in streams:
+        server.send(answer(Content_Type="text/event-stream"))
+    for client, _ in streams:
+        client.read_head()
+    for n in range(3):
+        eventually(lambda: p.parked() == 2 * len(streams))
+        for _, server in streams:
+            server.send(b"data: %d\n\n" % n)
+        for client, _ in streams:
+            assert client.read(9) == b"data: %d\n\n" % n
+
+
+@pytest.mark.parametrize("kind", [WSS, WS])
+def test_answer_that_is_cut_off_for_silence_does_not_look_whole(forwarding, backend, kind):
+    """Of an answer without a length only a reset, or the want of a close_notify, tells."""
+    p = forwarding(head_ms=500, idle_ms=1000)
+    client, server = asked(p, backend, kind)
+    server.send(answer() + b"half")
+    client.read_head()
+    assert client.read(4) == b"half"
+    with pytest.raises(ConnectionResetError):
+        client.read_to_end()
+    p.log.wait("close", by="proxy", why="idle")
+
+
 # ---- many at once ----
 
 def test_tunnels_and_pages_mixed(forwarding, backend):
