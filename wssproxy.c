@@ -3515,6 +3515,10 @@ static int relay_up(struct session *s)
 
 	if (leg_closed(to))
 		s->up_left = 0;         /* close_notify: it takes no more */
+	if (p && s->up_left == 0 && s->state == EXCHANGE) {
+		leg_consume(&s->client, len);   /* behind the request: nobody's, and its end is awaited */
+		return 1;
+	}
 	if (!p || s->up_left == 0 || to->fin)
 		return 0;
 	len = len < s->up_left ? len : (size_t)s->up_left;
@@ -4058,6 +4062,8 @@ static enum state backend_handshake_step(struct session *s)
 	struct server *v = &servers[s->server];
 	const struct keyring *ring = s->ring ? s->ring : keyring;
 
+	if ((s->ready & EXPIRED) && !l->eng)
+		return session_fail(s, WHY_NO_BACKEND); /* it waited for buffers of ours */
 	if (!(s->ready & EXPIRED)) {
 		if (!records_borrow(s))
 			return BACKEND_HANDSHAKE;

@@ -695,6 +695,18 @@ def test_client_that_leaves_while_it_waits(forwarding, backend, park_ms):
     p.log.wait_ending("eof")
 
 
+def test_client_that_leaves_after_bytes_that_nobody_takes(forwarding, backend):
+    p = forwarding()
+    client, server = asked(p, backend)
+    server.send(answer(Content_Length="100"))
+    client.read_head()
+    client.send(request("/pipelined"))
+    client.close()
+    assert server.read_to_end() == b""
+    server.close()
+    p.log.wait("close", by="client", why="eof")
+
+
 def test_backend_that_leaves_while_it_is_waited_for(forwarding, backend):
     p = forwarding(park_ms=50)
     client, server = asked(p, backend)
