@@ -87,6 +87,7 @@ enum {
 	ANCHOR_BYTES = ANCHORS_MAX * 512,       /* their names and keys, in all */
 	ADDRESSES_MAX = 4,      /* of one backend's name */
 	INTERIM_MAX = 8,        /* 1xx answers before the final one */
+	FIRST_RECORD = 1400,    /* bytes of the first record after a rest: they fit one segment */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
 	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
@@ -273,6 +274,9 @@ struct leg {
 	uint16_t empty_records;         /* in a row, without application data */
 	uint8_t in;                     /* in this run: poll said, and no short read has said otherwise */
 	uint8_t full;                   /* in this run: its socket takes no more */
+	_Bool more;                     /* what is sent now has more coming behind it, */
+	_Bool corked;                   /* and the kernel may hold back what was sent last */
+	_Bool started;                  /* since it rested, plaintext was put into it */
 	uint8_t reads;                  /* left in this run */
 	uint8_t eof;                    /* all that it sent was taken, and no more comes */
 	uint8_t fin;                    /* it was told the same: close_notify and FIN are out */
@@ -2565,6 +2569,7 @@ static void leg_attach(struct leg *l, struct buffers *b)
 {
 	b->at = b->end = b->out_at = b->out_end = 0;
 	l->buf = b;
+	l->started = 0;
 	if (l->eng)
 		engine_lend(l->eng, b);
 }
@@ -3359,6 +3364,24 @@ static void backend_deaf(struct session *s)
 	s->backend.fin = s->backend.in = 1;
 }
 
+/* send(), with a hint when more follows at once, that the kernel fills its segments and wakes the
+ * other side once; leg_push lets go of what it held back when nothing followed after all. */
+static ssize_t leg_write(struct leg *l, const void *p, size_t len)
+{
+	ssize_t n = send(l->fd, p, len, MSG_NOSIGNAL | (l->more ? MSG_MORE : 0));
+
+	l->full = n < (ssize_t)len;
+	l->corked = l->more && !l->full;
+	return n;
+}
+
+static void leg_push(struct leg *l)
+{
+	if (l->corked)
+		socket_option(l->fd, IPPROTO_TCP, TCP_NODELAY, 1);
+	l->corked = 0;
+}
+
 /* Buffer to socket. */
 static int leg_send(struct session *s, struct leg *l)
 {
@@ -3367,9 +3390,8 @@ static int leg_send(struct session *s, struct leg *l)
 	int moved = 0;
 
 	while (!l->full && !l->fin && !s->broken && (p = leg_pending(l, &len)) != NULL) {
-		ssize_t n = send(l->fd, p, len, MSG_NOSIGNAL);
+		ssize_t n = leg_write(l, p, len);
 
-		l->full = n < (ssize_t)len;
 		if (n > 0) {
 			leg_sent(l, (size_t)n);
 			moved = 1;
@@ -3494,8 +3516,7 @@ static size_t backend_write(struct session *s, const unsigned char *p, size_t le
 
 	if (l->full)
 		return 0;
-	n = send(l->fd, p, len, MSG_NOSIGNAL);
-	l->full = n < (ssize_t)len;
+	n = leg_write(l, p, len);
 	if (n >= 0)
 		return (size_t)n;
 	if (errno == EPIPE || errno == ECONNRESET) {
@@ -3504,6 +3525,15 @@ static size_t backend_write(struct session *s, const unsigned char *p, size_t le
 		leg_error(s, l);
 	}
 	return 0;
+}
+
+/* Whether a whole record of application data was read ahead behind the one that is being taken. */
+static int leg_has_more(const struct leg *l)
+{
+	const unsigned char *p = l->buf->ahead + l->buf->at;
+	size_t len = l->buf->end - l->buf->at;
+
+	return l->eng && len >= 5 && p[0] == 23 && len >= 5 + (size_t)(p[3] << 8 | p[4]);
 }
 
 /* Client to backend, as far as the request may go. */
@@ -3522,6 +3552,7 @@ static int relay_up(struct session *s)
 	if (!p || s->up_left == 0 || to->fin)
 		return 0;
 	len = len < s->up_left ? len : (size_t)s->up_left;
+	to->more = leg_has_more(&s->client);
 	if (!to->eng) {
 		len = backend_write(s, p, len);
 	} else {
@@ -3609,26 +3640,34 @@ static int relay_head(struct session *s, unsigned char *room, size_t len)
 	return 1;
 }
 
-/* Backend to client. */
+/* Backend to client. Records are as large as they can be but for the first after a rest, so that its
+ * bytes are not held back on a slow line until 16 KB are there. */
 static int relay_down(struct session *s)
 {
-	size_t len;
-	unsigned char *room = leg_room(&s->client, &len);
+	struct leg *to = &s->client;
+	size_t size, len;
+	unsigned char *room = leg_room(to, &size);
 
 	if (!room)
 		return 0;
 	if (s->hd)
-		return relay_head(s, room, len);
+		return relay_head(s, room, size);
 	if (s->backend.eof)
 		return 0;
-	len = backend_read(s, room, len);
+	if (to->eng && !to->started && size > FIRST_RECORD)
+		size = FIRST_RECORD;
+	len = backend_read(s, room, size);
 	if (len == 0)
 		return 0;
+	to->started = 1;
 	s->moved = s->fed = 1;
+	to->more = s->backend.eng ? leg_has_more(&s->backend) : len == size && s->backend.in;
 	len = answer_take(s, (char *)room, len);
+	if (s->backend.eof)
+		to->more = 0;
 	s->tx += len;
 	if (len > 0)
-		leg_put(&s->client, len);
+		leg_put(to, len);
 	return 1;
 }
 
@@ -3783,9 +3822,11 @@ static int leg_handshake(struct session *s, struct leg *l)
 {
 	size_t room;
 
+	l->more = 1;            /* a flight is of several records */
 	if (!leg_send(s, l))
 		leg_feed(s, l);
 	leg_send(s, l);
+	l->more = 0;
 	if (leg_closed(l)) {
 		int error = br_ssl_engine_last_error(l->eng);
 
@@ -4577,6 +4618,8 @@ static void session_settle(struct session *s)
 		timer_start(&queues[Q_STALL], &s->stall);
 	if (s->fed)
 		timer_start(&queues[s->state], &s->timer);
+	leg_push(&s->client);
+	leg_push(&s->backend);
 	session_watch(s);
 	if (park && session_may_park(s))
 		timer_start(&queues[Q_PARK], &s->park);
@@ -4596,6 +4639,7 @@ static void session_run(struct session *s, unsigned ready)
 	s->client.in = (ready & CLIENT_IN) != 0;
 	s->backend.in = (ready & BACKEND_IN) != 0;
 	s->client.full = s->backend.full = 0;
+	s->client.more = s->backend.more = 0;
 	s->client.reads = s->backend.reads = READS;
 	s->moved = s->fed = 0;
 	if ((ready & CLIENT_GONE) && is_asking(s)) {
