@@ -15,6 +15,7 @@ E2E = Path(__file__).resolve().parent
 REPO = E2E.parents[1]
 BUILD = Path(os.environ.get("WSSPROXY_BUILD", E2E.parent / "build")).resolve()
 SANITIZE = os.environ.get("SANITIZE", "") not in ("", "0")
+PLAIN = os.environ.get("PLAIN", "") not in ("", "0")    # nothing parked, buffers for all sessions
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 
 RUN = shlex.split(os.environ.get("WSSPROXY_RUN", ""))       # what runs programs of another machine
@@ -68,7 +69,12 @@ def set_entry(text, name, value):
 
 def config_text(entries):
     text = (REPO / "config.def.h").read_text()
-    for name, value in {"resolve_names": 1, "http": REFUSE, **entries}.items():
+    defaults = {"resolve_names": 1, "http": REFUSE}
+    if PLAIN:
+        defaults["max_busy"] = C("max_sessions")
+        if "park_ms" not in entries:
+            defaults["park"] = 0
+    for name, value in {**defaults, **entries}.items():
         text = set_entry(text, name, value)
     return text
 

@@ -1,10 +1,13 @@
 """What is left behind, and what rests: descriptors after many sessions, memory of idle ones."""
 
 import random
+import re
+import subprocess
 
 import pytest
 
-from harness import SANITIZE, WS, WSS, eventually
+from conftest import whole_config
+from harness import SANITIZE, WS, WSS, build, config_text, eventually, run_once
 from peers import (accept_of, client_context, connect, head, open_tunnel, switching, tcp,
                    upgrade)
 
@@ -157,3 +160,45 @@ def test_memory_of_1000_idle_sessions(proxy, scripted, record_property, park):
     client, server = tunnels[500]
     client.send(b"awake")
     assert server.read(5) == b"awake"
+
+
+def send_until_full(stream, data):
+    """Sends that data again and again until all buffers up to the other end, who does not read, are full."""
+    stream.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        while True:
+            stream.sock.sendall(data())
+
+
+@pytest.mark.skipif(SANITIZE, reason="sanitizers have memory of their own")
+@pytest.mark.parametrize("kind", [WSS, WS])
+def test_every_slot_and_buffer_in_use_stays_below_the_ceiling(proxy, scripted, kind):
+    """Of 8 sessions: as long a head as there can be, then both ways full."""
+    backend = scripted()
+    config = {"listeners": BOTH, "max_sessions": 8, "max_busy": 8, "stall_ms": 60000}
+    p = proxy(backend, **config)
+    entries = whole_config([backend], config)
+    told = run_once(entries, "-t").stdout
+    ceiling, busy = map(int, re.search(r"at most (\d+) KB .* busy of (\d+) bytes", told).groups())
+    sizes = subprocess.run(["size", "-B", build(config_text(entries))], capture_output=True, text=True, check=True).stdout
+    data, bss = map(int, sizes.splitlines()[1].split()[1:3])
+    assert ceiling * 1024 <= data + bss < ceiling * 1024 + 65536
+    before = p.memory_kb()
+    clients = [connect(p, kind) for _ in range(8)]
+    long_head = upgrade(Filler="x" * 7800)
+    for client in clients:
+        client.send(long_head[:-1])
+    eventually(lambda: p.totals()["heads"] == "8")
+    servers = []
+    for client in clients:
+        client.send(long_head[-1:])
+        servers.append(backend.accept())
+        servers[-1].read_head()
+        servers[-1].send(switching())
+        client.read_head()
+    for client, server in zip(clients, servers):
+        send_until_full(server, lambda: bytes(1 << 20))
+        send_until_full(client, lambda: client.records(bytes(16000)) if kind == WSS else bytes(16000))
+    assert p.totals()["sessions"] == p.totals()["records"] == "8"
+    grown = p.memory_kb() - before
+    assert 8 * busy * 0.75 / 1024 < grown < ceiling, told
