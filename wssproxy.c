@@ -52,7 +52,6 @@
 #include <pwd.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <syslog.h>
@@ -414,20 +413,137 @@ static const struct {
 #undef WHY
 };
 
-/* ---- diagnostics ---- */
+/* ---- text ----
+ *
+ * Appended to a bound: what is past it is left out, and full is set. No printf: that of a static
+ * musl brings 12 KB, most of it floating point that no MIPS router has in hardware. */
 
-/* Before the loop: says what is wrong and ends. */
-static void die(const char *format, ...)
+struct text {
+	char *p;
+	size_t len, size;
+	int full;
+};
+
+static void text_add(struct text *t, const char *p, size_t len)
+{
+	if (len > t->size - t->len) {
+		len = t->size - t->len;
+		t->full = 1;
+	}
+	memcpy(t->p + t->len, p, len);
+	t->len += len;
+}
+
+static void text_string(struct text *t, const char *s)
+{
+	text_add(t, s, strlen(s));
+}
+
+static void text_span(struct text *t, const char *buf, struct span s)
+{
+	text_add(t, buf + s.at, s.len);
+}
+
+static const char *text_or(const char *s)
+{
+	return s ? s : "NULL";
+}
+
+/* At least so many digits, up to 9. */
+static void text_number(struct text *t, unsigned long long n, unsigned base, unsigned digits)
+{
+	char buf[20], *const end = buf + sizeof buf, *p = end;
+
+	do {
+		*--p = "0123456789abcdef"[n % base];
+		n /= base;
+	} while (n > 0 || p > end - digits);
+	text_add(t, p, (size_t)(end - p));
+}
+
+/* The compiler checks arguments; what it would take and this does not, lint finds: there are only
+ * %s %c %d %u %llu %x, and %0Nx of at least N digits. */
+__attribute__((format(printf, 2, 0)))
+static void text_append(struct text *t, const char *format, va_list ap)
+{
+	const char *next;
+	unsigned digits;
+	char c;
+	int d;
+
+	for (; *(next = strchrnul(format, '%')); format = next + 1) {
+		text_add(t, format, (size_t)(next - format));
+		digits = 0;
+		if (*++next == '0') {
+			digits = (unsigned)(next[1] - '0');
+			next += 2;
+		}
+		switch (*next) {
+		case 's':
+			text_string(t, va_arg(ap, const char *));
+			break;
+		case 'c':
+			c = (char)va_arg(ap, int);
+			text_add(t, &c, 1);
+			break;
+		case 'd':
+			d = va_arg(ap, int);
+			text_add(t, "-", d < 0);
+			text_number(t, d < 0 ? 0 - (unsigned)d : (unsigned)d, 10, 0);
+			break;
+		case 'l':
+			next += 2;
+			text_number(t, va_arg(ap, unsigned long long), 10, 0);
+			break;
+		default:
+			text_number(t, va_arg(ap, unsigned), *next == 'x' ? 16 : 10, digits);
+		}
+	}
+	text_string(t, format);
+}
+
+__attribute__((format(printf, 2, 3)))
+static void text_format(struct text *t, const char *format, ...)
 {
 	va_list ap;
 
 	va_start(ap, format);
-	fputs("wssproxy: ", stderr);
-	vfprintf(stderr, format, ap);
-	fputc('\n', stderr);
+	text_append(t, format, ap);
 	va_end(ap);
-	exit(1);
 }
+
+/* A string, cut to size. Its length. */
+__attribute__((format(printf, 3, 4)))
+static size_t string_format(char *out, size_t size, const char *format, ...)
+{
+	struct text t = { .p = out, .size = size - 1 };
+	va_list ap;
+
+	va_start(ap, format);
+	text_append(&t, format, ap);
+	va_end(ap);
+	out[t.len] = '\0';
+	return t.len;
+}
+
+/* ---- diagnostics ---- */
+
+/* Before the loop: a line. 1, or 0: it can't be written. */
+__attribute__((format(printf, 2, 3)))
+static int print(int fd, const char *format, ...)
+{
+	struct text t = { .p = scratch, .size = sizeof scratch - 1 };
+	va_list ap;
+
+	va_start(ap, format);
+	text_append(&t, format, ap);
+	va_end(ap);
+	scratch[t.len] = '\n';
+	return write(fd, scratch, t.len + 1) > 0;
+}
+
+/* Before the loop: says what is wrong and ends. */
+#define die(...) (print(STDERR_FILENO, "wssproxy: " __VA_ARGS__), exit(1))
 
 /* Connects the log's socket to the syslog daemon. */
 static int log_connect(void)
@@ -451,47 +567,37 @@ static void log_write(const char *line, size_t len)
 }
 
 /* One line to the log. Whatever came from outside must have gone through log_escape. */
+__attribute__((format(printf, 2, 3)))
 static void log_line(int priority, const char *format, ...)
 {
 	char line[LOG_LINE];
-	size_t len = 0;
+	struct text t = { .p = line, .size = sizeof line - 1 };
 	va_list ap;
-	int n;
 
 	if (log_syslog)
-		len = (size_t)snprintf(line, sizeof line, "<%d>wssproxy[%ld]: ",
-			LOG_DAEMON | priority, (long)getpid());
+		text_format(&t, "<%d>wssproxy[%d]: ", LOG_DAEMON | priority, (int)getpid());
 	va_start(ap, format);
-	n = vsnprintf(line + len, sizeof line - len - 1, format, ap);
+	text_append(&t, format, ap);
 	va_end(ap);
-	if (n < 0)
-		return;
-	len += (size_t)n < sizeof line - len - 1 ? (size_t)n : sizeof line - len - 2;
 	if (!log_syslog)
-		line[len++] = '\n';
-	log_write(line, len);
+		line[t.len++] = '\n';
+	log_write(line, t.len);
 }
 
 /* Copies bytes from outside so that they stay one word of one line: all but visible ASCII, and
  * the quote, backslash and equals sign, become \xNN. Cut to size. */
 static void log_escape(char *out, size_t size, const char *in, size_t len)
 {
-	static const char hex[] = "0123456789abcdef";
-	size_t i, n = 0;
+	struct text t = { .p = out, .size = size };
+	size_t i;
 
-	for (i = 0; i < len && n + 5 <= size; i++) {
+	for (i = 0; i < len && t.len + 5 <= size; i++) {
 		unsigned char c = (unsigned char)in[i];
+		int plain = c > ' ' && c < 0x7f && !strchr("\"\\=", c);
 
-		if (c > ' ' && c < 0x7f && c != '"' && c != '\\' && c != '=') {
-			out[n++] = (char)c;
-			continue;
-		}
-		out[n++] = '\\';
-		out[n++] = 'x';
-		out[n++] = hex[c >> 4];
-		out[n++] = hex[c & 15];
+		text_format(&t, plain ? "%c" : "\\x%02x", c);
 	}
-	out[n] = '\0';
+	out[t.len] = '\0';
 }
 
 /* Where the log goes. The daemon's socket is opened before chroot; without it, stderr serves. */
@@ -503,8 +609,8 @@ static void log_open(void)
 	log_syslog = log_fd >= 0 && log_connect() == 0;
 	if (log_syslog)
 		return;
-	fprintf(stderr, "wssproxy: config.h: log_to = SYSLOG: /dev/log: %s: "
-		"start a syslog daemon before; logging to stderr\n", strerror(errno));
+	print(STDERR_FILENO, "wssproxy: config.h: log_to = SYSLOG: /dev/log: %s: "
+		"start a syslog daemon before; logging to stderr", strerror(errno));
 	if (log_fd >= 0)
 		close(log_fd);
 	log_fd = STDERR_FILENO;
@@ -662,25 +768,68 @@ static socklen_t address_write(const struct address *a, struct sockaddr_storage 
 
 #define ADDRESS_TEXT (INET6_ADDRSTRLEN + 8)
 
+/* As RFC 5952 has it: "::" for the first of the longest runs of zeros, if that is more than one. */
+static void text_ip6(struct text *t, const unsigned char ip[16])
+{
+	unsigned i, run = 0, longest = 1, from = 8;
+
+	for (i = 0; i < 8; i++) {
+		run = ip[2 * i] | ip[2 * i + 1] ? 0 : run + 1;
+		if (run > longest) {
+			longest = run;
+			from = i + 1 - run;
+		}
+	}
+	for (i = 0; i < 8; i++) {
+		if (i == from) {
+			text_string(t, "::");
+			i += longest - 1;
+		} else {
+			text_string(t, i == 0 || i == from + longest ? "" : ":");
+			text_number(t, (unsigned)ip[2 * i] << 8 | ip[2 * i + 1], 16, 0);
+		}
+	}
+}
+
 /* "192.0.2.9" or "2001:db8::1"; with a port "192.0.2.9:443" or "[2001:db8::1]:443". */
 static const char *address_format(const struct address *a, int with_port, char out[ADDRESS_TEXT])
 {
-	char ip[INET6_ADDRSTRLEN] = "?";
+	struct text t = { .p = out, .size = ADDRESS_TEXT - 1 };
 
-	inet_ntop(a->family, a->ip, ip, sizeof ip);
-	snprintf(out, ADDRESS_TEXT, !with_port ? "%s" : a->family == AF_INET ? "%s:%u" : "[%s]:%u",
-		ip, (unsigned)a->port);
+	if (a->family == AF_INET) {
+		text_format(&t, "%u.%u.%u.%u", a->ip[0], a->ip[1], a->ip[2], a->ip[3]);
+	} else {
+		text_string(&t, with_port ? "[" : "");
+		text_ip6(&t, a->ip);
+		text_string(&t, with_port ? "]" : "");
+	}
+	if (with_port)
+		text_format(&t, ":%u", a->port);
+	out[t.len] = '\0';
 	return out;
+}
+
+/* Digits only, at most 18 of them. */
+static int number_parse(const char *buf, struct span s, uint64_t *out)
+{
+	size_t i;
+
+	*out = 0;
+	for (i = 0; i < s.len; i++) {
+		if (buf[s.at + i] < '0' || buf[s.at + i] > '9')
+			return 0;
+		*out = *out * 10 + (uint64_t)(buf[s.at + i] - '0');
+	}
+	return s.len > 0 && s.len <= 18;
 }
 
 /* A literal and a decimal port. 1 if it is one, 0 if not (then it may be a name). */
 static int address_parse(struct address *a, const char *host, const char *port)
 {
-	char *end;
-	unsigned long n = port ? strtoul(port, &end, 10) : 0;
+	uint64_t n;
 
 	memset(a, 0, sizeof *a);
-	if (!port || port[0] < '0' || port[0] > '9' || *end || n > 65535)
+	if (!port || !number_parse(port, (struct span){ 0, (uint16_t)strlen(port) }, &n) || n > 65535)
 		return 0;
 	a->port = (uint16_t)n;
 	a->family = AF_INET;
@@ -979,7 +1128,7 @@ struct fault {
 static int fault_set(struct fault *f, const char *entry, unsigned i, const char *path,
 	const char *what)
 {
-	snprintf(f->text, f->size, "%s[%u]: %s: %s", entry, i, path ? path : "NULL", what);
+	string_format(f->text, f->size, "%s[%u]: %s: %s", entry, i, text_or(path), what);
 	return 0;
 }
 
@@ -1113,9 +1262,10 @@ static int listener_bind(const struct address *a, int dual)
 	return -1;
 }
 
+static const char *const kinds[] = { "WSS", "WS", "REDIRECT" };
+
 static void listener_open(unsigned i)
 {
-	static const char *const kind[] = { "WSS", "WS", "REDIRECT" };
 	const struct listener *l = &listeners[i];
 	const int dual = strcmp(l->address, "::") == 0;
 	struct sockaddr_storage ss = { 0 };
@@ -1137,7 +1287,7 @@ static void listener_open(unsigned i)
 	if (getsockname(fd, (struct sockaddr *)&ss, &len) == 0)
 		address_read(&a, (struct sockaddr *)&ss);
 	fds[FD_LISTEN + i].fd = fd;
-	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1, text), kind[l->kind]);
+	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1, text), kinds[l->kind]);
 }
 
 /* ---- privileges ---- */
@@ -1151,10 +1301,9 @@ struct become {
 /* A user or group by number, for devices without /etc/passwd. */
 static unsigned id_parse(const char *entry, const char *text)
 {
-	char *end;
-	unsigned long n = strtoul(text, &end, 10);
+	uint64_t n;
 
-	if (text[0] < '0' || text[0] > '9' || *end || n >= UINT_MAX)
+	if (!number_parse(text, (struct span){ 0, (uint16_t)strlen(text) }, &n) || n >= UINT_MAX)
 		die("config.h: %s \"%s\": not known here: add it, or give a number", entry, text);
 	return (unsigned)n;
 }
@@ -1216,9 +1365,9 @@ static void descriptors_raise(void)
 	if (r.rlim_max < need)
 		r.rlim_max = need;
 	if (setrlimit(RLIMIT_NOFILE, &r) < 0)
-		die("config.h: max_sessions = %u needs %lu descriptors, which the system does not "
+		die("config.h: max_sessions = %u needs %u descriptors, which the system does not "
 			"grant (%s): raise the limit (ulimit -n) or lower max_sessions",
-			(unsigned)max_sessions, (unsigned long)need, strerror(errno));
+			(unsigned)max_sessions, (unsigned)need, strerror(errno));
 }
 
 /* ---- HTTP: pure functions, no I/O ----
@@ -1450,20 +1599,6 @@ static enum why response_parse(struct response *r, const char *buf, size_t len)
 	enum why why = head_parse(&r->head, buf, len, status_line_parse);
 
 	return why == WHY_NONE || why == WHY_MORE ? why : WHY_BAD_RESPONSE;
-}
-
-/* Digits only, at most 18 of them. */
-static int number_parse(const char *buf, struct span s, uint64_t *out)
-{
-	size_t i;
-
-	*out = 0;
-	for (i = 0; i < s.len; i++) {
-		if (buf[s.at + i] < '0' || buf[s.at + i] > '9')
-			return 0;
-		*out = *out * 10 + (uint64_t)(buf[s.at + i] - '0');
-	}
-	return s.len > 0 && s.len <= 18;
 }
 
 /* What the fields of a head say of the connection and the body. */
@@ -1709,42 +1844,6 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
 	return WHY_NONE;
 }
 
-/* Text that grows up to a bound; past it, full is set and nothing more is written. */
-struct text {
-	char *p;
-	size_t len, size;
-	int full;
-};
-
-static void text_add(struct text *t, const char *p, size_t len)
-{
-	if (t->full || len > t->size - t->len) {
-		t->full = 1;
-		return;
-	}
-	memcpy(t->p + t->len, p, len);
-	t->len += len;
-}
-
-static void text_string(struct text *t, const char *s)
-{
-	text_add(t, s, strlen(s));
-}
-
-static void text_span(struct text *t, const char *buf, struct span s)
-{
-	text_add(t, buf + s.at, s.len);
-}
-
-/* "name: value CRLF" */
-static void text_field(struct text *t, const char *name, const char *value)
-{
-	text_string(t, name);
-	text_string(t, ": ");
-	text_string(t, value);
-	text_string(t, "\r\n");
-}
-
 /* Whether a name is this one (in lower case), with '_' as good as '-': what CGI and its heirs make
  * of both is the same variable, so neither may be forged. */
 static int name_like(const char *buf, struct span s, const char *word)
@@ -1825,7 +1924,7 @@ static int is_repeated_length(const struct head *h, const char *buf, unsigned i)
 }
 
 /* A field as it came, white space around the value normalized. */
-static void text_copy(struct text *t, const char *buf, const struct field *f)
+static void text_field(struct text *t, const char *buf, const struct field *f)
 {
 	text_span(t, buf, f->name);
 	text_string(t, ": ");
@@ -1845,10 +1944,8 @@ static void render_forwarded(struct text *t, const struct head *h, const char *b
 		text_span(t, buf, h->field[i].value);
 		text_string(t, ", ");
 	}
-	text_string(t, f->client);
-	text_string(t, "\r\n");
-	text_field(t, "X-Forwarded-Proto", f->proto);
-	text_field(t, "X-Real-IP", f->client);
+	text_format(t, "%s\r\nX-Forwarded-Proto: %s\r\nX-Real-IP: %s\r\n", f->client, f->proto,
+		f->client);
 }
 
 static size_t request_render(const struct request *r, const char *buf, const struct forwarded *f,
@@ -1873,12 +1970,12 @@ static size_t request_render(const struct request *r, const char *buf, const str
 			field.value = r->host;
 		if (!is_hop(h, buf, field.name) && !is_forwarded_name(buf, field.name) &&
 		    !is_subject_name(buf, field.name) && !is_repeated_length(h, buf, i))
-			text_copy(&t, buf, &field);
+			text_field(&t, buf, &field);
 	}
 	if (x_forwarded_for != OFF)
 		render_forwarded(&t, h, buf, f);
 	if (f->subject && *f->subject)
-		text_field(&t, "X-SSL-Client-CN", f->subject);
+		text_format(&t, "X-SSL-Client-CN: %s\r\n", f->subject);
 	text_string(&t, r->upgrade ? "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" :
 		"Connection: close\r\n\r\n");
 	return t.full ? 0 : t.len;
@@ -1903,7 +2000,7 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 		if (span_is(buf, name, "content-length") && (bodiless || is_repeated_length(h, buf, i)))
 			continue;
 		if (!is_hop(h, buf, name) || (span_is(buf, name, "transfer-encoding") && !bodiless))
-			text_copy(&t, buf, &h->field[i]);
+			text_field(&t, buf, &h->field[i]);
 	}
 	if (r->framing == BODY_TUNNEL)
 		text_string(&t, "Connection: Upgrade\r\nUpgrade: websocket\r\n");
@@ -2218,7 +2315,7 @@ static int server_dial(unsigned i, unsigned which)
 	if (a->family == AF_UNIX) {
 		memset(&ss, 0, sizeof ss);
 		sun->sun_family = AF_UNIX;
-		snprintf(sun->sun_path, sizeof sun->sun_path, "%s", backends[i].host + 5);
+		string_format(sun->sun_path, sizeof sun->sun_path, "%s", backends[i].host + 5);
 		len = sizeof *sun;
 	} else {
 		len = address_write(a, &ss);
@@ -2429,6 +2526,7 @@ static const char *backend_sni(const struct backend *b)
  * word of its address. */
 static void cookie_make(struct server *v)
 {
+	struct text t = { .p = v->cookie, .size = sizeof v->cookie - 1 };
 	br_sha256_context c;
 	unsigned char hash[br_sha256_SIZE];
 	unsigned i;
@@ -2437,9 +2535,9 @@ static void cookie_make(struct server *v)
 	br_sha256_update(&c, cookie_secret, sizeof cookie_secret);
 	br_sha256_update(&c, v->name, strlen(v->name));
 	br_sha256_out(&c, hash);
-	snprintf(v->cookie, sizeof v->cookie, "%s=", cookie_name);
+	text_format(&t, "%s=", cookie_name);
 	for (i = 0; i < 8; i++)
-		snprintf(v->cookie + sizeof cookie_name + 2 * i, 3, "%02x", hash[i]);
+		text_format(&t, "%02x", hash[i]);
 }
 
 /* Host and port of a backend: a socket's path, an address, or a name. */
@@ -2455,17 +2553,18 @@ static void server_place(unsigned i)
 			die("config.h: backends[%u]: %s: path too long", i, b->host);
 		v->address[0].family = AF_UNIX;
 		v->addresses = 1;
-		snprintf(v->name, sizeof v->name, "%s", b->host);
+		string_format(v->name, sizeof v->name, "%s", b->host);
 		return;
 	}
 	if (!b->port || !address_parse(&v->address[0], "0.0.0.0", b->port))
 		die("config.h: backends[%u]: port \"%s\": give a decimal number", i,
-			b->port ? b->port : "NULL");
+			text_or(b->port));
 	v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
 	v->by_name = !v->addresses;
 	if (v->by_name && !resolve_names)
 		die("config.h: backends[%u]: \"%s\" is a name: set resolve_names to 1", i, b->host);
-	snprintf(v->name, sizeof v->name, strchr(b->host, ':') ? "[%s]:%s" : "%s:%s", b->host, b->port);
+	string_format(v->name, sizeof v->name, strchr(b->host, ':') ? "[%s]:%s" : "%s:%s", b->host,
+		b->port);
 }
 
 static void servers_init(void)
@@ -3742,25 +3841,20 @@ static void reply_compose(struct session *s, enum why why)
 {
 	struct text t = { .p = scratch, .size = HEAD_ROOM };
 	struct head_buffer *hd = s->hd;
-	const unsigned status = whys[why].status;
-	char body[96], line[64];
-	int n;
+	unsigned status = whys[why].status;
+	char body[96];
+	size_t len = string_format(body, sizeof body, "%u %s: %s\n", status, status_text(status),
+		whys[why].text);
 
-	n = snprintf(body, sizeof body, "%u %s: %s\n", status, status_text(status), whys[why].text);
-	snprintf(line, sizeof line, "HTTP/1.1 %u %s\r\n", status, status_text(status));
-	text_string(&t, line);
-	snprintf(line, sizeof line, "%d", n);
-	text_field(&t, "Content-Type", "text/plain");
-	text_field(&t, "Content-Length", line);
-	text_field(&t, "Connection", status == 426 ? "close, Upgrade" : "close");
-	if (status == 426) {
-		text_field(&t, "Upgrade", "websocket");
-		text_field(&t, "Sec-WebSocket-Version", "13");
-	} else if (status == 405) {
-		text_field(&t, "Allow", "GET");
-	} else if (status == 308) {
+	text_format(&t, "HTTP/1.1 %u %s\r\nContent-Type: text/plain\r\nContent-Length: %u\r\n"
+		"Connection: close", status, status_text(status), (unsigned)len);
+	if (status == 426)
+		text_string(&t, ", Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13");
+	else if (status == 405)
+		text_string(&t, "\r\nAllow: GET");
+	text_string(&t, "\r\n");
+	if (status == 308)
 		text_location(&t, hd);
-	}
 	text_string(&t, "\r\n");
 	if (!s->head)
 		text_string(&t, body);
@@ -3775,7 +3869,7 @@ static void log_reject(const struct address *peer, unsigned status, enum why why
 
 	totals.rejected++;
 	if (status)
-		snprintf(number, sizeof number, "%u", status);
+		string_format(number, sizeof number, "%u", status);
 	log_line(LOG_NOTICE, "reject client=%s status=%s why=%s",
 		address_format(peer, 1, client), number, whys[why].text);
 }
@@ -4075,7 +4169,7 @@ static const char *handshake_why(const struct session *s)
 	/* alerts of RFC 5246 7.2.2 on our certificate, and on the lack of one */
 	if (error < BR_ERR_SEND_FATAL_ALERT && ((alert >= 41 && alert <= 49) || alert == 116))
 		return "certificate-refused";
-	snprintf(text, sizeof text, alert >= 0 && alert < 256 ? "tls-alert-%d" : "tls-error-%d",
+	string_format(text, sizeof text, alert >= 0 && alert < 256 ? "tls-alert-%d" : "tls-error-%d",
 		alert >= 0 && alert < 256 ? alert : error);
 	return text;
 }
@@ -4189,13 +4283,13 @@ static void log_open_session(struct session *s, unsigned status)
 	if (!s->plain) {
 		br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
 		k = suite_find(p.cipher_suite);
-		snprintf(tls, sizeof tls, "tls=1.%d suite=%s resumed=%d", (int)p.version - BR_TLS10,
+		string_format(tls, sizeof tls, "tls=1.%d suite=%s resumed=%d", (int)p.version - BR_TLS10,
 			k < 0 ? "?" : suite_names[k].name, s->policy.id == NULL);
 		wipe(&p, sizeof p);
 	}
-	log_line(LOG_INFO, "open id=%lu client=%s %s host=%s path=%s backend=%s status=%u ms=%llu",
-		(unsigned long)s->id, address_format(&s->peer, 1, client), tls, s->note->host, s->note->path,
-		servers[s->server].name, status, (unsigned long long)(now - s->born));
+	log_line(LOG_INFO, "open id=%u client=%s %s host=%s path=%s backend=%s status=%u ms=%llu",
+		(unsigned)s->id, address_format(&s->peer, 1, client), tls, s->note->host,
+		s->note->path, servers[s->server].name, status, (unsigned long long)(now - s->born));
 }
 
 /* Adds the cookie of the session's backend to a rendered head, in front of its empty line. The new
@@ -4476,10 +4570,10 @@ static void log_close_session(const struct session *s)
 	uint64_t ms = now - s->born;
 
 	if (log_sessions)
-		log_line(LOG_INFO, "close id=%lu by=%s why=%s rx=%llu tx=%llu s=%llu.%llu",
-			(unsigned long)s->id, party[s->by], whys[s->why].text,
+		log_line(LOG_INFO, "close id=%u by=%s why=%s rx=%llu tx=%llu s=%llu.%u",
+			(unsigned)s->id, party[s->by], whys[s->why].text,
 			(unsigned long long)s->rx, (unsigned long long)s->tx,
-			(unsigned long long)(ms / 1000), (unsigned long long)(ms % 1000 / 100));
+			(unsigned long long)(ms / 1000), (unsigned)(ms % 1000 / 100));
 }
 
 /* The one end of every session. A reset of one side resets the other. */
@@ -5130,23 +5224,39 @@ static void lending_test(void)
 	s->tls_made = 0;
 }
 
+/* Numbers of config.h, and what they may be. */
+static const struct {
+	const char *name;
+	unsigned value, min, max;
+} numbers[] = {
+#define NUMBER(name, min, max) { #name, name, min, max }
+	NUMBER(hash_bits4, 1, 32), NUMBER(hash_bits6, 1, 128), NUMBER(ciphers_by_cpu, 0, 1),
+	NUMBER(session_cache, 0, UINT_MAX), NUMBER(check_accept, 0, 1),
+	NUMBER(tls_backends, 0, 1), NUMBER(resolve_names, 0, 1), NUMBER(max_sessions, 1, 100000),
+	NUMBER(max_busy, 1, max_sessions), NUMBER(max_per_ip, 0, UINT_MAX),
+	NUMBER(head_max, 1024, 16000), NUMBER(handshake_ms, 1, INT_MAX),
+	NUMBER(head_ms, 1, INT_MAX), NUMBER(connect_ms, 1, INT_MAX),
+	NUMBER(response_ms, 1, INT_MAX), NUMBER(idle_ms, 0, INT_MAX),
+	NUMBER(linger_ms, 1, INT_MAX), NUMBER(stall_ms, 1, INT_MAX),
+	NUMBER(drain_ms, 1, INT_MAX), NUMBER(park, 0, 1), NUMBER(park_ms, 1, INT_MAX),
+	NUMBER(max_fails, 0, UINT_MAX), NUMBER(fail_ms, 0, INT_MAX), NUMBER(check_ms, 0, INT_MAX),
+	NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
+	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
+	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_sessions, 0, 1),
+#undef NUMBER
+};
+
 /* What the compiler can't know. Dies with the entry's name. */
 static void config_check(void)
 {
-	const struct { const char *name; unsigned value; } above_0[] = {
-		{ "handshake_ms", handshake_ms }, { "head_ms", head_ms }, { "connect_ms", connect_ms },
-		{ "response_ms", response_ms }, { "linger_ms", linger_ms }, { "stall_ms", stall_ms },
-		{ "drain_ms", drain_ms }, { "park_ms", park_ms }, { "resolve_ms", resolve_ms },
-	};
 	unsigned i;
 
-	for (i = 0; i < LENGTH(above_0); i++)
-		if (above_0[i].value == 0)
-			die("config.h: %s: must be above 0", above_0[i].name);
+	for (i = 0; i < LENGTH(numbers); i++)
+		if (numbers[i].value < numbers[i].min || numbers[i].value > numbers[i].max)
+			die("config.h: %s = %u: give %u to %u", numbers[i].name, numbers[i].value,
+				numbers[i].min, numbers[i].max);
 	if (idle_ms > 0 && idle_ms <= head_ms)
 		die("config.h: idle_ms: must be above head_ms, or 0");
-	if (hash_bits4 < 1 || hash_bits4 > 32 || hash_bits6 < 1 || hash_bits6 > 128)
-		die("config.h: hash_bits4, hash_bits6: 1 to 32, 1 to 128");
 }
 
 static void certs_init(void)
@@ -5159,26 +5269,20 @@ static void certs_init(void)
 		die("config.h: %s", error);
 }
 
-static unsigned long memory_ceiling(void)
+static unsigned memory_kb(void)
 {
-	return sizeof sessions + sizeof records + sizeof heads + sizeof notes + sizeof sources + sizeof buckets +
-		sizeof keyrings + sizeof servers + sizeof upstreams + sizeof cache_store + sizeof fds + sizeof awake +
-		sizeof scratch;
+	return (unsigned)((sizeof sessions + sizeof records + sizeof heads + sizeof notes +
+		sizeof sources + sizeof buckets + sizeof keyrings + sizeof servers + sizeof upstreams +
+		sizeof cache_store + sizeof fds + sizeof awake + sizeof scratch) / 1024);
 }
 
 /* wssproxy -t */
 static int check_print(void)
 {
-	printf("wssproxy: config.h and its files are good\n"
-		"memory: at most %lu KB of tables: %u sessions of %lu bytes, %u busy of %lu bytes\n",
-		memory_ceiling() / 1024, (unsigned)max_sessions, (unsigned long)sizeof sessions[0],
-		(unsigned)max_busy, (unsigned long)(sizeof records[0] + sizeof heads[0]));
-	return 0;
-}
-
-static const char *text_or(const char *text)
-{
-	return text ? text : "NULL";
+	return !print(STDOUT_FILENO, "wssproxy: config.h and its files are good\n"
+		"memory: at most %u KB of tables: %u sessions of %u bytes, %u busy of %u bytes",
+		memory_kb(), (unsigned)max_sessions, (unsigned)sizeof sessions[0],
+		(unsigned)max_busy, (unsigned)(sizeof records[0] + sizeof heads[0]));
 }
 
 /* wssproxy -v */
@@ -5186,56 +5290,45 @@ static int version_print(void)
 {
 	static const char *const balances[] = { "ROUND_ROBIN", "IP_HASH", "LEAST_CONN",
 		"STICKY_COOKIE" };
-	static const char *const kinds[] = { "WSS", "WS", "REDIRECT" };
 	static const char *const forwards[] = { "APPEND", "REPLACE", "OFF" };
 	static const char *const modes[] = { "TLS_OFF", "TLS_VERIFY", "TLS_PIN", "TLS_NOVERIFY" };
-#define NUMBER(name) { #name, name }
-	static const struct { const char *name; unsigned value; } numbers[] = {
-		NUMBER(hash_bits4), NUMBER(hash_bits6), NUMBER(ciphers_by_cpu), NUMBER(session_cache),
-		NUMBER(check_accept), NUMBER(tls_backends), NUMBER(resolve_names),
-		NUMBER(max_sessions), NUMBER(max_busy), NUMBER(max_per_ip),
-		NUMBER(head_max), NUMBER(handshake_ms), NUMBER(head_ms), NUMBER(connect_ms),
-		NUMBER(response_ms), NUMBER(idle_ms), NUMBER(linger_ms), NUMBER(stall_ms),
-		NUMBER(drain_ms), NUMBER(park), NUMBER(park_ms), NUMBER(max_fails), NUMBER(fail_ms),
-		NUMBER(check_ms), NUMBER(resolve_ms), NUMBER(keepalive_s),
-		NUMBER(keepalive_interval_s), NUMBER(keepalive_probes), NUMBER(user_timeout_ms),
-		NUMBER(log_sessions),
+	const struct { const char *name, *value; } texts[] = {
+		{ "balance", balances[balance] }, { "cookie_name", cookie_name },
+		{ "client_ca", client_ca }, { "http", http == FORWARD ? "FORWARD" : "REFUSE" },
+		{ "x_forwarded_for", forwards[x_forwarded_for] }, { "user", user },
+		{ "group", group }, { "chroot_dir", chroot_dir },
+		{ "log_to", log_to == STDERR ? "STDERR" : "SYSLOG" },
 	};
-#undef NUMBER
+	const int out = STDOUT_FILENO;
 	const br_config_option *o;
 	unsigned i;
 
-	printf("wssproxy %s\nBearSSL", VERSION);
+	print(out, "wssproxy %s", VERSION);
 	for (o = br_get_config(); o->name; o++)
-		printf(" %s=%ld", o->name, o->value);
-	putchar('\n');
+		print(out, "BearSSL %s = %d", o->name, (int)o->value);
 	for (i = 0; i < LISTENERS; i++)
-		printf("listeners[%u] = %s %s %s\n", i, listeners[i].address, listeners[i].port,
+		print(out, "listeners[%u] = %s %s %s", i, listeners[i].address, listeners[i].port,
 			kinds[listeners[i].kind]);
 	for (i = 0; i < CERTS; i++)
-		printf("certs[%u] = %s %s %s\n", i, text_or(certs[i].name), certs[i].chain,
-			certs[i].key);
-	for (i = 0; i < BACKENDS; i++)
-		printf("backends[%u] = %s path=%s weight=%u backup=%d max_conns=%u\n", i,
-			servers[i].name, text_or(backends[i].path), weights[i],
-			backends[i].backup, backends[i].max_conns);
-	for (i = 0; i < BACKENDS; i++)
-		printf("backends[%u] = tls=%s sni=%s ca=%s cert=%s key=%s\n", i,
-			modes[backends[i].tls], text_or(backends[i].sni), text_or(backends[i].ca),
-			text_or(backends[i].cert), text_or(backends[i].key));
-	printf("balance = %s\ncookie_name = %s\n", balances[balance], cookie_name);
-	printf("tls_min = 1.%u\ntls_max = 1.%u\nciphers =", tls_min - BR_TLS10, tls_max - BR_TLS10);
+		print(out, "certs[%u] = %s %s %s", i, text_or(certs[i].name),
+			certs[i].chain, certs[i].key);
+	for (i = 0; i < BACKENDS; i++) {
+		const struct backend *b = &backends[i];
+
+		print(out, "backends[%u] = %s path=%s weight=%u backup=%d max_conns=%u tls=%s "
+			"sni=%s ca=%s cert=%s key=%s", i, servers[i].name, text_or(b->path),
+			weights[i], b->backup, b->max_conns, modes[b->tls], text_or(b->sni),
+			text_or(b->ca), text_or(b->cert), text_or(b->key));
+	}
+	print(out, "tls_min = 1.%u\ntls_max = 1.%u", tls_min - BR_TLS10, tls_max - BR_TLS10);
 	for (i = 0; i < LENGTH(suites); i++)
-		printf(" %s", suite_names[suite_find(suites[i])].name);
-	printf("\nhttp = %s\norigins =", http == FORWARD ? "FORWARD" : "REFUSE");
+		print(out, "ciphers[%u] = %s", i, suite_names[suite_find(suites[i])].name);
 	for (i = 0; i < LENGTH(origins) && origins[i]; i++)
-		printf(" %s", origins[i]);
-	printf("\nx_forwarded_for = %s\nclient_ca = %s\n", forwards[x_forwarded_for],
-		text_or(client_ca));
+		print(out, "origins[%u] = %s", i, origins[i]);
+	for (i = 0; i < LENGTH(texts); i++)
+		print(out, "%s = %s", texts[i].name, text_or(texts[i].value));
 	for (i = 0; i < LENGTH(numbers); i++)
-		printf("%s = %u\n", numbers[i].name, numbers[i].value);
-	printf("user = %s\ngroup = %s\nchroot_dir = %s\nlog_to = %s\n", text_or(user), text_or(group),
-		text_or(chroot_dir), log_to == STDERR ? "STDERR" : "SYSLOG");
+		print(out, "%s = %u", numbers[i].name, numbers[i].value);
 	return 0;
 }
 
@@ -5269,7 +5362,7 @@ int main(int argc, char *argv[])
 
 	standard_descriptors();
 	if (argc > 2 || (argc == 2 && strcmp(argv[1], "-t") != 0 && strcmp(argv[1], "-v") != 0)) {
-		fputs("usage: wssproxy [-t | -v]\n", stderr);
+		print(STDERR_FILENO, "usage: wssproxy [-t | -v]");
 		return 2;
 	}
 	clock_read();
@@ -5297,8 +5390,8 @@ int main(int argc, char *argv[])
 		if (backends[i].tls == TLS_NOVERIFY)
 			log_line(LOG_WARNING, "warning backend=%s TLS_NOVERIFY: anyone who can reach its "
 				"address can pass for it", servers[i].name);
-	log_line(LOG_NOTICE, "start version=%s sessions=%u busy=%u memory=%luKB", VERSION,
-		(unsigned)max_sessions, (unsigned)max_busy, memory_ceiling() / 1024);
+	log_line(LOG_NOTICE, "start version=%s sessions=%u busy=%u memory=%uKB", VERSION,
+		(unsigned)max_sessions, (unsigned)max_busy, memory_kb());
 	for (i = 0; i < LISTENERS; i++)
 		listener_open(i);
 	epoll_fd = fds[FD_EPOLL].fd = park ? epoll_create1(EPOLL_CLOEXEC) : -1;

@@ -1,4 +1,66 @@
-/* unit-core.h - the log, timers, pools, addresses, sources, and the choice among backends. */
+/* unit-core.h - text, the log, timers, pools, addresses, sources, and the choice among backends. */
+
+/* ---- text ---- */
+
+/* The same as libc's, whole or cut to any size, and not a byte behind it. Each conversion that is
+ * used in wssproxy.c. */
+#define CHECK_FORMAT(...) do { \
+	char want[200]; \
+	struct text t; \
+	size_t size, len = (size_t)snprintf(want, sizeof want, __VA_ARGS__); \
+	for (size = 0; size <= len + 1; size++) { \
+		t = (struct text){ .p = guard_room(&output, size), .size = size }; \
+		text_format(&t, __VA_ARGS__); \
+		with("%zu bytes of room", size); \
+		CHECK_BYTES(t.p, t.len, want, size < len ? size : len); \
+		CHECK_INT(t.full, size < len); \
+	} \
+	for (size = 1; size <= len + 2; size++) { \
+		char *out = guard_room(&output, size); \
+		with("a string of %zu bytes", size); \
+		CHECK_INT(string_format(out, size, __VA_ARGS__), size - 1 < len ? size - 1 : len); \
+		CHECK_BYTES(out, strlen(out), want, size - 1 < len ? size - 1 : len); \
+	} \
+} while (0)
+
+static void test_text_format(void)
+{
+	static const unsigned long long edge[] = { 0, 1, 9, 10, 15, 16, 99, 100, 255, 256, 65535, 65536,
+		INT_MAX, (unsigned)INT_MIN, UINT_MAX, UINT_MAX + 1ull, INT64_MAX, 1ull << 63, UINT64_MAX };
+	size_t i;
+
+	CHECK_FORMAT("no conversion");
+	CHECK_FORMAT("%s", "");
+	CHECK_FORMAT("%s%s", "a", "%s %d%");            /* what comes in is no format */
+	CHECK_FORMAT("<%s|%c|%s>", "a string", 'c', "another");
+	CHECK_FORMAT("close s=%llu.%u", 12ull, 3u);
+	CHECK_FORMAT("%d %d %d %d %d", INT_MIN, INT_MIN + 1, -1, 0, INT_MAX);
+	for (i = 0; i < COUNT(edge) + 1000; i++) {
+		unsigned long long n = i < COUNT(edge) ? edge[i] :
+			random_next() >> random_below(64);
+
+		at("%llu", n);
+		CHECK_FORMAT("%llu,%u,%d", n, (unsigned)n, (int)n);
+		CHECK_FORMAT("%x %02x 0x%04x", (unsigned)n, (unsigned)n, (unsigned)n);
+	}
+}
+
+/* What follows what did not fit is left out as well, even if it were short enough. */
+static void test_text_full(void)
+{
+	char out[8];
+	struct text t = { .p = out, .size = sizeof out };
+
+	text_string(&t, "12345678");
+	CHECK_INT(t.full, 0);
+	t = (struct text){ .p = out, .size = sizeof out };
+	text_string(&t, "12345");
+	text_format(&t, "%d", -6789);
+	text_string(&t, "");
+	CHECK_INT(t.full, 1);
+	text_string(&t, "x");
+	CHECK_BYTES(out, t.len, "12345-67", 8);
+}
 
 /* ---- the log ---- */
 
@@ -420,6 +482,66 @@ static void test_address(void)
 	address_read(&b, (struct sockaddr *)&ss);
 	CHECK_BYTES((char *)&a, sizeof a, (char *)&b, sizeof b);
 	CHECK_INT(a.family, AF_INET);
+}
+
+/* As inet_ntop has it, which knows RFC 5952, but for one thing: it shows some addresses with an
+ * IPv4 one at their end (::192.0.2.9). */
+static void check_address_text(const unsigned char ip[16])
+{
+	static const unsigned char zero[12];
+	struct sockaddr_in6 in6 = { .sin6_family = AF_INET6, .sin6_port = htons(443) };
+	char want[INET6_ADDRSTRLEN + 8], text[ADDRESS_TEXT];
+	struct address a;
+
+	memcpy(&in6.sin6_addr, ip, 16);
+	address_read(&a, (struct sockaddr *)&in6);
+	if (a.family == AF_INET)
+		inet_ntop(AF_INET, ip + 12, want, sizeof want);
+	else if (memcmp(ip, zero, 12) == 0 && (ip[12] | ip[13]))
+		snprintf(want, sizeof want, "::%x:%x", ip[12] << 8 | ip[13], ip[14] << 8 | ip[15]);
+	else
+		inet_ntop(AF_INET6, ip, want, sizeof want);
+	CHECK_STR(address_format(&a, 0, text), want);
+	if (a.family == AF_INET6) {
+		snprintf(text, sizeof text, "[%s]:443", want);
+		strcpy(want, text);
+		CHECK_STR(address_format(&a, 1, text), want);
+	}
+}
+
+/* Each pattern of zero and other groups, with other groups of one to four digits. */
+static void test_address_text(void)
+{
+	unsigned char ip[16];
+	unsigned zeros, i, k;
+
+	for (zeros = 0; zeros < 256; zeros++) {
+		for (k = 0; k < 40; k++) {
+			for (i = 0; i < 8; i++) {
+				unsigned group = zeros >> i & 1 ? 0 :
+					1 + random_below(0xffff >> 4 * random_below(4));
+
+				ip[2 * i] = (unsigned char)(group >> 8);
+				ip[2 * i + 1] = (unsigned char)group;
+			}
+			at("groups of zeros: %#x, try %u", zeros, k);
+			check_address_text(ip);
+		}
+	}
+	memset(ip, 0, 16);
+	ip[10] = ip[11] = 0xff;
+	for (k = 0; k < 100; k++) {
+		for (i = 12; i < 16; i++)
+			ip[i] = (unsigned char)random_next();
+		at("IPv4, try %u", k);
+		check_address_text(ip);
+	}
+	for (i = 0; i < 10000; i++) {
+		for (k = 0; k < 16; k++)
+			ip[k] = (unsigned char)(random_below(3) ? 0 : random_next());
+		at("random, try %u", i);
+		check_address_text(ip);
+	}
 }
 
 static void test_address_parse(void)
