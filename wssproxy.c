@@ -841,75 +841,38 @@ static int address_parse(struct address *a, const char *host, const char *port)
 
 /* ---- PEM and keys ---- */
 
-/* Where pem_walk puts what it finds: a private key into the decoder, or certificates, one after
- * another, into der, where `took` is told of each. */
-struct pem_sink {
-	br_skey_decoder_context *key;   /* NULL: certificates are wanted */
-	const char *(*took)(struct pem_sink *, unsigned char *der, size_t len);
-	void *owner;
-	unsigned char *der;
-	size_t len, size;
-	unsigned found;
-	const char *error;
+/* Overwrites, and is not optimized away. */
+static void wipe(void *p, size_t len)
+{
+	volatile unsigned char *v = p;
+
+	while (len-- > 0)
+		*v++ = 0;
+}
+
+/* The DER of a PEM object. It is written over the text that it is read from, which is longer. */
+struct der {
+	unsigned char *p;
+	size_t len;
 };
 
-static void pem_push_cert(void *ctx, const void *data, size_t len)
+static void der_push(void *ctx, const void *data, size_t len)
 {
-	struct pem_sink *k = ctx;
+	struct der *d = ctx;
 
-	if (len > k->size - k->len) {
-		k->error = "larger than there is room for";
-		return;
-	}
-	memcpy(k->der + k->len, data, len);
-	k->len += len;
+	memcpy(d->p + d->len, data, len);
+	d->len += len;
 }
 
-static void pem_push_key(void *ctx, const void *data, size_t len)
+/* Tells `take` of each object of a PEM text, which is lost: its name and bytes. The decoder wants
+ * no CR, and the final newline that editors forget: there must be room for one more byte at
+ * text[len]. NULL, or what is wrong with it. */
+static const char *pem_walk(char *text, size_t len, void *owner,
+	const char *(*take)(void *, const char *, const unsigned char *, size_t))
 {
-	struct pem_sink *k = ctx;
-
-	br_skey_decoder_push(k->key, data, len);
-}
-
-/* A PEM object of this name begins: sets where its bytes go; others are passed over. */
-static void pem_begin(br_pem_decoder_context *dc, struct pem_sink *k)
-{
-	const char *name = br_pem_decoder_name(dc);
-	size_t len = strlen(name);
-	int is_key = len >= 11 && strcmp(name + len - 11, "PRIVATE KEY") == 0;
-
-	br_pem_decoder_setdest(dc, NULL, NULL);
-	if (k->key && strcmp(name, "ENCRYPTED PRIVATE KEY") == 0) {
-		k->error = "the key is encrypted: decrypt it (openssl pkey)";
-	} else if (k->key && is_key) {
-		if (k->found++)
-			k->error = "more than one private key";
-		br_skey_decoder_init(k->key);
-		br_pem_decoder_setdest(dc, pem_push_key, k);
-	} else if (!k->key && (strcmp(name, "CERTIFICATE") == 0 ||
-	    strcmp(name, "X509 CERTIFICATE") == 0)) {
-		k->len = 0;
-		br_pem_decoder_setdest(dc, pem_push_cert, k);
-	}
-}
-
-/* A PEM object ended. */
-static void pem_end(struct pem_sink *k)
-{
-	if (k->key || k->len == 0 || k->error)
-		return;
-	k->found++;
-	k->error = k->took(k, k->der, k->len);
-	k->len = 0;
-}
-
-/* Walks the objects of a PEM text, which it changes: the decoder wants no CR, and the final
- * newline that editors forget. There must be room for one more byte at text[len]. NULL, or what
- * is wrong with it. */
-static const char *pem_walk(struct pem_sink *k, char *text, size_t len)
-{
+	struct der d = { (unsigned char *)text, 0 };
 	br_pem_decoder_context dc;
+	const char *error = NULL;
 	size_t i, n = 0;
 	int inside = 0;
 
@@ -918,57 +881,80 @@ static const char *pem_walk(struct pem_sink *k, char *text, size_t len)
 			text[n++] = text[i];
 	text[n++] = '\n';
 	br_pem_decoder_init(&dc);
-	for (i = 0; i < n && !k->error; ) {
+	for (i = 0; i < n && !error; ) {
 		i += br_pem_decoder_push(&dc, text + i, n - i);
 		switch (br_pem_decoder_event(&dc)) {
 		case BR_PEM_BEGIN_OBJ:
-			pem_begin(&dc, k);
 			inside = 1;
+			d.len = 0;
+			br_pem_decoder_setdest(&dc, der_push, &d);
 			break;
 		case BR_PEM_END_OBJ:
-			pem_end(k);
 			inside = 0;
+			error = take(owner, br_pem_decoder_name(&dc), d.p, d.len);
 			break;
 		case BR_PEM_ERROR:
-			return "not valid PEM";
+			error = "not valid PEM";
 		}
 	}
-	br_pem_decoder_init(&dc);       /* may hold bytes of a key */
-	return k->error ? k->error : inside ? "ends inside a PEM object" :
-		k->found > 0 ? NULL : k->key ? "no private key in it" : "no certificate in it";
+	wipe(&dc, sizeof dc);           /* may hold bytes of a key */
+	return error ? error : inside ? "ends inside a PEM object" : NULL;
 }
 
-static const char *chain_add(struct pem_sink *k, unsigned char *der, size_t len)
+static int is_certificate(const char *name, size_t len)
 {
-	struct identity *id = k->owner;
+	return len > 0 && (strcmp(name, "CERTIFICATE") == 0 || strcmp(name, "X509 CERTIFICATE") == 0);
+}
 
+static const char *chain_add(void *owner, const char *name, const unsigned char *der, size_t len)
+{
+	struct identity *id = owner;
+	unsigned char *p = id->der + id->der_len;
+
+	if (!is_certificate(name, len))
+		return NULL;
 	if (id->chain_len == CHAIN_MAX)
 		return "more than CHAIN_MAX certificates";
-	id->chain[id->chain_len++] = (br_x509_certificate){ der, len };
-	k->der += len;
-	k->size -= len;
+	if (len > sizeof id->der - id->der_len)
+		return "larger than CHAIN_BYTES";
+	memcpy(p, der, len);
+	id->der_len += len;
+	id->chain[id->chain_len++] = (br_x509_certificate){ p, len };
 	return NULL;
 }
 
 static const char *chain_parse(void *owner, char *text, size_t len)
 {
 	struct identity *id = owner;
-	struct pem_sink k = { .took = chain_add, .owner = id, .der = id->der, .size = sizeof id->der };
+	const char *error;
 
-	id->chain_len = 0;
-	return pem_walk(&k, text, len);
+	id->chain_len = id->der_len = 0;
+	error = pem_walk(text, len, id, chain_add);
+	return error || id->chain_len > 0 ? error : "no certificate in it";
+}
+
+static const char *key_add(void *owner, const char *name, const unsigned char *der, size_t len)
+{
+	br_skey_decoder_context *key = owner;
+
+	if (strcmp(name, "ENCRYPTED PRIVATE KEY") == 0)
+		return "the key is encrypted: decrypt it (openssl pkey)";
+	if (!strstr(name, "PRIVATE KEY"))
+		return NULL;
+	if (br_skey_decoder_key_type(key))
+		return "more than one private key";
+	br_skey_decoder_push(key, der, len);
+	return br_skey_decoder_last_error(key) ? "not an RSA (up to 4096 bits) or EC key" : NULL;
 }
 
 static const char *key_parse(void *owner, char *text, size_t len)
 {
-	struct identity *id = owner;
-	struct pem_sink k = { .key = &id->key };
+	br_skey_decoder_context *key = &((struct identity *)owner)->key;
 	const char *error;
 
-	br_skey_decoder_init(&id->key);
-	error = pem_walk(&k, text, len);
-	return error ? error : br_skey_decoder_last_error(&id->key) ?
-		"not an RSA (up to 4096 bits) or EC key" : NULL;
+	br_skey_decoder_init(key);
+	error = pem_walk(text, len, key, key_add);
+	return error || br_skey_decoder_key_type(key) ? error : "no private key in it";
 }
 
 /* Bytes of a trust anchor go to the ring; NULL when it is full. */
@@ -995,13 +981,15 @@ static void anchor_name(void *ctx, const void *data, size_t len)
 }
 
 /* A certificate becomes a trust anchor: its subject and its key. */
-static const char *anchor_add(struct pem_sink *k, unsigned char *der, size_t len)
+static const char *anchor_add(void *owner, const char *name, const unsigned char *der, size_t len)
 {
-	struct keyring *ring = k->owner;
+	struct keyring *ring = owner;
 	br_x509_trust_anchor *a = &ring->anchor[ring->anchors];
 	br_x509_decoder_context dc;
 	const br_x509_pkey *pk;
 
+	if (!is_certificate(name, len))
+		return NULL;
 	if (ring->anchors == ANCHORS_MAX)
 		return "more than ANCHORS_MAX certificates";
 	*a = (br_x509_trust_anchor){ .dn = { ring->bytes + ring->used, 0 } };
@@ -1025,10 +1013,11 @@ static const char *anchor_add(struct pem_sink *k, unsigned char *der, size_t len
 
 static const char *anchors_parse(void *owner, char *text, size_t len)
 {
-	static unsigned char der[8192];
-	struct pem_sink k = { .took = anchor_add, .owner = owner, .der = der, .size = sizeof der };
+	const struct keyring *ring = owner;
+	const unsigned before = ring->anchors;
+	const char *error = pem_walk(text, len, owner, anchor_add);
 
-	return pem_walk(&k, text, len);
+	return error || ring->anchors > before ? error : "no certificate in it";
 }
 
 /* Whether the private key belongs to this public one. RSA: what one signs, the other verifies
@@ -1074,15 +1063,6 @@ static const char *identity_check(const struct identity *id)
 	return match ? NULL : "its first certificate is not that of the key";
 }
 
-/* Overwrites, and is not optimized away. */
-static void wipe(void *p, size_t len)
-{
-	volatile unsigned char *v = p;
-
-	while (len-- > 0)
-		*v++ = 0;
-}
-
 /* A whole file into buf, with room for one byte more. Its length, or -1 with *error set. */
 static ssize_t file_read(const char *path, char *buf, size_t size, const char **error)
 {
@@ -1119,39 +1099,35 @@ static const char *pem_file(void *owner, const char *path,
 	return error;
 }
 
-/* Where keyring_load tells of a fault: which entry, which file, what. */
-struct fault {
-	char *text;
-	size_t size;
-};
+/* What keyring_load found to be wrong: which entry, which file, what. */
+static char fault[LOG_LINE / 2];
 
-static int fault_set(struct fault *f, const char *entry, unsigned i, const char *path,
-	const char *what)
+static int fault_set(const char *entry, unsigned i, const char *path, const char *what)
 {
-	string_format(f->text, f->size, "%s[%u]: %s: %s", entry, i, text_or(path), what);
+	string_format(fault, sizeof fault, "%s[%u]: %s: %s", entry, i, text_or(path), what);
 	return 0;
 }
 
 static int identity_load(struct identity *id, const char *entry, unsigned i, const char *chain,
-	const char *key, struct fault *f)
+	const char *key)
 {
 	struct stat st;
 	const char *what;
 
 	if (!chain || !key)
-		return fault_set(f, entry, i, chain, "certificate and key go together");
+		return fault_set(entry, i, chain, "certificate and key go together");
 	if ((what = pem_file(id, chain, chain_parse)) != NULL)
-		return fault_set(f, entry, i, chain, what);
+		return fault_set(entry, i, chain, what);
 	if ((what = pem_file(id, key, key_parse)) != NULL)
-		return fault_set(f, entry, i, key, what);
+		return fault_set(entry, i, key, what);
 	if (stat(key, &st) == 0 && (st.st_mode & (S_IRWXG | S_IRWXO)))
 		log_line(LOG_WARNING, "warning key=%s is open to group or others: chmod 600", key);
 	what = identity_check(id);
-	return what ? fault_set(f, entry, i, chain, what) : 1;
+	return what ? fault_set(entry, i, chain, what) : 1;
 }
 
 static int trust_load(struct keyring *ring, struct trust *t, const char *entry, unsigned i,
-	const char *path, int one, struct fault *f)
+	const char *path, int one)
 {
 	const char *what;
 
@@ -1160,10 +1136,10 @@ static int trust_load(struct keyring *ring, struct trust *t, const char *entry, 
 	t->count = ring->anchors - t->first;
 	if (!what && one && t->count != 1)
 		what = "one certificate is wanted, there are several";
-	return what ? fault_set(f, entry, i, path, what) : 1;
+	return what ? fault_set(entry, i, path, what) : 1;
 }
 
-static int keyring_load_backends(struct keyring *ring, struct fault *f)
+static int keyring_load_backends(struct keyring *ring)
 {
 	unsigned i;
 
@@ -1172,29 +1148,29 @@ static int keyring_load_backends(struct keyring *ring, struct fault *f)
 
 		ring->client_id[i].chain_len = 0;
 		if ((b->cert || b->key) &&
-		    !identity_load(&ring->client_id[i], "backends", i, b->cert, b->key, f))
+		    !identity_load(&ring->client_id[i], "backends", i, b->cert, b->key))
 			return 0;
 		if ((b->tls == TLS_VERIFY || b->tls == TLS_PIN) &&
 		    !trust_load(ring, &ring->backend_ca[i], "backends", i, b->ca,
-		    b->tls == TLS_PIN, f))
+		    b->tls == TLS_PIN))
 			return 0;
 	}
 	return 1;
 }
 
 /* Fills a keyring with what config.h names. 1, or 0 and the fault. */
-static int keyring_load(struct keyring *ring, struct fault *f)
+static int keyring_load(struct keyring *ring)
 {
 	unsigned i;
 
 	ring->anchors = 0;
 	ring->used = 0;
 	for (i = 0; i < CERTS; i++)
-		if (!identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key, f))
+		if (!identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key))
 			return 0;
-	if (client_ca && !trust_load(ring, &ring->client_ca, "client_ca", 0, client_ca, 0, f))
+	if (client_ca && !trust_load(ring, &ring->client_ca, "client_ca", 0, client_ca, 0))
 		return 0;
-	return !tls_backends || keyring_load_backends(ring, f);
+	return !tls_backends || keyring_load_backends(ring);
 }
 
 /* ---- sockets ---- */
@@ -5054,8 +5030,6 @@ static void signals_init(void)
 static void reload(void)
 {
 	struct keyring *other = keyring == &keyrings[0] ? &keyrings[1] : &keyrings[0];
-	char error[LOG_LINE / 2];
-	struct fault f = { error, sizeof error };
 	unsigned i;
 
 	if (other->users > 0)
@@ -5065,13 +5039,13 @@ static void reload(void)
 		resolver_ask(&servers[i]);
 		servers[i].resumable = 0;
 	}
-	if (keyring_load(other, &f)) {
+	if (keyring_load(other)) {
 		if (keyring->users == 0)
 			wipe(keyring, sizeof *keyring);
 		keyring = other;
 		log_line(LOG_NOTICE, "reload ok certs=%u", (unsigned)CERTS);
 	} else {
-		log_line(LOG_ERR, "reload failed config.h: %s: the old certificates stay", error);
+		log_line(LOG_ERR, "reload failed config.h: %s: the old certificates stay", fault);
 	}
 }
 
@@ -5261,12 +5235,9 @@ static void config_check(void)
 
 static void certs_init(void)
 {
-	char error[LOG_LINE];
-	struct fault f = { error, sizeof error };
-
 	keyring = &keyrings[0];
-	if (!keyring_load(keyring, &f))
-		die("config.h: %s", error);
+	if (!keyring_load(keyring))
+		die("config.h: %s", fault);
 }
 
 static unsigned memory_kb(void)

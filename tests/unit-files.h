@@ -463,8 +463,6 @@ static void test_keyring_load(void)
 		{ { PEM_EC_CERT, PEM_EC_KEY, PEM_RSA_CERT, PEM_RSA_KEY, PEM_EC_KEY }, "backends[5]: unit-ca.pem" },
 		{ { PEM_EC_CERT, PEM_EC_KEY, PEM_RSA_CERT, PEM_RSA_KEY, NULL }, "backends[5]: unit-ca.pem" },
 	};
-	char error[512];
-	struct fault f = { error, sizeof error };
 	size_t i, k;
 
 	directory_enter();
@@ -475,12 +473,12 @@ static void test_keyring_load(void)
 			if (cases[i].text[k] != NULL)
 				file_write(names[k], cases[i].text[k], strlen(cases[i].text[k]));
 		}
-		error[0] = '\0';
-		CHECK_INT(keyring_load(&keyrings[0], &f), cases[i].culprit == NULL);
-		if (cases[i].culprit != NULL && strstr(error, cases[i].culprit) == NULL)
-			CHECK_STR(error, cases[i].culprit);
+		fault[0] = '\0';
+		CHECK_INT(keyring_load(&keyrings[0]), cases[i].culprit == NULL);
+		if (cases[i].culprit != NULL && strstr(fault, cases[i].culprit) == NULL)
+			CHECK_STR(fault, cases[i].culprit);
 		else if (cases[i].culprit == NULL)
-			CHECK_STR(error, "");
+			CHECK_STR(fault, "");
 	}
 	directory_leave();
 }
