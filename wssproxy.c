@@ -1432,6 +1432,70 @@ static int list_has(const char *buf, struct span list, const char *word)
 	return 0;
 }
 
+/* Fields that mean something here, and what becomes of them when a head is passed on. */
+enum {
+	HOP  = 1,       /* hop-by-hop: dropped (RFC 9110 7.6.1) */
+	KEPT = 2,       /* Connection can't take it away: it steers, frames, or says who the client is */
+	LIKE = 4,       /* '_' is as good as '-': to CGI and its heirs both are one variable */
+	OURS = 8,       /* the proxy's to write: what a client sent is not believed */
+};
+
+/* NAME(name, text, flags); text with '-' at its end stands for all that begins so. */
+#define FIELD_NAMES(NAME) \
+	NAME(OTHER, "", 0) \
+	NAME(HOST, "host", KEPT) \
+	NAME(ORIGIN, "origin", 0) \
+	NAME(COOKIE, "cookie", 0) \
+	NAME(LENGTH, "content-length", KEPT) \
+	NAME(CODING, "transfer-encoding", HOP) \
+	NAME(CONNECTION, "connection", HOP) \
+	NAME(PROXY_CONNECTION, "proxy-connection", HOP) \
+	NAME(KEEP_ALIVE, "keep-alive", HOP) \
+	NAME(TE, "te", HOP) \
+	NAME(UPGRADE, "upgrade", HOP) \
+	NAME(KEY, "sec-websocket-key", KEPT) \
+	NAME(VERSION, "sec-websocket-version", KEPT) \
+	NAME(ACCEPT, "sec-websocket-accept", KEPT) \
+	NAME(WEBSOCKET, "sec-websocket-", KEPT) \
+	NAME(FORWARDED_FOR, "x-forwarded-for", KEPT | LIKE | OURS) \
+	NAME(FORWARDED_PROTO, "x-forwarded-proto", KEPT | LIKE | OURS) \
+	NAME(FORWARDED, "x-forwarded-", KEPT | LIKE) \
+	NAME(REAL_IP, "x-real-ip", KEPT | LIKE | OURS) \
+	NAME(SUBJECT, "x-ssl-client-cn", LIKE)
+
+enum {
+#define NAME(name, text, flags) NAME_##name,
+	FIELD_NAMES(NAME)
+#undef NAME
+	NAMES
+};
+
+static const struct {
+	const char *text;
+	int flags;
+} field_names[NAMES] = {
+#define NAME(name, text, flags) { text, flags },
+	FIELD_NAMES(NAME)
+#undef NAME
+};
+
+static unsigned name_find(const char *buf, struct span s)
+{
+	unsigned k;
+
+	for (k = 1; k < NAMES; k++) {
+		const char *text = field_names[k].text, *p = buf + s.at;
+		size_t i = 0;
+
+		while (i < s.len && text[i] && (lower(p[i]) == text[i] ||
+		    (p[i] == '_' && text[i] == '-' && (field_names[k].flags & LIKE))))
+			i++;
+		if (!text[i] && (i < s.len) == (text[i - 1] == '-'))
+			return k;
+	}
+	return NAME_OTHER;
+}
+
 /* A header line from `at` up to `end`, without its CRLF. */
 static int field_parse(struct head *h, const char *buf, size_t at, size_t end)
 {
@@ -1443,6 +1507,7 @@ static int field_parse(struct head *h, const char *buf, size_t at, size_t end)
 	if (i == at || i == end || buf[i] != ':')
 		return 0;
 	f->name = (struct span){ (uint16_t)at, (uint16_t)(i - at) };
+	f->is = (uint8_t)name_find(buf, f->name);
 	i++;
 	while (i < stop && (buf[i] == ' ' || buf[i] == '\t'))
 		i++;
@@ -1579,48 +1644,38 @@ static enum why response_parse(struct response *r, const char *buf, size_t len)
 
 /* What the fields of a head say of the connection and the body. */
 struct facts {
-	struct span host, key, version, accept, origin, coding;
-	unsigned hosts, keys, versions, accepts, origins, lengths, codings;
+	struct span value[NAMES];       /* the last one's */
+	unsigned count[NAMES];
 	int upgrade;            /* Connection has it */
 	int websocket;          /* Upgrade has it */
-	int bad_length;         /* Content-Length is no number, or two differ */
+	int bad_framing;        /* Content-Length is no number, or two differ, or with a coding */
 	uint64_t length;
 };
 
 static void facts_read(struct facts *f, const struct head *h, const char *buf)
 {
-	const struct { const char *name; struct span *value; unsigned *count; } words[] = {
-		{ "host", &f->host, &f->hosts },
-		{ "origin", &f->origin, &f->origins },
-		{ "sec-websocket-key", &f->key, &f->keys },
-		{ "sec-websocket-version", &f->version, &f->versions },
-		{ "sec-websocket-accept", &f->accept, &f->accepts },
-		{ "transfer-encoding", &f->coding, &f->codings },
-	};
-	unsigned i, k;
+	unsigned i;
 	uint64_t n;
 
 	memset(f, 0, sizeof *f);
 	for (i = 0; i < h->nfields; i++) {
-		struct span name = h->field[i].name, value = h->field[i].value;
+		const unsigned is = h->field[i].is;
+		const struct span value = h->field[i].value;
 
-		for (k = 0; k < LENGTH(words); k++) {
-			if (span_is(buf, name, words[k].name)) {
-				*words[k].value = value;
-				(*words[k].count)++;
-			}
-		}
-		if (span_is(buf, name, "connection")) {
+		if (is == NAME_CONNECTION) {
 			f->upgrade |= list_has(buf, value, "upgrade");
-		} else if (span_is(buf, name, "upgrade")) {
+		} else if (is == NAME_UPGRADE) {
 			f->websocket |= list_has(buf, value, "websocket");
-		} else if (span_is(buf, name, "content-length")) {
-			if (!number_parse(buf, value, &n) || (f->lengths > 0 && n != f->length))
-				f->bad_length = 1;
+		} else if (is == NAME_LENGTH) {
+			if (!number_parse(buf, value, &n) || (f->count[is] > 0 && n != f->length))
+				f->bad_framing = 1;
 			f->length = n;
-			f->lengths++;
 		}
+		f->value[is] = value;
+		f->count[is]++;
 	}
+	if (f->count[NAME_LENGTH] > 0 && f->count[NAME_CODING] > 0)
+		f->bad_framing = 1;
 }
 
 /* Host or authority: uri-host [ ":" port ] (RFC 9110 7.2, RFC 3986 3.2.2), the host not empty. */
@@ -1729,13 +1784,14 @@ static int origin_same(const char *buf, struct span origin, struct span host)
 /* Whether the value of Origin is one of origins[]. */
 static int origin_allowed(const char *buf, const struct facts *f, struct span host)
 {
+	const struct span origin = f->value[NAME_ORIGIN];
 	unsigned i;
 
-	for (i = 0; i < LENGTH(origins) && origins[i] && f->origins == 1; i++) {
+	for (i = 0; i < LENGTH(origins) && origins[i] && f->count[NAME_ORIGIN] == 1; i++) {
 		size_t len = strlen(origins[i]);
 
-		if (strcmp(origins[i], "same") == 0 ? origin_same(buf, f->origin, host) :
-		    len == f->origin.len && memcmp(origins[i], buf + f->origin.at, len) == 0)
+		if (strcmp(origins[i], "same") == 0 ? origin_same(buf, origin, host) :
+		    len == origin.len && memcmp(origins[i], buf + origin.at, len) == 0)
 			return 1;
 	}
 	return !origins[0];
@@ -1743,16 +1799,16 @@ static int origin_allowed(const char *buf, const struct facts *f, struct span ho
 
 static enum why upgrade_check(struct request *r, const char *buf, const struct facts *f)
 {
-	if (f->keys != 1 || !key_valid(buf, f->key))
+	if (f->count[NAME_KEY] != 1 || !key_valid(buf, f->value[NAME_KEY]))
 		return WHY_KEY;
-	if (f->versions != 1 || !span_is(buf, f->version, "13"))
+	if (f->count[NAME_VERSION] != 1 || !span_is(buf, f->value[NAME_VERSION], "13"))
 		return WHY_WS_VERSION;
-	if (f->codings > 0 || f->length > 0)
+	if (f->count[NAME_CODING] > 0 || f->length > 0)
 		return WHY_UPGRADE_BODY;
 	if (!origin_allowed(buf, f, r->host))
 		return WHY_ORIGIN;
 	r->upgrade = 1;
-	r->key = f->key;
+	r->key = f->value[NAME_KEY];
 	return WHY_NONE;
 }
 
@@ -1765,32 +1821,33 @@ static enum why request_check(struct request *r, const char *buf)
 	facts_read(&f, h, buf);
 	if (h->part[0].len == 7 && memcmp(buf, "CONNECT", 7) == 0)
 		return WHY_METHOD;
-	if (f.hosts != 1 || !host_valid(buf, f.host))
+	r->host = f.value[NAME_HOST];
+	if (f.count[NAME_HOST] != 1 || !host_valid(buf, r->host))
 		return WHY_HOST;
-	r->host = f.host;
 	if ((why = target_parse(r, buf)) != WHY_NONE)
 		return why;
-	if (f.bad_length || (f.lengths > 0 && f.codings > 0))
+	if (f.bad_framing)
 		return WHY_FRAMING;
 	r->length = f.length;
 	if (f.upgrade && f.websocket && h->part[0].len == 3 && memcmp(buf, "GET", 3) == 0)
 		return upgrade_check(r, buf, &f);
-	if (f.codings > 0)
-		return f.codings == 1 && span_is(buf, f.coding, "chunked") ? WHY_LENGTH : WHY_CODING;
-	return WHY_NONE;
+	if (f.count[NAME_CODING] == 0)
+		return WHY_NONE;
+	return f.count[NAME_CODING] == 1 && span_is(buf, f.value[NAME_CODING], "chunked") ?
+		WHY_LENGTH : WHY_CODING;
 }
 
-static enum why response_check(struct response *r, const char *buf, int upgrade, int head, const char *accept)
+static enum why response_check(struct response *r, const char *buf, int upgrade, int head,
+	const char *accept)
 {
-	const struct head *h = &r->head;
-	const char *code = buf + h->part[1].at;
+	const char *code = buf + r->head.part[1].at;
 	struct facts f;
 
-	facts_read(&f, h, buf);
+	facts_read(&f, &r->head, buf);
 	r->status = (unsigned)(code[0] - '0') * 100 + (unsigned)(code[1] - '0') * 10 +
 		(unsigned)(code[2] - '0');
 	r->length = f.length;
-	if (f.bad_length || (f.lengths > 0 && f.codings > 0))
+	if (f.bad_framing)
 		return WHY_BAD_RESPONSE;
 	if (r->status == 101) {
 		r->framing = BODY_TUNNEL;
@@ -1798,105 +1855,47 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
 			return WHY_BAD_RESPONSE;
 		if (!f.upgrade || !f.websocket)
 			return WHY_BAD_ACCEPT;
-		if (check_accept && (f.accepts != 1 || f.accept.len != 28 ||
-		    memcmp(buf + f.accept.at, accept, 28) != 0))
+		if (check_accept && (f.count[NAME_ACCEPT] != 1 || f.value[NAME_ACCEPT].len != 28 ||
+		    memcmp(buf + f.value[NAME_ACCEPT].at, accept, 28) != 0))
 			return WHY_BAD_ACCEPT;
 		return WHY_NONE;
 	}
 	if (r->status < 200 || r->status == 204 || r->status == 304 || head) {
 		r->framing = BODY_LENGTH;
 		r->length = 0;
-	} else if (f.codings > 0) {
-		struct span rest = f.coding, last = f.coding;
+	} else if (f.count[NAME_CODING] > 0) {
+		struct span rest = f.value[NAME_CODING], last = rest;
 
-		if (buf[7] == '0' || f.codings > 1)
+		if (buf[7] == '0' || f.count[NAME_CODING] > 1)
 			return WHY_BAD_RESPONSE;
 		while (list_next(buf, &rest, &last))
 			;
 		r->framing = span_is(buf, last, "chunked") ? BODY_CHUNKED : BODY_EOF;
 	} else {
-		r->framing = f.lengths > 0 ? BODY_LENGTH : BODY_EOF;
+		r->framing = f.count[NAME_LENGTH] > 0 ? BODY_LENGTH : BODY_EOF;
 	}
 	return WHY_NONE;
 }
 
-/* Whether a name is this one (in lower case), with '_' as good as '-': what CGI and its heirs make
- * of both is the same variable, so neither may be forged. */
-static int name_like(const char *buf, struct span s, const char *word)
+/* Whether field i is not passed on: hop-by-hop, in a Connection field's list, or a Content-Length
+ * that says again what an earlier one said. */
+static int is_dropped(const struct head *h, const char *buf, unsigned i)
 {
-	size_t i;
+	const struct field *f = &h->field[i];
+	const int flags = field_names[f->is].flags;
+	unsigned k;
 
-	for (i = 0; i < s.len && word[i]; i++)
-		if (lower(buf[s.at + i]) != word[i] && !(buf[s.at + i] == '_' && word[i] == '-'))
-			return 0;
-	return i == s.len && !word[i];
-}
+	for (k = 0; k < h->nfields && !(flags & (HOP | KEPT)); k++) {
+		struct span list = h->field[k].value, s;
 
-/* Ours to write: what the client sent under these names is not believed. */
-static int is_forwarded_name(const char *buf, struct span name)
-{
-	return x_forwarded_for != OFF && (name_like(buf, name, "x-forwarded-for") ||
-		name_like(buf, name, "x-forwarded-proto") || name_like(buf, name, "x-real-ip"));
-}
-
-/* The common name of the client's verified certificate goes to the backend under this name, and is
- * never taken from a client. */
-static int is_subject_name(const char *buf, struct span name)
-{
-	return name_like(buf, name, "x-ssl-client-cn");
-}
-
-/* Names that a Connection field can't take away: they steer the request, its framing, or say who
- * the client is. */
-static int is_protected(const char *buf, struct span name)
-{
-	struct span prefix = name;
-
-	if (span_is(buf, name, "host") || span_is(buf, name, "content-length") ||
-	    span_is(buf, name, "x-real-ip"))
-		return 1;
-	prefix.len = 12;
-	if (name.len > 12 && name_like(buf, prefix, "x-forwarded-"))
-		return 1;
-	prefix.len = 14;
-	return name.len > 14 && span_is(buf, prefix, "sec-websocket-");
-}
-
-/* Hop-by-hop: RFC 9110 7.6.1, and what the Connection fields list. */
-static int is_hop(const struct head *h, const char *buf, struct span name)
-{
-	static const char *const hop[] = {
-		"connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade",
-	};
-	unsigned i;
-
-	for (i = 0; i < LENGTH(hop); i++)
-		if (span_is(buf, name, hop[i]))
-			return 1;
-	if (is_protected(buf, name))
-		return 0;
-	for (i = 0; i < h->nfields; i++) {
-		struct span list = h->field[i].value, s;
-
-		if (!span_is(buf, h->field[i].name, "connection"))
-			continue;
-		while (list_next(buf, &list, &s))
-			if (span_equal(buf, s, name))
+		while (h->field[k].is == NAME_CONNECTION && list_next(buf, &list, &s))
+			if (span_equal(buf, s, f->name))
 				return 1;
 	}
-	return 0;
-}
-
-/* Whether field i is a Content-Length that says again what an earlier one said. */
-static int is_repeated_length(const struct head *h, const char *buf, unsigned i)
-{
-	unsigned k = i;
-
-	if (!span_is(buf, h->field[i].name, "content-length"))
-		return 0;
-	while (k > 0 && !span_is(buf, h->field[k - 1].name, "content-length"))
-		k--;
-	return k > 0;
+	for (k = 0; k < i && f->is == NAME_LENGTH; k++)
+		if (h->field[k].is == NAME_LENGTH)
+			return 1;
+	return flags & HOP;
 }
 
 /* A field as it came, white space around the value normalized. */
@@ -1908,7 +1907,8 @@ static void text_field(struct text *t, const char *buf, const struct field *f)
 	text_string(t, "\r\n");
 }
 
-static void render_forwarded(struct text *t, const struct head *h, const char *buf, const struct forwarded *f)
+static void render_forwarded(struct text *t, const struct head *h, const char *buf,
+	const struct forwarded *f)
 {
 	unsigned i;
 
@@ -1941,11 +1941,11 @@ static size_t request_render(const struct request *r, const char *buf, const str
 	text_string(&t, " HTTP/1.1\r\n");
 	for (i = 0; i < h->nfields; i++) {
 		struct field field = h->field[i];
+		const int ours = x_forwarded_for != OFF && (field_names[field.is].flags & OURS);
 
-		if (span_is(buf, field.name, "host"))
+		if (field.is == NAME_HOST)
 			field.value = r->host;
-		if (!is_hop(h, buf, field.name) && !is_forwarded_name(buf, field.name) &&
-		    !is_subject_name(buf, field.name) && !is_repeated_length(h, buf, i))
+		if (!ours && field.is != NAME_SUBJECT && !is_dropped(h, buf, i))
 			text_field(&t, buf, &field);
 	}
 	if (x_forwarded_for != OFF)
@@ -1970,12 +1970,11 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 	text_span(&t, buf, h->part[2]);
 	text_string(&t, "\r\n");
 	for (i = 0; i < h->nfields; i++) {
-		struct span name = h->field[i].name;
+		const unsigned is = h->field[i].is;
 
 		/* RFC 9110 8.6, RFC 9112 6.1: answers that have no body say nothing of it */
-		if (span_is(buf, name, "content-length") && (bodiless || is_repeated_length(h, buf, i)))
-			continue;
-		if (!is_hop(h, buf, name) || (span_is(buf, name, "transfer-encoding") && !bodiless))
+		if (is == NAME_CODING ? !bodiless : !is_dropped(h, buf, i) &&
+		    !(is == NAME_LENGTH && bodiless))
 			text_field(&t, buf, &h->field[i]);
 	}
 	if (r->framing == BODY_TUNNEL)
@@ -3976,7 +3975,7 @@ static int cookie_find(const struct head *h, const char *buf)
 	unsigned i, k;
 
 	for (i = 0; i < h->nfields; i++)
-		for (k = 0; k < BACKENDS && span_is(buf, h->field[i].name, "cookie"); k++)
+		for (k = 0; k < BACKENDS && h->field[i].is == NAME_COOKIE; k++)
 			if (cookie_has(buf + h->field[i].value.at, h->field[i].value.len,
 			    servers[k].cookie))
 				return (int)k;
