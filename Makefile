@@ -69,8 +69,8 @@ dist:
 clean:
 	rm -rf $(OUT) $(OUT).flags $(DIST) $(DIST).tar.gz tests/build
 
-# The demo, and the tests: `check` runs all but those in emulators (check-cross, check-device), and
-# installs what they need.
+# The demo, and the tests: `check` runs all but what takes longer in emulators (check-cross) or needs
+# a whole one (check-device), and installs what they need.
 demo:
 	@CC='$(CC)' MAKE='$(MAKE)' PORT='$(PORT)' sh tests/demo/run
 
