@@ -2956,13 +2956,14 @@ static int record_whole(const unsigned char *p, size_t len)
 static int hello_name(const unsigned char *p, size_t len, const unsigned char **name, size_t *name_len)
 {
 	const unsigned char *end, *next;
+	size_t body = len < 5 ? 0 : (size_t)(p[3] << 8 | p[4]);
 
 	*name = (const unsigned char *)"";
 	*name_len = 0;
-	if (!record_whole(p, len) || len < 5 + 4 + 34 ||
-	    (size_t)(p[6] << 16 | p[7] << 8 | p[8]) + 4 != (size_t)(p[3] << 8 | p[4]))
+	if (len < 5 + 4 + 34 || len < 5 + body ||
+	    (size_t)(p[6] << 16 | p[7] << 8 | p[8]) + 4 != body)
 		return 0;
-	end = p + 5 + (p[3] << 8 | p[4]);
+	end = p + 5 + body;
 	p = hello_skip(p + 5 + 4 + 34, end, 1);         /* behind the session ID */
 	p = hello_skip(p, end, 2);                      /* cipher suites */
 	p = hello_skip(p, end, 1);                      /* compression methods */

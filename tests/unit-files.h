@@ -279,6 +279,23 @@ static void test_pem_key_bad(void)
 	CHECK_GOOD(key_of(PEM_EC_KEY));
 }
 
+/* Bytes behind the key's end, which BearSSL's decoder must not be given. */
+static void test_pem_key_longer(void)
+{
+	static const char longer[] = "-----BEGIN EC PRIVATE KEY-----\n"
+		"MHcCAQEEIATRA5WQpnR3eJRcGWEyMhGUL9ESlyV8wRi3LQLkKxIxoAoGCCqGSM49\n"
+		"AwEHoUQDQgAENSCcluYzJdG+m/o8a55+Or7qIXMzaY76gW0O1u0PUeM4Mz2a2lod\n"
+		"itb/y5KzNBceVt9hyD9dRobXcDR2B5AKMgAA";
+	static char pem[4096];
+	size_t n = (size_t)sprintf(pem, "%s", longer), i;
+
+	for (i = 0; i < 500; i++)
+		n += (size_t)sprintf(pem + n, i % 16 == 0 ? "\n%s" : "%s", "AAAA");
+	sprintf(pem + n, "\n-----END EC PRIVATE KEY-----\n");
+	key_of(pem);
+	CHECK_GOOD(key_of(PEM_EC_KEY));
+}
+
 /* Every certificate with every key. */
 static void test_key_matches(void)
 {

@@ -252,6 +252,31 @@ static void test_tls_refused(void)
 	CHECK_STR(tls_refused(s), "tls-version");
 }
 
+/* The look into a ClientHello stays within what is there, whatever length the record claims. */
+static void test_hello_short(void)
+{
+	static const unsigned char types[] = { 22, 21, 23, 0 };
+	static const size_t claims[] = { 39, 64, 200, 16384, READ_AHEAD, 65535 };
+	unsigned char hello[64] = { 0 };
+	const unsigned char *name, *p;
+	size_t i, k, n, len;
+
+	for (i = 0; i < COUNT(types); i++)
+		for (k = 0; k < COUNT(claims); k++)
+			for (n = 1; n <= sizeof hello; n++) {
+				at("type %u, %zu bytes claimed, %zu there", types[i], claims[k], n);
+				hello[0] = types[i];
+				hello[3] = (unsigned char)(claims[k] >> 8);
+				hello[4] = (unsigned char)claims[k];
+				hello[7] = (unsigned char)((claims[k] - 4) >> 8);
+				hello[8] = (unsigned char)(claims[k] - 4);
+				p = (unsigned char *)guard_copy(&input, hello, n);
+				if (hello_name(p, n, &name, &len))
+					CHECK(claims[k] + 5 <= n);
+				CHECK_INT(len, 0);
+			}
+}
+
 /* ---- pinned certificates ---- */
 
 /* What the judge says of a chain that comes in pieces of that size. */

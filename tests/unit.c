@@ -68,6 +68,7 @@ static const struct test tests[] = {
 	TEST(pem_truncated),
 	TEST(pem_key),
 	TEST(pem_key_bad),
+	TEST(pem_key_longer),
 	TEST(key_matches),
 	TEST(anchors),
 	TEST(anchors_bad),
@@ -121,6 +122,7 @@ static const struct test tests[] = {
 	TEST(tls_full_records),
 	TEST(tls_names),
 	TEST(tls_refused),
+	TEST(hello_short),
 	TEST(pinned),
 };
 
