@@ -3180,7 +3180,8 @@ static void first_append(const br_x509_class **ctx, const unsigned char *buf, si
 {
 	struct verifier *v = OWNER(ctx, struct verifier, vtable);
 
-	if (v->certs == 1)
+	/* bytes behind the certificate's end crash BearSSL's decoder */
+	if (v->certs == 1 && br_x509_decoder_last_error(&v->u.first) == BR_ERR_X509_TRUNCATED)
 		br_x509_decoder_push(&v->u.first, buf, len);
 }
 

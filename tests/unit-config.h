@@ -45,7 +45,7 @@ static const uint16_t ciphers[] = {
 #define tls_backends 1
 #define session_cache 8
 static const char *const client_ca = NULL;
-static const enum http http = REFUSE;
+static enum http http = REFUSE;
 static const char *origins[4];
 static enum x_forwarded_for x_forwarded_for = APPEND;
 static const int check_accept = 1;

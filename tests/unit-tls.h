@@ -328,3 +328,31 @@ static void test_pinned(void)
 		CHECK(judge(&v, PEM_EC_CERT, piece) != 0);
 	}
 }
+
+/* A certificate with more behind it than its own bytes, in pieces: what BearSSL's decoder must not be
+ * given. */
+static void test_pinned_longer(void)
+{
+	static struct verifier v = { .vtable = &first_class };
+	static unsigned char der[4096];
+	struct keyring *ring = ring_empty();
+	size_t piece, len, i, n;
+
+	CHECK_GOOD(anchors_of(ring, PEM_EC_CERT));
+	CHECK_GOOD(chain_of(PEM_EC_CERT));
+	len = identity.chain[0].data_len;
+	memcpy(der, identity.chain[0].data, len);
+	v.pinned = &ring->anchor[0].pkey;
+	for (piece = 1; piece < sizeof der; piece *= 2) {
+		at("pieces of %zu", piece);
+		first_class.start_chain(&v.vtable, "any.example");
+		first_class.start_cert(&v.vtable, sizeof der);
+		for (i = 0; i < sizeof der; i += n) {
+			n = sizeof der - i < piece ? sizeof der - i : piece;
+			first_class.append(&v.vtable, der + i, n);
+		}
+		first_class.end_cert(&v.vtable);
+		CHECK(first_class.end_chain(&v.vtable) == 0 || i > len);
+		CHECK_INT(judge(&v, PEM_EC_CERT, piece), 0);
+	}
+}

@@ -124,6 +124,7 @@ static const struct test tests[] = {
 	TEST(tls_refused),
 	TEST(hello_short),
 	TEST(pinned),
+	TEST(pinned_longer),
 };
 
 static int run_one(const char *name)
