@@ -3353,9 +3353,8 @@ static void leg_ended(struct session *s, struct leg *l)
 }
 
 /* What the last socket call of a leg means for the session: nothing, or its end. */
-static void leg_error(struct session *s, struct leg *l)
+static void leg_error(struct session *s, const struct leg *l)
 {
-	l->in = 0;
 	if (!would_block(errno))
 		session_broke(s, l, errno == ETIMEDOUT ? WHY_TIMEOUT : WHY_RESET);
 }

@@ -1416,6 +1416,38 @@ static void test_sessions_closed(void)
 	}
 }
 
+/* A backend that reads nothing until it is read from, like an echo that is full both ways: what it has
+ * sent goes on, and the loop does not turn around it. */
+static void test_relay_full(void)
+{
+	struct session *s;
+	char bytes[4096] = { 0 };
+	int pair[2], least = 1;
+	unsigned i;
+
+	tables_init();
+	servers_up();
+	log_open_pipe();
+	client_connects("192.0.2.1");
+	s = session_of("192.0.2.1");
+	CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair), 0);
+	setsockopt(pair[0], SOL_SOCKET, SO_SNDBUF, &least, sizeof least);
+	s->backend.fd = pair[0];
+	s->framing = BODY_TUNNEL;
+	s->up_left = UINT64_MAX;
+	session_enter(s, RELAY);
+	for (i = 0; i < 20; i++) {
+		send(far_ends[far_count - 1], bytes, sizeof bytes, 0);
+		session_run(s, CLIENT_IN);
+	}
+	CHECK_INT(fds[FD_SESSIONS + 1].events, POLLIN | POLLOUT);       /* it is full */
+	CHECK_INT(send(pair[1], "hello", 5, 0), 5);
+	session_run(s, BACKEND_IN);
+	CHECK_INT(recv(far_ends[far_count - 1], bytes, sizeof bytes, 0), 5);
+	session_close(s);
+	close(pair[1]);
+}
+
 /* Who sits on a buffer without progress for stall_ms loses it, but only when another wants it. */
 static void test_stallers(void)
 {

@@ -113,6 +113,7 @@ static const struct test tests[] = {
 	TEST(sessions_displaced),
 	TEST(sessions_full),
 	TEST(sessions_closed),
+	TEST(relay_full),
 	TEST(stallers),
 	TEST(answer_take),
 	TEST(resolver_answer),
