@@ -18,6 +18,8 @@ OUT     ?= wssproxy
 BEARSSL ?=
 # Where `make demo` listens.
 PORT    ?= 8443
+# How long `make fuzz` runs each target.
+SECONDS ?= 60
 
 VERSION = 0.1
 SRC     = wssproxy.c
@@ -77,6 +79,10 @@ demo:
 check check-unit check-e2e check-cross check-device check-warnings lint:
 	@CC='$(CC)' MAKE='$(MAKE)' sh tests/check $@
 
+# Targets of libFuzzer, for SECONDS each.
+fuzz:
+	@MAKE='$(MAKE)' FUZZ_SECONDS='$(SECONDS)' sh tests/check $@
+
 # Beside nginx, haproxy, hitch, stunnel and lighttpd: a table and a plot in tests/build/bench.
 bench:
 	@sh tests/bench/run
@@ -84,4 +90,4 @@ bench:
 FORCE:
 
 .PHONY: all install uninstall dist clean demo check check-unit check-e2e check-cross check-device \
-	check-warnings lint bench FORCE
+	check-warnings lint fuzz bench FORCE

@@ -1,0 +1,205 @@
+/* bytes.c - fuzzes the small readers of bytes from outside: the look into a ClientHello, beside
+ * BearSSL's own reading of it; names, cookies, paths, addresses; and what goes to the log. The first
+ * byte chooses, the rest is the bytes. */
+#include <ctype.h>
+
+#include "fuzz.h"
+
+/* ---- ClientHello ---- */
+
+static char seen[sizeof ((br_ssl_engine_context *)0)->server_name];
+static int was_seen;
+
+/* BearSSL has read the whole ClientHello: notes the server name that it found, and refuses. */
+static int note_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
+	br_ssl_server_choices *choices)
+{
+	(void)ctx;
+	(void)choices;
+	snprintf(seen, sizeof seen, "%s", br_ssl_engine_get_server_name(&cc->eng));
+	was_seen = 1;
+	return 0;
+}
+
+static const br_ssl_server_policy_class note_class = { sizeof(void *), note_choose, policy_keyx, NULL };
+static const br_ssl_server_policy_class *note = &note_class;
+
+static void bearssl_read(const unsigned char *p, size_t len)
+{
+	static br_ssl_server_context cc;
+	static unsigned char buf[BR_SSL_BUFSIZE_BIDI];
+	unsigned char *room;
+	size_t n;
+
+	br_ssl_server_zero(&cc);
+	MUST(engine_make(&cc.eng));
+	br_ssl_engine_set_buffer(&cc.eng, buf, sizeof buf, 1);
+	br_ssl_server_set_policy(&cc, &note);
+	MUST(br_ssl_server_reset(&cc));
+	was_seen = 0;
+	while (len > 0 && (room = br_ssl_engine_recvrec_buf(&cc.eng, &n)) != NULL) {
+		n = n < len ? n : len;
+		memcpy(room, p, n);
+		br_ssl_engine_recvrec_ack(&cc.eng, n);
+		p += n;
+		len -= n;
+	}
+}
+
+/* The name that the session cache is told is the one that the certificate is chosen by. BearSSL keeps
+ * none that is longer than its buffer or holds a NUL. */
+static void hello_must(const unsigned char *p, size_t len)
+{
+	const unsigned char *name;
+	size_t name_len, n, record;
+	int known;
+
+	for (n = 0; n < len; n++)
+		MUST(!record_whole(p, n) || record_whole(p, n + 1));
+	known = hello_name(p, len, &name, &name_len);
+	MUST(name_len == 0 || (name > p && name + name_len <= p + len));
+	MUST(known || name_len == 0 || len >= 5);
+	if (!known)
+		return;
+	record = 5 + (size_t)(p[3] << 8 | p[4]);
+	bearssl_read(p, record < len ? record : len);
+	if (was_seen && name_len < sizeof seen && !memchr(name, 0, name_len))
+		MUST(strlen(seen) == name_len && memcmp(seen, name, name_len) == 0);
+}
+
+/* ---- the rest ---- */
+
+/* Whatever comes in: one word of one line that says exactly what came, as far as there is room. */
+static void escape_must(unsigned size, const char *in, size_t len)
+{
+	char *out = malloc(size), *p, back[3];
+	size_t n = 0;
+
+	log_escape(out, size, in, len);
+	MUST(memchr(out, '\0', size) != NULL);
+	for (p = out; *p; n++) {
+		MUST(n < len && isgraph((unsigned char)*p) && *p != '"' && *p != '=');
+		if (*p != '\\') {
+			MUST(*p++ == in[n]);
+			continue;
+		}
+		MUST(p[1] == 'x' && isxdigit((unsigned char)p[2]) && isxdigit((unsigned char)p[3]));
+		snprintf(back, sizeof back, "%.2s", p + 2);
+		MUST(strtoul(back, NULL, 16) == (unsigned char)in[n]);
+		p += 4;
+	}
+	MUST(n == len || strlen(out) + 5 > size);
+	free(out);
+}
+
+/* A NUL-terminated copy of its size. */
+static char *text_of(const char *p, size_t len)
+{
+	char *s = malloc(len + 1);
+
+	memcpy(s, p, len);
+	s[len] = '\0';
+	return s;
+}
+
+static void names_must(const char *p, size_t len)
+{
+	size_t half = len / 2, i;
+	char *pattern = text_of(p, half);
+	int fits = name_fits(pattern, p + half, len - half), lit = name_fits(p ? "*.b.example" : "", p, len);
+
+	MUST(fits == 0 || fits == 2 || fits == 3);
+	MUST(lit == 0 || lit == 2);
+	for (i = 0; lit && i + 10 < len; i++)
+		MUST(p[i] != '.');
+	if (strlen(pattern) == len - half && half > 0 && memcmp(pattern, p + half, half) == 0 &&
+	    strncmp(pattern, "*.", 2) != 0)
+		MUST(fits == 3);
+	free(pattern);
+}
+
+static void paths_must(const char *p, size_t len)
+{
+	uint64_t set = servers_for(p, len);
+	unsigned i;
+
+	MUST(set != 0);                 /* backends without a path serve all */
+	for (i = 0; i < BACKENDS; i++)
+		if (set >> i & 1)
+			MUST(path_under(p, len, backends[i].path ? backends[i].path : ""));
+}
+
+static void cookies_must(const char *p, size_t len)
+{
+	static const char pair[] = "wssproxy=0123456789abcdef";
+	char *header = malloc(len + sizeof pair + 2);
+	size_t n;
+
+	cookie_has(p, len, pair);
+	memcpy(header, p, len);
+	n = len + (size_t)sprintf(header + len, "; %s", pair);
+	MUST(cookie_has(header, n, pair));
+	free(header);
+}
+
+static void addresses_must(const char *p, size_t len)
+{
+	char *host = text_of(p, len), text[ADDRESS_TEXT];
+	struct sockaddr_storage ss;
+	struct address a, b;
+
+	if (address_parse(&a, host, "443")) {
+		address_format(&a, 0, text);
+		MUST(address_parse(&b, text, "443") && memcmp(&a, &b, sizeof a) == 0);
+		address_format(&a, 1, text);
+		address_write(&a, &ss);
+		address_read(&b, (struct sockaddr *)&ss);
+		MUST(b.port == 443);
+	}
+	if (address_parse(&a, "::1", host))
+		MUST(a.port == strtoul(host, NULL, 10));
+	free(host);
+}
+
+/* Host and Origin, and the Location made of a Host. */
+static void hosts_must(const char *p, size_t len)
+{
+	struct span whole = { 0, (uint16_t)(len & 0xfff) }, list = whole, s;
+	size_t i;
+
+	if (host_valid(p, whole))
+		for (i = 0; i < whole.len; i++)
+			MUST(isgraph((unsigned char)p[i]) && !strchr("/?#@\\\"<>", p[i]));
+	while (list_next(p, &list, &s))
+		MUST(s.len > 0 && s.at + s.len <= whole.len && !memchr(p + s.at, ',', s.len) &&
+			p[s.at] != ' ' && p[s.at + s.len - 1] != ' ');
+}
+
+int LLVMFuzzerInitialize(int *argc, char ***argv)
+{
+	(void)argc;
+	(void)argv;
+	suites_init();
+	servers_init();
+	return 0;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	struct input in = { data, size };
+	unsigned which = input_byte(&in);
+	size_t len;
+	char *buf = input_rest(&in, &len);
+
+	switch (which % 7) {
+	case 0: hello_must((unsigned char *)buf, len); break;
+	case 1: escape_must(which + 1, buf, len); break;
+	case 2: names_must(buf, len); break;
+	case 3: paths_must(buf, len); break;
+	case 4: cookies_must(buf, len); break;
+	case 5: addresses_must(buf, len); break;
+	default: hosts_must(buf, len); break;
+	}
+	free(buf);
+	return 0;
+}

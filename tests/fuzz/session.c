@@ -1,0 +1,572 @@
+/* session.c - fuzzes whole sessions: the real loop() of wssproxy over socketpairs, with clients and
+ * backends that do what the input says (peers.h). The first byte chooses configuration, the second
+ * the end; then come operations, a byte and what it takes. They go on while the proxy sleeps, and
+ * where the input says so while it is busy. Compiled with TLS, clients speak TLS as well.
+ *
+ * What must hold, whatever they do:
+ * - a backend gets the rendering of a request that was accepted, what the client sent behind it as
+ *   far as the request's length or a verified 101 allow, and nothing else;
+ * - a client gets the rendering of its backend's answer and what came behind, as far as the answer
+ *   goes, or an answer of the proxy's own, and nothing else;
+ * - while no time passes and no one goes, all of that arrives;
+ * - poll() is not asked for what is ready and then left alone;
+ * - when its peers are gone, or time passes, every session ends, and gives back all it had. */
+#include "peers.h"
+
+#ifndef TLS
+#define TLS 0
+#endif
+
+#define LIT(s)  (s), sizeof(s) - 1
+#define KEYED   "Connection: Upgrade\r\nUpgrade: websocket\r\n" \
+	"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+
+static struct input script;
+static int clients[PEERS], dialled[PEERS];
+static unsigned clients_len, dialled_len;
+static int timed;               /* time has passed, or the proxy was told to end */
+static int settle;              /* all read and wait until nothing moves */
+static int expire;              /* the next sleep lasts to its end */
+static unsigned phase, ending;
+static unsigned turns_idle, turns_zero, turns_expired;
+static int last_ready, last_ms, last_acted;
+static unsigned reloads;
+
+enum { SCRIPT, FLUSH, HALF, HALF_FLUSH, GONE, OVER, SLOW, STOP };
+enum { END_CLOSE, END_HALF, END_SLOW, END_STOP, ENDINGS };
+
+/* ---- what the sessions should have come to ---- */
+
+struct asked {                  /* a client's request */
+	int taken;
+	struct request r;
+	int is_head;
+	char accept[29];
+	char head[HEAD_ROOM];
+	size_t len;             /* of head, as backends get it */
+};
+
+struct answer {                 /* a backend's */
+	int whole;              /* its head is there and good */
+	struct response r;
+	char head[HEAD_ROOM];
+	size_t len;
+	size_t body, body_len;  /* where it begins in what was sent, and how much of that belongs to it */
+};
+
+static void asked_read(const struct peer *c, struct asked *a)
+{
+	char text[ADDRESS_TEXT];
+	struct forwarded f = { address_format(&c->address, 0, text), c->kind == WSS ? "https" : "http", "" };
+
+	memset(&a->r, 0, sizeof a->r);
+	a->taken = a->is_head = 0;
+	if (request_parse(&a->r, c->sent.data, c->sent.len) != WHY_NONE)
+		return;
+	a->is_head = span_is(c->sent.data, a->r.head.part[0], "head");
+	if (request_check(&a->r, c->sent.data) != WHY_NONE || c->kind == REDIRECT ||
+	    (http == REFUSE && !a->r.upgrade))
+		return;
+	if (a->r.upgrade)
+		accept_key(c->sent.data + a->r.key.at, a->accept);
+	a->len = request_render(&a->r, c->sent.data, &f, a->head, sizeof a->head);
+	a->taken = a->len > 0;
+}
+
+static void answer_read(const struct peer *b, const struct asked *a, struct answer *n)
+{
+	const char *p = b->sent.data;
+	size_t len = b->sent.len;
+	struct chunked c = { 0 };
+	unsigned interim = 0;
+
+	n->whole = 0;
+	do {
+		if (n->body = (size_t)(p - b->sent.data), interim++ > INTERIM_MAX)
+			return;
+		memset(&n->r, 0, sizeof n->r);
+		if (response_parse(&n->r, p, len) != WHY_NONE ||
+		    response_check(&n->r, p, a->r.upgrade, a->is_head, a->accept) != WHY_NONE)
+			return;
+		n->len = response_render(&n->r, p, n->head, sizeof n->head);
+		p += n->r.head.size;
+		len -= n->r.head.size;
+	} while (n->r.status < 200 && n->r.status != 101);
+	n->whole = n->len > 0;
+	n->body = (size_t)(p - b->sent.data);
+	n->body_len = n->r.framing == BODY_LENGTH && n->r.length < len ? (size_t)n->r.length :
+		n->r.framing == BODY_CHUNKED ? chunked_scan(&c, p, len) : len;
+}
+
+/* The backend that has the client's request, NULL: none. Dials that came to nothing have sent nothing. */
+static struct peer *backend_of(const struct peer *c)
+{
+	struct peer *found = NULL;
+	unsigned i;
+
+	for (i = 0; i < peers_len; i++)
+		if (peers[i].is_backend && peers[i].owner == (int)(c - peers) && peers[i].dial == UP)
+			found = &peers[i];
+	return found;
+}
+
+static void up_must(const struct peer *b, const struct asked *a, const struct answer *n, const struct peer *c)
+{
+	size_t behind, most;
+
+	if (b->got.len == 0)
+		return;
+	MUST(a->taken);
+	MUST(memcmp(b->got.data, a->head, b->got.len < a->len ? b->got.len : a->len) == 0);
+	if (b->got.len <= a->len)
+		return;
+	behind = c->sent.len - a->r.head.size;
+	most = a->r.upgrade ? (n->whole && n->r.status == 101 ? behind : 0) :
+		behind < a->r.length ? behind : (size_t)a->r.length;
+	MUST(b->got.len - a->len <= most);
+	MUST(memcmp(b->got.data + a->len, c->sent.data + a->r.head.size, b->got.len - a->len) == 0);
+}
+
+/* An answer of the proxy's own: text and its length, and nothing behind. */
+static void own_must(const struct response *r, const char *p, size_t len)
+{
+	static const unsigned own[] = { 308, 400, 403, 405, 408, 411, 414, 426, 431, 501, 502, 503, 504, 505 };
+	char text[8];
+	unsigned i;
+
+	for (i = 0; i < LENGTH(own) && own[i] != r->status; i++)
+		;
+	MUST(i < LENGTH(own));
+	MUST(r->length < 100 && len - r->head.size <= r->length);
+	snprintf(text, sizeof text, "%u ", r->status);
+	len -= r->head.size;
+	MUST(memcmp(p + r->head.size, text, len < 4 ? len : 4) == 0);
+}
+
+/* How much of the answer's head and body the client has, 0: another answer, or not even the head. */
+static size_t down_must(const struct peer *c, const struct asked *a, const struct peer *b,
+	const struct answer *n)
+{
+	static const char cookie[] = "Set-Cookie: wssproxy=";
+	const char *p = c->got.data;
+	size_t len = c->got.len, size, got;
+	struct response r;
+	enum why why;
+
+	do {
+		memset(&r, 0, sizeof r);
+		why = response_parse(&r, p, len);
+		MUST(why == WHY_NONE || why == WHY_MORE);
+		if (why == WHY_MORE)
+			return 0;
+		MUST(response_check(&r, p, a->r.upgrade, a->is_head, a->accept) == WHY_NONE);
+		size = r.head.size;
+		if (r.status >= 200 || r.status == 101)
+			break;
+		p += size;
+		len -= size;
+	} while (1);
+	if (!b || !n->whole || size < n->len || memcmp(p, n->head, n->len - 2) != 0 ||
+	    (size > n->len && memcmp(p + n->len - 2, cookie, sizeof cookie - 1) != 0)) {
+		own_must(&r, p, len);
+		return 0;
+	}
+	got = len - size;
+	MUST(size == n->len || balance == STICKY_COOKIE);
+	MUST(got <= n->body_len);
+	MUST(memcmp(p + size, b->sent.data + n->body, got) == 0);
+	return n->len + got;
+}
+
+/* While nobody is gone and no time has passed, nothing stays under way. */
+static void arrived_must(const struct peer *c, const struct asked *a, const struct peer *b,
+	const struct answer *n, size_t down)
+{
+	if (!a->taken || !b || b->server < 0 || c->wild || b->wild || c->shut || b->shut ||
+	    c->far < 0 || b->far < 0 || clients_len > max_busy)
+		return;
+	if (b->eng && !(br_ssl_engine_current_state(b->eng) & (BR_SSL_SENDAPP | BR_SSL_RECVAPP)))
+		return;
+	if (!b->eof)
+		MUST(b->got.len >= a->len);
+	if (n->whole)
+		MUST(down == n->len + n->body_len);
+	if (n->whole && n->r.status == 101)
+		MUST(b->got.len == a->len + c->sent.len - a->r.head.size);
+}
+
+static void peers_must(int arrived)
+{
+	static struct asked a;
+	static struct answer n;
+	unsigned i, k;
+
+	for (i = 0; i < peers_len; i++) {
+		const struct peer *c = &peers[i], *b;
+		size_t down;
+
+		if (c->is_backend) {
+			MUST(c->owner >= 0 || c->got.len == 0);
+			continue;
+		}
+		asked_read(c, &a);
+		for (k = 0; k < peers_len; k++) {
+			if (!peers[k].is_backend || peers[k].owner != (int)i)
+				continue;
+			answer_read(&peers[k], &a, &n);
+			up_must(&peers[k], &a, &n, c);
+		}
+		b = backend_of(c);
+		n.whole = 0;
+		if (b)
+			answer_read(b, &a, &n);
+		if (c->kind == WSS && !c->eng)
+			continue;       /* records that nobody reads */
+		down = down_must(c, &a, b, &n);
+		if (arrived && !timed)
+			arrived_must(c, &a, b, &n, down);
+	}
+}
+
+/* ---- operations ---- */
+
+static struct peer *choose(const int *list, unsigned len, unsigned who)
+{
+	return len > 0 ? &peers[list[(len - 1 + who) % len]] : NULL;
+}
+
+static const struct { const char *text; size_t len; } requests[] = {
+	{ LIT("GET /x HTTP/1.1\r\nHost: a.example\r\n" KEYED "\r\n") },
+	{ LIT("GET /chat HTTP/1.1\r\nHost: a.example\r\n" KEYED "\r\n") },
+	{ LIT("GET /file?q HTTP/1.1\r\nHost: a.example\r\n" KEYED "Origin: https://a.example\r\n\r\nbehind") },
+	{ LIT("GET / HTTP/1.1\r\nHost: a.example\r\nCookie: wssproxy=\r\n\r\n") },
+	{ LIT("POST /chat/x/y HTTP/1.1\r\nHost: a.example\r\nContent-Length: 10\r\n\r\n01234567") },
+	{ LIT("HEAD / HTTP/1.1\r\nHost: a.example\r\n\r\n") },
+	{ LIT("POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 100000\r\n\r\n") },
+	{ LIT("POST /chat HTTP/1.1\r\nHost: a.example\r\nContent-Length: 100000\r\n\r\n") },
+	{ LIT("GET /x HTTP/1.1\r\nHost: a.example\r\nSec-WebSocket-Version: 12\r\n" KEYED "\r\nbad") },
+	{ LIT("GET /x HTTP/1.1\r\nHost: ") },
+};
+
+#define GOOD_101 "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" \
+	"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+
+static const struct { const char *text; size_t len; } responses[] = {
+	{ LIT(GOOD_101) },
+	{ LIT("HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: x\r\n\r\n") },
+	{ LIT("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello") },
+	{ LIT("HTTP/1.1 100 Continue\r\n\r\n") },
+	{ LIT("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n") },
+	{ LIT("5\r\nhello\r\n") },
+	{ LIT("0\r\n\r\n") },
+	{ LIT("HTTP/1.0 404 no\r\n\r\nwithout a length") },
+	{ LIT("HTTP/1.1 403 no\r\nContent-Length: 0\r\n\r\n") },
+	{ LIT("HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n") },
+	{ LIT("HTTP/1.1 103 a\r\n\r\nHTTP/1.1 103 b\r\n\r\n" GOOD_101 "behind") },
+	{ LIT("HTTP/1.1 101 ") },
+};
+
+/* Bytes that differ from one place of a stream to the next. */
+static void filler_write(struct peer *p, size_t len)
+{
+	static char text[STREAM + 65536];
+	size_t i;
+
+	for (i = 0; text[1] == 0 && i < sizeof text; i++)
+		text[i] = (char)hash_mix(i);
+	for (i = 0; i < len; i += 16000)
+		far_write(p, text + p->sent.len, len - i < 16000 ? len - i : 16000);
+}
+
+/* What only TLS can do: ask for another handshake, say that it ends, send records without bytes, or
+ * bytes that are no records. */
+static void tls_act(struct peer *p, unsigned arg)
+{
+	const uint8_t *bytes;
+	size_t len;
+
+	if (!p->eng && (p->is_backend || p->kind != WSS))
+		return;
+	if (!p->eng || arg % 4 == 3) {
+		len = input_bytes(&script, arg / 4, &bytes);
+		p->wild |= len > 0;
+		if (p->far >= 0 && !p->shut && len > 0)
+			(void)!send(p->far, bytes, len, MSG_NOSIGNAL);
+		return;
+	}
+	if (arg % 4 == 0)
+		br_ssl_engine_renegotiate(p->eng);
+	else if (arg % 4 == 1)
+		br_ssl_engine_close(p->eng), p->shut |= 2;
+	for (; arg % 4 == 2 && arg >= 4; arg -= 4) {
+		br_ssl_engine_flush(p->eng, 1);
+		far_pump(p, SIZE_MAX);
+	}
+	p->wild |= arg % 4 != 2;
+	far_pump(p, SIZE_MAX);
+}
+
+/* The same operations for both sides. */
+static void peer_act(struct peer *p, unsigned what, unsigned arg)
+{
+	const uint8_t *bytes;
+	size_t len;
+
+	if (!p)
+		return;
+	switch (what) {
+	case 0:
+		len = input_bytes(&script, arg, &bytes);
+		far_write(p, bytes, len);
+		break;
+	case 1:
+		if (p->is_backend)
+			far_write(p, responses[arg % LENGTH(responses)].text,
+				responses[arg % LENGTH(responses)].len);
+		else
+			far_write(p, requests[arg % LENGTH(requests)].text,
+				requests[arg % LENGTH(requests)].len);
+		break;
+	case 2: filler_write(p, arg * arg); break;
+	case 3: far_read(p, arg * arg + 1); break;
+	case 4: far_shut(p); break;
+	case 5: far_close(p, arg & 1); break;
+	case 6: tls_act(p, arg); break;
+	case 7:
+		if (p->dial == PENDING) {
+			p->dial = arg & 1 ? FAILED : UP;
+			p->error = arg & 2 ? ETIMEDOUT : ECONNREFUSED;
+		}
+		break;
+	}
+}
+
+static void time_act(unsigned arg)
+{
+	static const unsigned ms[] = { 1, 100, 500, 999, 1000, 3000, 4000, 5000, 9000, 10000, 30000, 3600000 };
+
+	timed = 1;
+	if (arg == 0)
+		expire = 1;
+	else
+		clock_ms += ms[arg % LENGTH(ms)];
+}
+
+static void signal_act(unsigned arg)
+{
+	if (arg == 0)
+		signal_send(SIGUSR1);
+	else if (arg == 2 && reloads++ == 0)
+		signal_send(SIGHUP);
+	else if (arg == 1 && !timed)
+		timed = 1, signal_send(SIGTERM);
+}
+
+/* One operation: low bits what, high bits who. 0: the proxy's turn. */
+static int script_act(void)
+{
+	unsigned op = input_byte(&script), who = op >> 5, arg;
+	struct peer *p;
+
+	op &= 31;
+	if (op >= 24)
+		return op < 28 ? 0 : (settle = 1, 0);
+	arg = input_byte(&script);
+	TRACE("operation %u by %u, %u\n", op, who, arg);
+	switch (op) {
+	case 0: case 1:
+		if ((p = far_connect(TLS && op == 0 ? 2 : who % (2 + TLS), arg)) != NULL)
+			clients[clients_len++] = (int)(p - peers);
+		break;
+	case 2: case 3: case 4: case 5: case 6: case 7: case 8:
+		peer_act(choose(clients, clients_len, who), op - 2, arg);
+		break;
+	case 9: case 10: case 11: case 12: case 13: case 14: case 15: case 16:
+		peer_act(choose(dialled, dialled_len, who), op - 9, arg);
+		break;
+	case 17: time_act(arg); break;
+	case 18: dial_next = (int)arg; break;
+	case 19: no_descriptors = arg & 1; break;
+	case 20: signal_act(arg); break;
+	case 21: small_buffers = (int)arg; break;
+	default: settle = 1; break;
+	}
+	return 1;
+}
+
+/* ---- the loop's poll ---- */
+
+static size_t all_read(void)
+{
+	size_t moved = 0;
+	unsigned i;
+
+	for (i = 0; i < peers_len; i++)
+		if (peers[i].far >= 0)
+			moved += far_read(&peers[i], SIZE_MAX);
+	return moved;
+}
+
+static void backends_note(void)
+{
+	unsigned i;
+
+	owners_note();
+	for (i = dialled_len ? (unsigned)dialled[dialled_len - 1] + 1 : 0; i < peers_len; i++)
+		if (peers[i].is_backend)
+			dialled[dialled_len++] = (int)i;
+}
+
+/* The proxy sleeps and the script is over: the next step of the end. 0: time passes. */
+static int end_act(int ms)
+{
+	unsigned i;
+
+	switch (phase) {
+	case SCRIPT:
+		phase = ending == END_SLOW ? SLOW : ending == END_STOP ? STOP : FLUSH;
+		no_descriptors = 0;
+		for (i = 0; i < peers_len && phase == FLUSH; i++)
+			if (peers[i].dial == PENDING)
+				peers[i].dial = UP;
+		dial_next = DIAL_UP;
+		return 1;
+	case FLUSH:
+		if (all_read() > 0)
+			return 1;
+		peers_must(1);
+		phase = ending == END_HALF ? HALF : GONE;
+		return 1;
+	case HALF:
+		for (i = 0; i < clients_len; i++)
+			far_shut(&peers[clients[i]]);
+		phase = HALF_FLUSH;
+		return 1;
+	case HALF_FLUSH:
+		if (all_read() > 0)
+			return 1;
+		phase = GONE;
+		return 1;
+	case GONE:
+		for (i = 0; i < peers_len; i++)
+			far_close(&peers[i], 1);
+		phase = OVER;
+		return 1;
+	case OVER:
+		MUST(sessions_open() == 0);
+		phase = STOP;
+		return 1;
+	case SLOW:
+		if (sessions_open() == 0) {
+			phase = STOP;
+			return 1;
+		}
+		MUST(ms > 0 && ++turns_expired < 10000);
+		timed = 1;
+		clock_ms += (uint64_t)ms;
+		return 0;
+	default:
+		signal_send(SIGINT);
+		signal_send(SIGINT);
+		return 1;
+	}
+}
+
+static void turn_must(void)
+{
+	turns_idle = last_ready > 0 && last_ms != 0 && !last_acted && progress == 0 ? turns_idle + 1 : 0;
+	turns_zero = last_ms == 0 && !last_acted && progress == 0 ? turns_zero + 1 : 0;
+	MUST(turns_idle < 10 && turns_zero < 20000);
+	progress = 0;
+	last_acted = 0;
+}
+
+static int world_poll(struct pollfd *p, nfds_t n, int ms)
+{
+	const uint64_t start = clock_ms;
+	int ready;
+
+	if (n == 1 && p->fd == LOG_FD) {
+		p->revents = POLLOUT;
+		return 1;
+	}
+	turn_must();
+	backends_note();
+	for (;;) {
+		while (!settle && script.len > 0 && script_act())
+			last_acted = 1;
+		ready = sockets_poll(p, n);
+		if (ready > 0 || ms == 0 || (ms > 0 && clock_ms - start >= (uint64_t)ms))
+			break;
+		if (settle) {
+			settle = all_read() > 0;
+			last_acted = 1;
+		} else if (expire && ms > 0) {
+			expire = 0;
+			clock_ms = start + (uint64_t)ms;
+			break;
+		} else if (script.len > 0) {
+			expire = 0;
+		} else if (last_acted = 1, !end_act(ms)) {
+			break;
+		}
+	}
+	for (nfds_t i = 0; trace && i < n; i++)
+		if (p[i].revents)
+			TRACE("\t%d: %x of %x\n", peer_of[p[i].fd], (unsigned)p[i].revents, (unsigned)p[i].events);
+	TRACE("turn at %llu: %d ready of %d ms, end %u\n", (unsigned long long)clock_ms, ready, ms, phase);
+	last_ready = ready;
+	last_ms = ms;
+	return ready;
+}
+
+/* ---- one input ---- */
+
+static void play(const uint8_t *data, size_t size)
+{
+	unsigned config;
+
+	script = (struct input){ data, size };
+	config = input_byte(&script);
+	ending = input_byte(&script) % ENDINGS;
+	balance = (enum balance)(config & 3);
+	http = config & 4 ? REFUSE : FORWARD;
+	x_forwarded_for = (enum x_forwarded_for)((config >> 3 & 3) % 3);
+	origins[0] = config & 32 ? "same" : NULL;
+	clients_len = dialled_len = 0;
+	timed = settle = expire = last_ready = last_ms = last_acted = 0;
+	phase = SCRIPT;
+	turns_idle = turns_zero = turns_expired = reloads = 0;
+	world_open();
+	small_buffers = config >> 6;
+	loop();
+	sessions_end();
+	all_read();
+	peers_must(0);
+	proxy_must_rest();
+	world_end();
+}
+
+int LLVMFuzzerInitialize(int *argc, char ***argv)
+{
+	/* a client with TLS asks a backend with TLS: both sessions can be resumed from now on */
+	static const uint8_t first_words[] = { 0, END_CLOSE, 0, 16 * 4, 22, 0, 3, 1, 22, 0, 10, 0, 22, 0 };
+
+	(void)argc;
+	(void)argv;
+	signal(SIGPIPE, SIG_IGN);
+	proxy_start();
+	if (TLS) {
+		play(first_words, sizeof first_words);
+		br_ssl_engine_get_session_parameters(peers[0].eng, &resumable);
+		MUST(resumable.session_id_len > 0 && peers[0].got.len > 0);
+		proxy_save();
+	}
+	return 0;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	play(data, size);
+	return 0;
+}
