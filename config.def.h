@@ -143,6 +143,9 @@ static const char *const user       = NULL;
 static const char *const group      = NULL;
 static const char *const chroot_dir = NULL;
 
-/* STDERR or SYSLOG (facility daemon); log_sessions = 0 leaves the lines open and close out. */
+/* STDERR or SYSLOG (facility daemon); log_sessions = 0 leaves the lines open and close out.
+ * log_rejects: lines reject a second, so that no flood fills the log; one line counts the rest. 0:
+ * no limit. */
 static const enum log_to log_to   = STDERR;
 static const int log_sessions     = 1;
+static const unsigned log_rejects = 20;

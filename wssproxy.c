@@ -134,6 +134,7 @@ enum {
 	Q_STALL,                /* sessions that hold a buffer, by their last progress */
 	Q_RESOLVE,              /* backends whose name is to be tried again */
 	Q_CHECK,                /* backends whose next active check is due */
+	Q_REJECTS,              /* the second in which lines `reject` are counted */
 	QUEUES
 };
 
@@ -400,6 +401,10 @@ static uint32_t last_id;
 static struct {
 	uint64_t opened, rejected, rx, tx, log_lost;
 } totals;
+static struct {                 /* within a second; the timer runs while there are any */
+	struct timer timer;
+	unsigned count;
+} rejects;
 static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, files, what is thrown away */
 static int reload_due;          /* SIGHUP came; 0 again when it was done */
 static int stops;               /* SIGTERM and SIGINT so far */
@@ -3844,10 +3849,23 @@ static void log_reject(const struct address *peer, unsigned status, enum why why
 	char client[ADDRESS_TEXT], number[12] = "-";
 
 	totals.rejected++;
+	if (link_alone(&rejects.timer.link))
+		timer_start(&queues[Q_REJECTS], &rejects.timer);
+	if (rejects.count++ >= log_rejects && log_rejects > 0)
+		return;
 	if (status)
 		string_format(number, sizeof number, "%u", status);
 	log_line(LOG_NOTICE, "reject client=%s status=%s why=%s",
 		address_format(peer, 1, client), number, whys[why].text);
+}
+
+/* A second of rejects is over: says how many had no line of their own. */
+static void rejects_over(void)
+{
+	link_drop(&rejects.timer.link);
+	if (rejects.count > log_rejects && log_rejects > 0)
+		log_line(LOG_NOTICE, "reject suppressed=%u", rejects.count - log_rejects);
+	rejects.count = 0;
 }
 
 /* Forgets the connection to a backend. */
@@ -4940,6 +4958,8 @@ static void timers_run(void)
 		resolver_ask(OWNER(t, struct server, retry));
 	while ((t = timer_due(&queues[Q_CHECK])) != NULL)
 		check_start((unsigned)(OWNER(t, struct server, check) - servers));
+	if (timer_due(&queues[Q_REJECTS]))
+		rejects_over();
 	stallers_close();
 }
 
@@ -5091,6 +5111,7 @@ static void sessions_end(void)
 		session_end(&sessions[i], BY_PROXY, WHY_DRAIN);
 		session_close(&sessions[i]);
 	}
+	rejects_over();
 }
 
 static void signals_take(void)
@@ -5153,7 +5174,7 @@ static void tables_init(void)
 		{ REQUEST, response_ms }, { RESPONSE, response_ms }, { RELAY, idle_ms },
 		{ EXCHANGE, idle_ms }, { REPLY, linger_ms }, { DRAIN, linger_ms },
 		{ Q_PARK, park_ms }, { Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms },
-		{ Q_CHECK, check_ms },
+		{ Q_CHECK, check_ms }, { Q_REJECTS, 1000 },
 	};
 	unsigned i;
 
@@ -5164,6 +5185,7 @@ static void tables_init(void)
 	link_init(&turns);
 	link_init(&runnable);
 	link_init(&unnamed);
+	link_init(&rejects.timer.link);
 	pool_init(&session_pool, sessions, sizeof sessions[0], max_sessions);
 	pool_init(&records_pool, records, sizeof records[0], max_busy);
 	records_pool.attach = records_attach;
@@ -5217,6 +5239,7 @@ static const struct {
 	NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
 	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_sessions, 0, 1),
+	NUMBER(log_rejects, 0, INT_MAX),
 #undef NUMBER
 };
 

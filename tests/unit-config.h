@@ -79,3 +79,4 @@ static const char *const group      = NULL;
 static const char *const chroot_dir = NULL;
 static const enum log_to log_to     = STDERR;
 static const int log_sessions       = 1;
+static const unsigned log_rejects   = 5;

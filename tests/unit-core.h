@@ -184,6 +184,47 @@ static void test_log_reject(void)
 	CHECK_STR(log_read(), "reject client=192.0.2.9:51234 status=400 why=bad-key\n");
 }
 
+static unsigned lines_of(const char *text)
+{
+	unsigned n = 0;
+
+	for (; *text != '\0'; text++)
+		n += *text == '\n';
+	return n;
+}
+
+/* A flood has its first few lines and then, when its second is over, one that counts the rest. */
+static void test_log_rejects(void)
+{
+	struct address a = { .ip = { 192, 0, 2, 9 }, .port = 51234, .family = AF_INET };
+	unsigned second, i;
+
+	tables_init();
+	log_open_pipe();
+	now = 5000;
+	for (second = 0; second < 3; second++) {
+		at("second %u", second);
+		for (i = 0; i < log_rejects + 7 * second; i++) {
+			log_reject(&a, 400, WHY_KEY);
+			now += 10;
+			timers_run();
+		}
+		CHECK_INT(lines_of(log_read()), log_rejects);
+		CHECK(timers_next() > 0 && timers_next() <= 1000);
+		now += 1000;
+		timers_run();
+		CHECK_STR(log_read(), second == 0 ? "" : second == 1 ? "reject suppressed=7\n" :
+			"reject suppressed=14\n");
+		CHECK_INT(timers_next(), -1);
+	}
+	for (i = 0; i < log_rejects + 3; i++)
+		log_reject(&a, 400, WHY_KEY);
+	log_read();
+	sessions_end();
+	CHECK_STR(log_read(), "reject suppressed=3\n");
+	CHECK_INT(totals.rejected, 4 * log_rejects + 7 + 14 + 3);
+}
+
 /* A reader that does not read costs lines, never time. */
 static void test_log_full(void)
 {
@@ -1411,6 +1452,7 @@ static void test_sessions_closed(void)
 		CHECK_INT(heads_pool.lent, 0);
 		CHECK_INT(awake_len, 0);
 		CHECK_INT(crowds, 0);
+		rejects_over();
 		for (i = 0; i < QUEUES; i++)
 			CHECK(link_alone(&queues[i].list));
 	}

@@ -80,6 +80,7 @@ static const struct test tests[] = {
 	TEST(log_escape),
 	TEST(log_line),
 	TEST(log_reject),
+	TEST(log_rejects),
 	TEST(log_full),
 	TEST(lists),
 	TEST(timers),

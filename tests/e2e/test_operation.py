@@ -192,6 +192,22 @@ def test_log_sessions_0_leaves_open_and_close_out(proxy, scripted):
     assert not p.log.all("open") and not p.log.all("close")
 
 
+def test_flood_of_rejects_does_not_fill_the_log(proxy, place):
+    p = proxy(place(), listeners=[("127.0.0.1", "0", WS)], log_rejects=3)
+    p.signal(signal.SIGSTOP)            # so that all come at one moment
+    clients = [tcp(p) for _ in range(50)]
+    for client in clients:
+        client.send(GET)
+    p.signal(signal.SIGCONT)
+    for client in clients:
+        assert client.read_head().status == 426
+    p.log.wait("reject", suppressed="47")
+    assert len(p.log.all("reject", status="426")) == 3
+    assert p.totals()["rejected"] == "50"
+    ask(p, GET)
+    p.log.wait("reject", nth=4, status="426")
+
+
 @pytest.fixture
 def without_reader(place):
     """A proxy that logs into a small pipe that nobody reads; closes, if asked, its reading end."""
