@@ -3554,6 +3554,10 @@ static int leg_fill(struct session *s, struct leg *l)
 			session_broke(s, l, tls_why(error));
 		else if (!l->eof)
 			leg_ended(s, l);
+	} else if (!(br_ssl_engine_current_state(l->eng) &
+	    (BR_SSL_SENDREC | BR_SSL_RECVREC | BR_SSL_RECVAPP))) {
+		/* BearSSL never wakes up from renegotiations asked for faster than it refuses them */
+		session_broke(s, l, WHY_TLS_ERROR);
 	}
 	return moved;
 }
