@@ -8,6 +8,7 @@ import socket
 import pytest
 
 import pki
+import siege
 from harness import BUILD, PATIENCE, WSS, Proxy
 from peers import NodeServer, Place, Places, PythonServer, Scripted, Stream
 
@@ -27,10 +28,17 @@ def pytest_runtest_makereport(item):
 
 
 def pytest_terminal_summary(terminalreporter):
+    rows = []
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             if name == "measured":
                 terminalreporter.write_line(f"{report.nodeid}: {value}")
+            elif name == "abuse":
+                rows.append(value)
+    if rows:
+        table = siege.table(rows)
+        siege.TABLE.write_text(table)
+        terminalreporter.write_line(f"\n{table}written to {siege.TABLE}")
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ class TlsStream(Stream):
                     return step()
             except ssl.SSLWantReadError:
                 self.flush()
-                data = self.sock.recv(1 << 18)
+                data = self.hear()
                 with self.lock:
                     if data:
                         self.incoming.write(data)
@@ -187,6 +187,9 @@ class TlsStream(Stream):
                         self.incoming.write_eof()
             finally:
                 self.flush()
+
+    def hear(self):
+        return self.sock.recv(1 << 18)
 
     def flush(self):
         with self.lock:
