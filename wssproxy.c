@@ -2456,11 +2456,12 @@ static void resolver_ask(struct server *v)
 }
 
 /* What the resolver says of one backend. No address: the old ones stay, if any, and the name is
- * asked for again. */
+ * asked for again, as long as there is a resolver. */
 static void resolver_answer(const struct resolved *r)
 {
 	struct server *v = &servers[r->index];
 
+	link_drop(&v->retry.link);
 	v->pending = 0;
 	v->asked_before = 1;
 	if (r->count > 0) {
@@ -2473,10 +2474,26 @@ static void resolver_answer(const struct resolved *r)
 			log_line(LOG_WARNING, "backend name=%s down why=unresolved", v->name);
 			v->down = 1;
 		}
-		timer_start(&queues[Q_RESOLVE], &v->retry);
+		if (fds[FD_RESOLVER].fd >= 0)
+			timer_start(&queues[Q_RESOLVE], &v->retry);
 	}
 	while (!link_alone(&unnamed))
 		link_append(&runnable, unnamed.next);
+}
+
+/* It has died, and there is none to be had: what it takes, /etc and fork, was given up at start. Every
+ * question is answered with what is known. */
+static void resolver_end(void)
+{
+	struct resolved r = { .count = 0 };
+
+	log_line(LOG_ERR, "resolver died: backends keep the addresses they have, those without one "
+		"stay down; start again");
+	close(fds[FD_RESOLVER].fd);
+	fds[FD_RESOLVER].fd = -1;
+	for (; r.index < BACKENDS; r.index++)
+		if (servers[r.index].by_name)
+			resolver_answer(&r);
 }
 
 static void resolver_event(void)
@@ -2484,13 +2501,10 @@ static void resolver_event(void)
 	struct resolved r;
 	ssize_t n = recv(fds[FD_RESOLVER].fd, &r, sizeof r, 0);
 
-	if (n == sizeof r && r.index < BACKENDS) {
+	if (n == sizeof r && r.index < BACKENDS)
 		resolver_answer(&r);
-	} else if (n >= 0 || !would_block(errno)) {
-		log_line(LOG_ERR, "resolver died: backends keep the addresses they have; start again");
-		close(fds[FD_RESOLVER].fd);
-		fds[FD_RESOLVER].fd = -1;
-	}
+	else if (n >= 0 || !would_block(errno))
+		resolver_end();
 }
 
 /* The name to send and to verify; NULL for an address. */

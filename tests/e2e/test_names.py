@@ -451,6 +451,34 @@ def test_resolver_that_is_killed_takes_nobody_with_it(named, scripted, etc):
     eventually(lambda: children_of(p.pid) == [])        # no zombie
 
 
+def test_resolver_that_is_killed_leaves_no_client_waiting(hanging, scripted):
+    """For an answer that does not come any more."""
+    p = hanging(slow(scripted()), connect_ms=600000)
+    client = connect(p)
+    client.send(request())
+    os.kill(children_of(p.pid)[0], signal.SIGKILL)
+    p.log.wait_text("^resolver")
+    assert client.read_head().status == 502
+    assert ask(p, request())[0].status == 502
+
+
+def test_resolver_that_is_killed_is_not_asked_again(named, scripted):
+    """What was to be asked for once more has nobody left to ask."""
+    backend = scripted()
+    p = named(by_name(scripted()), backend.entry(), resolve_ms=300, head_ms=600)
+    p.log.wait("backend", down=True, why="unresolved")
+    os.kill(children_of(p.pid)[0], signal.SIGKILL)
+    p.log.wait_text("^resolver")
+    p.signal(signal.SIGHUP)
+    p.log.wait("reload", ok=True)
+    late = connect(p)
+    late.send(b"GET")
+    assert late.read_head().status == 408       # by then a retry would have come
+    client, server = open_tunnel(p, backend)
+    client.send(b"alive")
+    assert server.read(5) == b"alive"
+
+
 def test_no_process_without_names(proxy, scripted):
     p = proxy(scripted(), **PLAIN)
     assert children_of(p.pid) == []
