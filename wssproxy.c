@@ -1245,19 +1245,27 @@ static int listener_bind(const struct address *a, int dual)
 
 static const char *const kinds[] = { "WSS", "WS", "REDIRECT" };
 
+static struct address listener_address(unsigned i)
+{
+	const struct listener *l = &listeners[i];
+	struct address a;
+
+	if (!address_parse(&a, l->address, l->port))
+		die("config.h: listeners[%u]: \"%s\", \"%s\": give an IPv4 or IPv6 literal and a "
+			"decimal port", i, l->address, l->port);
+	return a;
+}
+
 static void listener_open(unsigned i)
 {
 	const struct listener *l = &listeners[i];
 	const int dual = strcmp(l->address, "::") == 0;
 	struct sockaddr_storage ss = { 0 };
-	struct address a;
+	struct address a = listener_address(i);
 	char text[ADDRESS_TEXT];
 	socklen_t len = sizeof ss;
 	int fd;
 
-	if (!address_parse(&a, l->address, l->port))
-		die("config.h: listeners[%u]: \"%s\", \"%s\": give an IPv4 or IPv6 literal and a "
-			"decimal port", i, l->address, l->port);
 	fd = listener_bind(&a, dual);
 	if (fd < 0 && dual && (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) {
 		a.family = AF_INET;     /* a kernel without IPv6 */
@@ -5261,6 +5269,16 @@ static const struct {
 #undef NUMBER
 };
 
+static void chroot_check(const char *dir)
+{
+	struct stat st;
+	const char *what = stat(dir, &st) < 0 ? strerror(errno) : !S_ISDIR(st.st_mode) ?
+		"Not a directory" : dir[0] != '/' ? "not an absolute path" : NULL;
+
+	if (what)
+		die("config.h: chroot_dir \"%s\": %s: make that directory, or give NULL", dir, what);
+}
+
 /* What the compiler can't know. Dies with the entry's name. */
 static void config_check(void)
 {
@@ -5272,6 +5290,10 @@ static void config_check(void)
 				numbers[i].min, numbers[i].max);
 	if (idle_ms > 0 && idle_ms <= head_ms)
 		die("config.h: idle_ms: must be above head_ms, or 0");
+	for (i = 0; i < LISTENERS; i++)
+		(void)listener_address(i);
+	if (chroot_dir)
+		chroot_check(chroot_dir);
 }
 
 static void certs_init(void)

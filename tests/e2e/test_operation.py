@@ -106,14 +106,18 @@ def test_port_in_use_is_named(place):
     ({"listeners": [("127.0.0.1", "no-such-port", WSS)]}, "no-such-port"),
     ({"user": "no-such-user"}, "no-such-user"),
     ({"group": "no-such-group"}, "no-such-group"),
+    ({"listeners": [("127.0.0.1", "65536", WSS)]}, "65536"),
     ({"chroot_dir": "/no/such/dir"}, "/no/such/dir"),
+    ({"chroot_dir": "/dev/null"}, "Not a directory"),
+    ({"chroot_dir": "."}, "absolute"),
 ])
 def test_bad_entry_is_named(place, config, named):
-    if os.geteuid() != 0 and "chroot_dir" in config:
-        pytest.skip("needs root")
-    result = run_once(whole_config([place()], config))
-    assert result.returncode == 1
-    assert named in result.stderr
+    """At start, and by the check."""
+    for args in ([], ["-t"]):
+        result = run_once(whole_config([place()], config), *args)
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"wssproxy: config.h: {[*config][0]}")
+        assert named in result.stderr
 
 
 @pytest.mark.parametrize("entry, value", [
