@@ -358,7 +358,7 @@ struct server {
 	unsigned active;        /* sessions */
 	unsigned fails;         /* since fail_since */
 	uint64_t fail_since, aside_until;
-	uint64_t sessions, failures;    /* totals */
+	unsigned long long sessions, failures;  /* totals */
 	struct timer retry, check;
 };
 
@@ -399,7 +399,7 @@ static uint64_t accept_after;   /* listeners rest until then */
 static uint64_t drain_until;    /* 0: not draining */
 static uint32_t last_id;
 static struct {
-	uint64_t opened, rejected, rx, tx, log_lost;
+	unsigned long long opened, rejected, rx, tx, log_lost;
 } totals;
 static struct {                 /* within a second; the timer runs while there are any */
 	struct timer timer;
@@ -828,13 +828,18 @@ static int number_parse(const char *buf, struct span s, uint64_t *out)
 	return s.len > 0 && s.len <= 18;
 }
 
+static int number_text(const char *s, uint64_t *out)
+{
+	return number_parse(s, (struct span){ 0, (uint16_t)strlen(s) }, out);
+}
+
 /* A literal and a decimal port. 1 if it is one, 0 if not (then it may be a name). */
 static int address_parse(struct address *a, const char *host, const char *port)
 {
 	uint64_t n;
 
 	memset(a, 0, sizeof *a);
-	if (!port || !number_parse(port, (struct span){ 0, (uint16_t)strlen(port) }, &n) || n > 65535)
+	if (!port || !number_text(port, &n) || n > 65535)
 		return 0;
 	a->port = (uint16_t)n;
 	a->family = AF_INET;
@@ -908,7 +913,8 @@ static const char *pem_walk(char *text, size_t len, void *owner,
 
 static int is_certificate(const char *name, size_t len)
 {
-	return len > 0 && (strcmp(name, "CERTIFICATE") == 0 || strcmp(name, "X509 CERTIFICATE") == 0);
+	return len > 0 &&
+		(strcmp(name, "CERTIFICATE") == 0 || strcmp(name, "X509 CERTIFICATE") == 0);
 }
 
 static const char *chain_add(void *owner, const char *name, const unsigned char *der, size_t len)
@@ -1185,8 +1191,8 @@ static int would_block(int error)
 	return error == EAGAIN || error == EWOULDBLOCK || error == EINTR;
 }
 
-/* Errors that are our machine's, not the other side's: no descriptor, memory, port, or a full backlog
- * of a unix: socket. */
+/* Errors that are our machine's, not the other side's: no descriptor, memory, port, or a full
+ * backlog of a unix: socket. */
 static int is_our_shortage(int error)
 {
 	return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM ||
@@ -1272,11 +1278,13 @@ static void listener_open(unsigned i)
 		fd = listener_bind(&a, dual);
 	}
 	if (fd < 0)
-		die("config.h: listeners[%u]: %s port %s: %s", i, l->address, l->port, strerror(errno));
+		die("config.h: listeners[%u]: %s port %s: %s", i, l->address, l->port,
+			strerror(errno));
 	if (getsockname(fd, (struct sockaddr *)&ss, &len) == 0)
 		address_read(&a, (struct sockaddr *)&ss);
 	fds[FD_LISTEN + i].fd = fd;
-	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1, text), kinds[l->kind]);
+	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1, text),
+		kinds[l->kind]);
 }
 
 /* ---- privileges ---- */
@@ -1292,7 +1300,7 @@ static unsigned id_parse(const char *entry, const char *text)
 {
 	uint64_t n;
 
-	if (!number_parse(text, (struct span){ 0, (uint16_t)strlen(text) }, &n) || n >= UINT_MAX)
+	if (!number_text(text, &n) || n >= UINT_MAX)
 		die("config.h: %s \"%s\": not known here: add it, or give a number", entry, text);
 	return (unsigned)n;
 }
@@ -1448,7 +1456,7 @@ static int list_has(const char *buf, struct span list, const char *word)
 /* Fields that mean something here, and what becomes of them when a head is passed on. */
 enum {
 	HOP  = 1,       /* hop-by-hop: dropped (RFC 9110 7.6.1) */
-	KEPT = 2,       /* Connection can't take it away: it steers, frames, or says who the client is */
+	KEPT = 2,       /* Connection can't take it away: steers, frames, says who the client is */
 	LIKE = 4,       /* '_' is as good as '-': to CGI and its heirs both are one variable */
 	OURS = 8,       /* the proxy's to write: what a client sent is not believed */
 };
@@ -1623,7 +1631,8 @@ static enum why head_parse(struct head *h, const char *buf, size_t len,
 
 		if (!lf) {
 			h->scanned = (uint16_t)len;
-			return len < head_max ? WHY_MORE : h->at == 0 ? WHY_LONG_TARGET : WHY_LARGE_HEAD;
+			return len < head_max ? WHY_MORE :
+				h->at == 0 ? WHY_LONG_TARGET : WHY_LARGE_HEAD;
 		}
 		end = (size_t)(lf - buf);
 		if (end == h->at || buf[end - 1] != '\r')
@@ -1706,7 +1715,8 @@ static int host_valid(const char *buf, struct span s)
 		p++;
 	} else {
 		for (close = p; p < end && *p != ':'; p++)
-			if (!is_alnum((unsigned char)*p) && (!*p || !strchr("-._~!$&'()*+,;=%", *p)))
+			if (!is_alnum((unsigned char)*p) &&
+			    (!*p || !strchr("-._~!$&'()*+,;=%", *p)))
 				return 0;
 		if (p == close)
 			return 0;
@@ -1766,8 +1776,8 @@ static int key_valid(const char *buf, struct span s)
 	return 1;
 }
 
-/* Whether an Origin is that of the Host asked for, on http or https: the names have no case, and the
- * scheme's own port may be left out (RFC 6454 4). */
+/* Whether an Origin is that of the Host asked for, on http or https: the names have no case, and
+ * the scheme's own port may be left out (RFC 6454 4). */
 static int origin_same(const char *buf, struct span origin, struct span host)
 {
 	static const struct { const char *scheme, *port; } schemes[] = {
@@ -2581,13 +2591,14 @@ static void servers_init(void)
 		link_init(&v->check.link);
 		weights[i] = b->weight ? b->weight : 1;
 		if (weights[i] > WEIGHT_MAX)
-			die("config.h: backends[%u]: weight %u: at most %d", i, b->weight, WEIGHT_MAX);
+			die("config.h: backends[%u]: weight %u: at most %d", i, b->weight,
+				WEIGHT_MAX);
 		server_place(i);
 		if (b->tls != TLS_OFF && !tls_backends)
 			die("config.h: backends[%u]: tls: set tls_backends to 1", i);
 		if (b->tls == TLS_VERIFY && (!backend_sni(b) || !*backend_sni(b)))
-			die("config.h: backends[%u]: TLS_VERIFY needs a name: give the certificate's as "
-				".sni", i);
+			die("config.h: backends[%u]: TLS_VERIFY needs a name: give the "
+				"certificate's as .sni", i);
 		if (b->tls != TLS_OFF && backend_sni(b) && strlen(backend_sni(b)) > 255)
 			die("config.h: backends[%u]: .sni is longer than 255", i);
 		server_ids[i] = hash_bytes(0, v->name, strlen(v->name));
@@ -2826,8 +2837,8 @@ static void suites_init(void)
 	}
 }
 
-/* How well a certs[] entry fits a server name from the wire: 3 the very name, 2 with one label in the
- * place of a leading "*", 1 the entry is a default one, 0 not at all. */
+/* How well a certs[] entry fits a server name from the wire: 3 the very name, 2 with one label in
+ * the place of a leading "*", 1 the entry is a default one, 0 not at all. */
 static int name_fits(const char *pattern, const char *name, size_t len)
 {
 	const int wild = pattern && pattern[0] == '*' && pattern[1] == '.';
@@ -2846,6 +2857,13 @@ static int name_fits(const char *pattern, const char *name, size_t len)
 	return i < n || n != len ? 0 : wild ? 2 : 3;
 }
 
+/* By BearSSL's ids. */
+static const br_hash_class *const hashes[] = {
+	[br_sha1_ID] = &br_sha1_vtable, [br_sha224_ID] = &br_sha224_vtable,
+	[br_sha256_ID] = &br_sha256_vtable, [br_sha384_ID] = &br_sha384_vtable,
+	[br_sha512_ID] = &br_sha512_vtable,
+};
+
 static int hash_choose(uint32_t offered)
 {
 	static const int order[] = { br_sha256_ID, br_sha384_ID, br_sha512_ID, br_sha224_ID,
@@ -2859,27 +2877,27 @@ static int hash_choose(uint32_t offered)
 }
 
 /* Whether this identity can serve this suite for this client; sets the signature algorithm. */
-static int identity_serves(const struct identity *id, const br_ssl_server_context *cc, unsigned suite_type,
-	unsigned *algo_id)
+static int identity_serves(const struct identity *id, const br_ssl_server_context *cc,
+	unsigned suite_type, unsigned *algo_id)
 {
 	const br_ec_private_key *ec = br_skey_decoder_get_ec(&id->key);
 	int old = br_ssl_engine_get_version(&cc->eng) < BR_TLS12;
-	uint32_t hashes = br_ssl_server_get_client_hashes(cc);
+	uint32_t offered = br_ssl_server_get_client_hashes(cc);
 	int hash;
 
 	if (suite_type != (ec ? BR_SSLKEYX_ECDHE_ECDSA : BR_SSLKEYX_ECDHE_RSA))
 		return 0;
 	if (ec && !(br_ssl_server_get_client_curves(cc) >> ec->curve & 1))
 		return 0;
-	hash = old ? (ec ? br_sha1_ID : 0) : hash_choose(ec ? hashes >> 8 & 0xff : hashes & 0xff);
+	hash = old ? (ec ? br_sha1_ID : 0) : hash_choose(ec ? offered >> 8 & 0xff : offered & 0xff);
 	if (hash < 0)
 		return 0;
 	*algo_id = 0xff00 + (unsigned)hash;
 	return 1;
 }
 
-/* Certificate and suite for a ClientHello: among the certificates that fit its server name best, the
- * first suite that one of them can serve. */
+/* Certificate and suite for a ClientHello: among the certificates that fit its server name best,
+ * the first suite that one of them can serve. */
 static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
@@ -2913,7 +2931,8 @@ static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_se
 }
 
 /* Key exchanges that are not ephemeral are not offered. */
-static uint32_t policy_keyx(const br_ssl_server_policy_class **ctx, unsigned char *data, size_t *len)
+static uint32_t policy_keyx(const br_ssl_server_policy_class **ctx, unsigned char *data,
+	size_t *len)
 {
 	(void)ctx;
 	(void)data;
@@ -2921,11 +2940,9 @@ static uint32_t policy_keyx(const br_ssl_server_policy_class **ctx, unsigned cha
 	return 0;
 }
 
-static size_t policy_sign(const br_ssl_server_policy_class **ctx, unsigned algo_id, unsigned char *data,
-	size_t hv_len, size_t len)
+static size_t policy_sign(const br_ssl_server_policy_class **ctx, unsigned algo_id,
+	unsigned char *data, size_t hv_len, size_t len)
 {
-	static const br_hash_class *const class[] = { NULL, NULL, &br_sha1_vtable,
-		&br_sha224_vtable, &br_sha256_vtable, &br_sha384_vtable, &br_sha512_vtable };
 	static const unsigned char *const oid[] = { NULL, NULL, BR_HASH_OID_SHA1,
 		BR_HASH_OID_SHA224, BR_HASH_OID_SHA256, BR_HASH_OID_SHA384, BR_HASH_OID_SHA512 };
 	const struct policy *p = OWNER(ctx, struct policy, vtable);
@@ -2935,12 +2952,12 @@ static size_t policy_sign(const br_ssl_server_policy_class **ctx, unsigned algo_
 	unsigned h = algo_id & 0xff;
 	size_t n;
 
-	if (h >= LENGTH(class) || hv_len > sizeof hash)
+	if (h >= LENGTH(hashes) || hv_len > sizeof hash)
 		return 0;
 	memcpy(hash, data, hv_len);
 	if (ec)
-		return len < 139 || !class[h] ? 0 :
-			br_ecdsa_sign_asn1_get_default()(br_ec_get_default(), class[h], hash, ec, data);
+		return len < 139 || !hashes[h] ? 0 : br_ecdsa_sign_asn1_get_default()(
+			br_ec_get_default(), hashes[h], hash, ec, data);
 	n = (rsa->n_bitlen + 7) / 8;
 	return len >= n && br_rsa_pkcs1_sign_get_default()(oid[h], hash, hv_len, rsa, data) ? n : 0;
 }
@@ -2970,7 +2987,8 @@ static const unsigned char *hello_skip(const unsigned char *p, const unsigned ch
 	return p && len <= (size_t)(end - p) ? p + len : NULL;
 }
 
-/* Whether the first record is there to its end. What is no TLS, or too large, is: no more would help. */
+/* Whether the first record is there to its end. What is no TLS, or too large, is: no more bytes
+ * would help. */
 static int record_whole(const unsigned char *p, size_t len)
 {
 	size_t need = len < 5 ? 5 : 5 + (size_t)(p[3] << 8 | p[4]);
@@ -2978,9 +2996,10 @@ static int record_whole(const unsigned char *p, size_t len)
 	return (len > 0 && p[0] != 22) || need > READ_AHEAD || len >= need;
 }
 
-/* The server name in the first record of a handshake (RFC 5246 7.4.1.2, RFC 6066 3), empty if it has
- * none. BearSSL looks a session up before it reads that far, so this must. 0: not to be told. */
-static int hello_name(const unsigned char *p, size_t len, const unsigned char **name, size_t *name_len)
+/* The server name in the first record of a handshake (RFC 5246 7.4.1.2, RFC 6066 3), empty if it
+ * has none. BearSSL looks a session up before it reads that far, so this must. 0: not known. */
+static int hello_name(const unsigned char *p, size_t len, const unsigned char **name,
+	size_t *name_len)
 {
 	const unsigned char *end, *next;
 	size_t body = len < 5 ? 0 : (size_t)(p[3] << 8 | p[4]);
@@ -3005,8 +3024,8 @@ static int hello_name(const unsigned char *p, size_t len, const unsigned char **
 	return 1;
 }
 
-/* The session cache: BearSSL's, with the server name mixed into the session ID, for a session must not
- * be resumed under another name. */
+/* The session cache: BearSSL's, with the server name mixed into the session ID, for a session must
+ * not be resumed under another name. */
 static void cache_key(const struct session *s, br_ssl_session_parameters *p)
 {
 	unsigned i;
@@ -3064,17 +3083,15 @@ static int engine_make(br_ssl_engine_context *eng)
 {
 	static const char *protocols[] = { "http/1.1" };
 	unsigned char seed[32];
+	int i;
 
 	if (!random_bytes(seed, sizeof seed, GRND_NONBLOCK))
 		return 0;
 	br_ssl_engine_set_versions(eng, tls_min, tls_max);
 	br_ssl_engine_set_suites(eng, suites, LENGTH(suites));
 	br_ssl_engine_set_default_ec(eng);
-	br_ssl_engine_set_hash(eng, br_sha1_ID, &br_sha1_vtable);
-	br_ssl_engine_set_hash(eng, br_sha224_ID, &br_sha224_vtable);
-	br_ssl_engine_set_hash(eng, br_sha256_ID, &br_sha256_vtable);
-	br_ssl_engine_set_hash(eng, br_sha384_ID, &br_sha384_vtable);
-	br_ssl_engine_set_hash(eng, br_sha512_ID, &br_sha512_vtable);
+	for (i = br_sha1_ID; i < (int)LENGTH(hashes); i++)
+		br_ssl_engine_set_hash(eng, i, hashes[i]);
 	br_ssl_engine_set_prf_sha256(eng, &br_tls12_sha256_prf);
 	br_ssl_engine_set_prf_sha384(eng, &br_tls12_sha384_prf);
 	br_ssl_engine_set_default_aes_gcm(eng);
@@ -3121,7 +3138,8 @@ static void leg_start(struct session *s, struct leg *l, br_ssl_engine_context *e
 	keyring->users++;
 }
 
-/* The system's time, but not before this program was made: a device without a clock boots in 1970. */
+/* The system's time, but not before this program was made: a device without a clock boots in
+ * 1970. */
 static time_t clock_floor(void)
 {
 	time_t t = time(NULL);
@@ -3133,20 +3151,15 @@ static time_t clock_floor(void)
 static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	const struct keyring *ring, const struct trust *trust)
 {
-	static const struct { int id; const br_hash_class *class; } hashes[] = {
-		{ br_sha224_ID, &br_sha224_vtable },
-		{ br_sha256_ID, &br_sha256_vtable }, { br_sha384_ID, &br_sha384_vtable },
-		{ br_sha512_ID, &br_sha512_vtable },
-	};
 	br_x509_minimal_context *m = &v->u.minimal;
 	time_t t = clock_floor();
-	unsigned i;
+	int i;
 
 	br_x509_minimal_init(m, &br_sha256_vtable, ring->anchor + trust->first, trust->count);
 	br_x509_minimal_set_rsa(m, br_rsa_pkcs1_vrfy_get_default());
 	br_x509_minimal_set_ecdsa(m, br_ec_get_default(), br_ecdsa_vrfy_asn1_get_default());
-	for (i = 0; i < LENGTH(hashes); i++)
-		br_x509_minimal_set_hash(m, hashes[i].id, hashes[i].class);
+	for (i = br_sha224_ID; i < (int)LENGTH(hashes); i++)
+		br_x509_minimal_set_hash(m, i, hashes[i]);
 	br_x509_minimal_set_time(m, (uint32_t)(t / 86400 + 719528), (uint32_t)(t % 86400));
 	br_ssl_engine_set_x509(eng, &m->vtable);
 }
@@ -3186,8 +3199,8 @@ static void tls_ring_release(struct session *s)
 	s->ring = NULL;
 }
 
-/* The certificates of backends that are pinned, or not verified: only the first of the chain counts,
- * and of it only the key. */
+/* The certificates of backends that are pinned, or not verified: only the first of the chain
+ * counts, and of it only the key. */
 static void first_start_chain(const br_x509_class **ctx, const char *name)
 {
 	(void)name;
@@ -3304,7 +3317,8 @@ static enum why tls_why(int error)
 	}
 	if (error >= BR_ERR_RECV_FATAL_ALERT)
 		return WHY_TLS_ALERT;
-	if (error == BR_ERR_NO_CLIENT_AUTH || (error >= BR_ERR_X509_OK && error <= BR_ERR_X509_NOT_TRUSTED))
+	if (error == BR_ERR_NO_CLIENT_AUTH ||
+	    (error >= BR_ERR_X509_OK && error <= BR_ERR_X509_NOT_TRUSTED))
 		return WHY_CLIENT_CERT;
 	return error == BR_ERR_UNSUPPORTED_VERSION || error == BR_ERR_BAD_VERSION ?
 		WHY_TLS_VERSION : error == BR_ERR_NO_RANDOM ? WHY_NO_RANDOM : WHY_TLS_ERROR;
@@ -3314,31 +3328,23 @@ static enum why tls_why(int error)
  * which is still in the clear then. */
 static void tls_alert(int fd, int error)
 {
+	static const unsigned char alerts[] = {
+		[BR_ERR_UNEXPECTED] = 10, [BR_ERR_UNKNOWN_TYPE] = 10,   /* unexpected_message */
+		[BR_ERR_BAD_CCS] = 10, [BR_ERR_BAD_MAC] = 20,           /* bad_record_mac */
+		[BR_ERR_BAD_LENGTH] = 22, [BR_ERR_TOO_LARGE] = 22,      /* record_overflow */
+		[BR_ERR_NO_CLIENT_AUTH] = 40, [BR_ERR_BAD_CIPHER_SUITE] = 40,
+		[BR_ERR_INVALID_ALGORITHM] = 40,                        /* handshake_failure */
+		[BR_ERR_X509_EXPIRED] = 45, [BR_ERR_BAD_COMPRESSION] = 47,
+		[BR_ERR_BAD_FRAGLEN] = 47, [BR_ERR_BAD_SECRENEG] = 47,  /* illegal_parameter */
+		[BR_ERR_X509_NOT_TRUSTED] = 48, [BR_ERR_BAD_HANDSHAKE] = 50,
+		[BR_ERR_OVERSIZED_ID] = 50, [BR_ERR_BAD_SNI] = 50,      /* decode_error */
+		[BR_ERR_BAD_FINISHED] = 51, [BR_ERR_BAD_SIGNATURE] = 51, /* decrypt_error */
+		[BR_ERR_UNSUPPORTED_VERSION] = 70, [BR_ERR_BAD_VERSION] = 70,
+	};
 	unsigned char alert[] = { 21, 3, 3, 0, 2, 2, 80 };      /* internal_error */
 
-	switch (error) {
-	case BR_ERR_UNSUPPORTED_VERSION:
-	case BR_ERR_BAD_VERSION:        alert[6] = 70; break;   /* protocol_version */
-	case BR_ERR_BAD_LENGTH:
-	case BR_ERR_TOO_LARGE:          alert[6] = 22; break;   /* record_overflow */
-	case BR_ERR_BAD_MAC:            alert[6] = 20; break;   /* bad_record_mac */
-	case BR_ERR_UNKNOWN_TYPE:
-	case BR_ERR_UNEXPECTED:
-	case BR_ERR_BAD_CCS:            alert[6] = 10; break;   /* unexpected_message */
-	case BR_ERR_BAD_FINISHED:
-	case BR_ERR_BAD_SIGNATURE:      alert[6] = 51; break;   /* decrypt_error */
-	case BR_ERR_NO_CLIENT_AUTH:
-	case BR_ERR_BAD_CIPHER_SUITE:
-	case BR_ERR_INVALID_ALGORITHM:  alert[6] = 40; break;   /* handshake_failure */
-	case BR_ERR_X509_EXPIRED:       alert[6] = 45; break;   /* certificate_expired */
-	case BR_ERR_X509_NOT_TRUSTED:   alert[6] = 48; break;   /* unknown_ca */
-	case BR_ERR_BAD_HANDSHAKE:
-	case BR_ERR_OVERSIZED_ID:
-	case BR_ERR_BAD_SNI:            alert[6] = 50; break;   /* decode_error */
-	case BR_ERR_BAD_COMPRESSION:
-	case BR_ERR_BAD_FRAGLEN:
-	case BR_ERR_BAD_SECRENEG:       alert[6] = 47; break;   /* illegal_parameter */
-	}
+	if (error > 0 && error < (int)LENGTH(alerts) && alerts[error])
+		alert[6] = alerts[error];
 	if (error != BR_ERR_OK && error < BR_ERR_RECV_FATAL_ALERT)
 		send(fd, alert, sizeof alert, MSG_NOSIGNAL);
 }
@@ -3797,26 +3803,23 @@ static void relay_pump(struct session *s)
 
 static const char *status_text(unsigned status)
 {
-	switch (status) {
-	case 308: return "Permanent Redirect";
-	case 400: return "Bad Request";
-	case 403: return "Forbidden";
-	case 405: return "Method Not Allowed";
-	case 408: return "Request Timeout";
-	case 411: return "Length Required";
-	case 414: return "URI Too Long";
-	case 426: return "Upgrade Required";
-	case 431: return "Request Header Fields Too Large";
-	case 501: return "Not Implemented";
-	case 502: return "Bad Gateway";
-	case 503: return "Service Unavailable";
-	case 504: return "Gateway Timeout";
-	case 505: return "HTTP Version Not Supported";
-	default:  return "Error";
-	}
+	static const struct { unsigned status; const char *text; } texts[] = {
+		{ 308, "Permanent Redirect" }, { 400, "Bad Request" }, { 403, "Forbidden" },
+		{ 405, "Method Not Allowed" }, { 408, "Request Timeout" },
+		{ 411, "Length Required" }, { 414, "URI Too Long" }, { 426, "Upgrade Required" },
+		{ 431, "Request Header Fields Too Large" }, { 501, "Not Implemented" },
+		{ 502, "Bad Gateway" }, { 503, "Service Unavailable" },
+		{ 504, "Gateway Timeout" }, { 505, "HTTP Version Not Supported" },
+	};
+	unsigned i;
+
+	for (i = 0; i < LENGTH(texts) - 1 && texts[i].status != status; i++)
+		;
+	return texts[i].text;
 }
 
-/* Location of a redirect: the host asked for without its port, with that of the first WSS listener. */
+/* Location of a redirect: the host asked for without its port, with that of the first WSS
+ * listener. */
 static void text_location(struct text *t, const struct head_buffer *hd)
 {
 	const struct request *r = &hd->u.request;
@@ -4189,13 +4192,15 @@ static const char *handshake_why(const struct session *s)
 	/* alerts of RFC 5246 7.2.2 on our certificate, and on the lack of one */
 	if (error < BR_ERR_SEND_FATAL_ALERT && ((alert >= 41 && alert <= 49) || alert == 116))
 		return "certificate-refused";
-	string_format(text, sizeof text, alert >= 0 && alert < 256 ? "tls-alert-%d" : "tls-error-%d",
-		alert >= 0 && alert < 256 ? alert : error);
+	if (alert >= 0 && alert < 256)
+		string_format(text, sizeof text, "tls-alert-%d", alert);
+	else
+		string_format(text, sizeof text, "tls-error-%d", error);
 	return text;
 }
 
-/* Keeps a backend's new session for resumption, for an hour: then its certificate is looked at again.
- * One that was verified by a keyring of the past is not kept. */
+/* Keeps a backend's new session for resumption, for an hour: then its certificate is looked at
+ * again. One that was verified by a keyring of the past is not kept. */
 static void server_remember(struct server *v, const br_ssl_engine_context *eng,
 	const struct keyring *ring)
 {
@@ -4303,13 +4308,15 @@ static void log_open_session(struct session *s, unsigned status)
 	if (!s->plain) {
 		br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
 		k = suite_find(p.cipher_suite);
-		string_format(tls, sizeof tls, "tls=1.%d suite=%s resumed=%d", (int)p.version - BR_TLS10,
-			k < 0 ? "?" : suite_names[k].name, s->policy.id == NULL);
+		string_format(tls, sizeof tls, "tls=1.%d suite=%s resumed=%d",
+			(int)p.version - BR_TLS10, k < 0 ? "?" : suite_names[k].name,
+			s->policy.id == NULL);
 		wipe(&p, sizeof p);
 	}
 	log_line(LOG_INFO, "open id=%u client=%s %s host=%s path=%s backend=%s status=%u ms=%llu",
 		(unsigned)s->id, address_format(&s->peer, 1, client), tls, s->note->host,
-		s->note->path, servers[s->server].name, status, (unsigned long long)(now - s->born));
+		s->note->path, servers[s->server].name, status,
+		(unsigned long long)(now - s->born));
 }
 
 /* Adds the cookie of the session's backend to a rendered head, in front of its empty line. The new
@@ -4897,8 +4904,8 @@ static void listener_event(unsigned i)
 			SOCK_NONBLOCK | SOCK_CLOEXEC);
 		if (fd < 0) {
 			if (!would_block(errno) && is_our_shortage(errno)) {
-				log_line(LOG_WARNING, "accept paused ms=%d why=\"%s\"", ACCEPT_PAUSE_MS,
-					strerror(errno));
+				log_line(LOG_WARNING, "accept paused ms=%d why=\"%s\"",
+					ACCEPT_PAUSE_MS, strerror(errno));
 				accept_after = now + ACCEPT_PAUSE_MS;
 			}
 			return;
@@ -5100,17 +5107,18 @@ static void stats(void)
 {
 	unsigned i;
 
-	log_line(LOG_INFO, "stats sessions=%u awake=%u records=%u heads=%u opened=%llu rejected=%llu "
-		"rx=%llu tx=%llu log-lost=%llu", session_pool.lent, awake_len, records_pool.lent,
-		heads_pool.lent, (unsigned long long)totals.opened,
-		(unsigned long long)totals.rejected, (unsigned long long)totals.rx,
-		(unsigned long long)totals.tx, (unsigned long long)totals.log_lost);
-	for (i = 0; i < BACKENDS; i++)
-		log_line(LOG_INFO, "stats backend=%s state=%s active=%u sessions=%llu failures=%llu",
-			servers[i].name, servers[i].addresses == 0 ? "unresolved" :
-			servers[i].aside_until > now ? "aside" : "up", servers[i].active,
-			(unsigned long long)servers[i].sessions,
-			(unsigned long long)servers[i].failures);
+	log_line(LOG_INFO, "stats sessions=%u awake=%u records=%u heads=%u opened=%llu "
+		"rejected=%llu rx=%llu tx=%llu log-lost=%llu", session_pool.lent, awake_len,
+		records_pool.lent, heads_pool.lent, totals.opened, totals.rejected, totals.rx,
+		totals.tx, totals.log_lost);
+	for (i = 0; i < BACKENDS; i++) {
+		const struct server *v = &servers[i];
+
+		log_line(LOG_INFO, "stats backend=%s state=%s active=%u sessions=%llu "
+			"failures=%llu", v->name, v->addresses == 0 ? "unresolved" :
+			v->aside_until > now ? "aside" : "up", v->active,
+			v->sessions, v->failures);
+	}
 }
 
 /* SIGTERM, SIGINT: no new connections; sessions have drain_ms. */
@@ -5306,8 +5314,9 @@ static void certs_init(void)
 static unsigned memory_kb(void)
 {
 	return (unsigned)((sizeof sessions + sizeof records + sizeof heads + sizeof notes +
-		sizeof sources + sizeof buckets + sizeof keyrings + sizeof servers + sizeof upstreams +
-		sizeof cache_store + sizeof fds + sizeof awake + sizeof scratch) / 1024);
+		sizeof sources + sizeof buckets + sizeof keyrings + sizeof servers +
+		sizeof upstreams + sizeof cache_store + sizeof fds + sizeof awake +
+		sizeof scratch) / 1024);
 }
 
 /* wssproxy -t */
@@ -5378,7 +5387,8 @@ static void standard_descriptors(void)
 		close(fd);
 }
 
-/* Waits for the kernel's generator, which has nothing yet in the first seconds of a device's life. */
+/* Waits for the kernel's generator, which has nothing yet in the first seconds of a device's
+ * life. */
 static void entropy_wait(void)
 {
 	unsigned char byte;
@@ -5422,8 +5432,8 @@ int main(int argc, char *argv[])
 	lending_test();
 	for (i = 0; i < BACKENDS; i++)
 		if (backends[i].tls == TLS_NOVERIFY)
-			log_line(LOG_WARNING, "warning backend=%s TLS_NOVERIFY: anyone who can reach its "
-				"address can pass for it", servers[i].name);
+			log_line(LOG_WARNING, "warning backend=%s TLS_NOVERIFY: anyone who can "
+				"reach its address can pass for it", servers[i].name);
 	log_line(LOG_NOTICE, "start version=%s sessions=%u busy=%u memory=%uKB", VERSION,
 		(unsigned)max_sessions, (unsigned)max_busy, memory_kb());
 	for (i = 0; i < LISTENERS; i++)

@@ -36,7 +36,7 @@ enum tls_mode {
 struct backend {
 	const char *host;       /* name, IPv4 or IPv6 literal, or "unix:/path" */
 	const char *port;       /* decimal; NULL for unix: */
-	const char *path;       /* only requests under this path; the longest match wins; NULL: all */
+	const char *path;       /* only requests under this path; the longest wins; NULL: all */
 	unsigned weight;        /* share of the load, 0 means 1, at most 256 */
 	int backup;             /* 1: serves when no other can */
 	unsigned max_conns;     /* sessions at a time, 0: no limit */
@@ -72,54 +72,54 @@ enum log_to {
 /* ---- why a session ends: WHY(name, status of the answer or 0, text for the log) ---- */
 
 #define WHYS(WHY) \
-	WHY(NONE, 0, "none")                             /* none yet; of a parser: whole and good */ \
-	WHY(MORE, 0, "more")                             /* of a parser: more bytes are needed */ \
+	WHY(NONE, 0, "none")                       /* none yet; of a parser: whole and good */ \
+	WHY(MORE, 0, "more")                       /* of a parser: more bytes are needed */ \
 	/* the request, before a backend is dialled */ \
-	WHY(REQUEST_LINE, 400, "request-line")           /* not method SP target SP version CRLF */ \
-	WHY(TARGET, 400, "target")                       /* not origin-form, absolute-form or "*" */ \
-	WHY(FIELD, 400, "field")                         /* a line that breaks RFC 9112 5 */ \
-	WHY(HOST, 400, "host")                           /* none, several or a malformed Host */ \
-	WHY(FRAMING, 400, "framing")                     /* Content-Length no number, twofold, or with TE */ \
-	WHY(UPGRADE_BODY, 400, "upgrade-body")           /* an upgrade request that announces a body */ \
-	WHY(KEY, 400, "bad-key")                         /* Sec-WebSocket-Key not once 16 bytes of base64 */ \
-	WHY(PLAIN_HTTP, 400, "plain-http")               /* HTTP in the clear on a TLS port */ \
-	WHY(ORIGIN, 403, "origin")                       /* Origin is not in origins[] */ \
-	WHY(METHOD, 405, "method")                       /* CONNECT */ \
-	WHY(HEAD_TIMEOUT, 408, "head-timeout")           /* head not complete within head_ms */ \
-	WHY(LENGTH, 411, "length-required")              /* Transfer-Encoding: chunked request */ \
-	WHY(LONG_TARGET, 414, "long-target")             /* the request line alone exceeds head_max */ \
-	WHY(NOT_WEBSOCKET, 426, "not-websocket")         /* no upgrade to websocket, and http = REFUSE */ \
-	WHY(WS_VERSION, 426, "ws-version")               /* Sec-WebSocket-Version is not 13 */ \
-	WHY(LARGE_HEAD, 431, "large-head")               /* exceeds head_max or HEAD_FIELDS lines */ \
-	WHY(CODING, 501, "coding")                       /* a Transfer-Encoding other than chunked */ \
-	WHY(HTTP_VERSION, 505, "http-version")           /* not HTTP/1.1 */ \
-	WHY(REDIRECT, 308, "redirect")                   /* REDIRECT listener */ \
+	WHY(REQUEST_LINE, 400, "request-line")     /* not method SP target SP version CRLF */ \
+	WHY(TARGET, 400, "target")                 /* not origin-form, absolute-form or "*" */ \
+	WHY(FIELD, 400, "field")                   /* a line that breaks RFC 9112 5 */ \
+	WHY(HOST, 400, "host")                     /* none, several or a malformed Host */ \
+	WHY(FRAMING, 400, "framing")               /* Content-Length no number, twofold, or with TE */ \
+	WHY(UPGRADE_BODY, 400, "upgrade-body")     /* an upgrade request that announces a body */ \
+	WHY(KEY, 400, "bad-key")                   /* Sec-WebSocket-Key not once 16 bytes of base64 */ \
+	WHY(PLAIN_HTTP, 400, "plain-http")         /* HTTP in the clear on a TLS port */ \
+	WHY(ORIGIN, 403, "origin")                 /* Origin is not in origins[] */ \
+	WHY(METHOD, 405, "method")                 /* CONNECT */ \
+	WHY(HEAD_TIMEOUT, 408, "head-timeout")     /* head not complete within head_ms */ \
+	WHY(LENGTH, 411, "length-required")        /* Transfer-Encoding: chunked request */ \
+	WHY(LONG_TARGET, 414, "long-target")       /* the request line alone exceeds head_max */ \
+	WHY(NOT_WEBSOCKET, 426, "not-websocket")   /* no upgrade to websocket, and http = REFUSE */ \
+	WHY(WS_VERSION, 426, "ws-version")         /* Sec-WebSocket-Version is not 13 */ \
+	WHY(LARGE_HEAD, 431, "large-head")         /* exceeds head_max or HEAD_FIELDS lines */ \
+	WHY(CODING, 501, "coding")                 /* a Transfer-Encoding other than chunked */ \
+	WHY(HTTP_VERSION, 505, "http-version")     /* not HTTP/1.1 */ \
+	WHY(REDIRECT, 308, "redirect")             /* REDIRECT listener */ \
 	/* the backend, before the client has an answer */ \
-	WHY(NO_BACKEND, 502, "no-backend")               /* none could be reached */ \
-	WHY(BAD_RESPONSE, 502, "bad-response")           /* malformed, too large, or ended inside its head */ \
-	WHY(BAD_ACCEPT, 502, "bad-accept")               /* a 101 that does not match the request */ \
-	WHY(FULL, 503, "full")                           /* every backend is at max_conns */ \
-	WHY(RESPONSE_TIMEOUT, 504, "response-timeout")   /* no answer within response_ms */ \
+	WHY(NO_BACKEND, 502, "no-backend")         /* none could be reached */ \
+	WHY(BAD_RESPONSE, 502, "bad-response")     /* malformed, too large, or ended inside its head */ \
+	WHY(BAD_ACCEPT, 502, "bad-accept")         /* a 101 that does not match the request */ \
+	WHY(FULL, 503, "full")                     /* every backend is at max_conns */ \
+	WHY(RESPONSE_TIMEOUT, 504, "response-timeout") /* no answer within response_ms */ \
 	/* no answer is possible: the client's TLS is not up, or it is gone */ \
-	WHY(HANDSHAKE_TIMEOUT, 0, "handshake-timeout")   /* TLS not up within handshake_ms */ \
-	WHY(TLS_VERSION, 0, "tls-version")               /* no common TLS version */ \
-	WHY(TLS_CIPHER, 0, "tls-cipher")                 /* no common suite, curve or signature */ \
-	WHY(TLS_ALERT, 0, "tls-alert")                   /* the client sent a fatal alert */ \
-	WHY(CLIENT_CERT, 0, "client-cert")               /* no certificate that client_ca accepts */ \
-	WHY(TLS_ERROR, 0, "tls-error")                   /* any other failure of TLS */ \
-	WHY(PER_IP, 0, "per-ip")                         /* its address has max_per_ip sessions */ \
-	WHY(DISPLACED, 0, "displaced")                   /* table full, and it was not finished */ \
-	WHY(NO_RANDOM, 0, "no-random")                   /* the system has no entropy */ \
+	WHY(HANDSHAKE_TIMEOUT, 0, "handshake-timeout") /* TLS not up within handshake_ms */ \
+	WHY(TLS_VERSION, 0, "tls-version")         /* no common TLS version */ \
+	WHY(TLS_CIPHER, 0, "tls-cipher")           /* no common suite, curve or signature */ \
+	WHY(TLS_ALERT, 0, "tls-alert")             /* the client sent a fatal alert */ \
+	WHY(CLIENT_CERT, 0, "client-cert")         /* no certificate that client_ca accepts */ \
+	WHY(TLS_ERROR, 0, "tls-error")             /* any other failure of TLS */ \
+	WHY(PER_IP, 0, "per-ip")                   /* its address has max_per_ip sessions */ \
+	WHY(DISPLACED, 0, "displaced")             /* table full, and it was not finished */ \
+	WHY(NO_RANDOM, 0, "no-random")             /* the system has no entropy */ \
 	/* endings of a session of any age */ \
-	WHY(EOF, 0, "eof")                               /* ended in order: FIN, close_notify */ \
-	WHY(RESET, 0, "reset")                           /* RST, or another socket error */ \
-	WHY(TIMEOUT, 0, "timeout")                       /* TCP gave the peer up */ \
-	WHY(IDLE, 0, "idle")                             /* no application byte for idle_ms */ \
-	WHY(STALL, 0, "stall")                           /* sat on a buffer while others waited */ \
-	WHY(FLOOD, 0, "flood")                           /* FLOOD_RECORDS without application data */ \
-	WHY(DONE, 0, "done")                             /* an answer was relayed whole */ \
-	WHY(SHORT, 0, "short")                           /* the backend ended in the middle of its answer */ \
-	WHY(DRAIN, 0, "drain")                           /* SIGTERM, and drain_ms are over */
+	WHY(EOF, 0, "eof")                         /* ended in order: FIN, close_notify */ \
+	WHY(RESET, 0, "reset")                     /* RST, or another socket error */ \
+	WHY(TIMEOUT, 0, "timeout")                 /* TCP gave the peer up */ \
+	WHY(IDLE, 0, "idle")                       /* no application byte for idle_ms */ \
+	WHY(STALL, 0, "stall")                     /* sat on a buffer while others waited */ \
+	WHY(FLOOD, 0, "flood")                     /* FLOOD_RECORDS without application data */ \
+	WHY(DONE, 0, "done")                       /* an answer was relayed whole */ \
+	WHY(SHORT, 0, "short")                     /* the backend ended in the middle of its answer */ \
+	WHY(DRAIN, 0, "drain")                     /* SIGTERM, and drain_ms are over */
 
 enum why {
 #define WHY(name, status, text) WHY_##name,
@@ -178,7 +178,7 @@ struct response {
 struct forwarded {
 	const char *client;         /* client's address, no port, no brackets */
 	const char *proto;          /* "https" or "http" */
-	const char *subject;        /* common name of the client's verified certificate, or NULL, "" */
+	const char *subject;        /* common name of its verified certificate, or NULL, "" */
 };
 
 /* Parses what is there of a head, request or response; call it again with more bytes behind the
