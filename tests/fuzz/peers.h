@@ -553,7 +553,8 @@ static void owners_note(void)
 /* All is given back. */
 static void proxy_must_rest(void)
 {
-	const struct pool *pools[] = { &session_pool, &records_pool, &heads_pool, &source_pool };
+	const struct pool *pools[] = { &session_pool, &records_pool, &heads_pool, &note_pool,
+		&source_pool };
 	unsigned i;
 
 	for (i = 0; i < LENGTH(pools); i++)
