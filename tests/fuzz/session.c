@@ -254,6 +254,11 @@ static const struct { const char *text; size_t len; } requests[] = {
 	{ LIT("GET /x HTTP/1.1\r\nHost: a\r\nX: ") },
 	{ LIT(A1000) },
 	{ LIT("\r\n\r\n") },
+	{ LIT("GET / HTTP/1.1\r\nHost: a\r\nCookie: a=b; wssproxy=9f686a4e4b5159d4\r\n\r\n") },      /* backend A's */
+	{ LIT("CONNECT / HTTP/1.1\r\nHost: a\r\n\r\n") },
+	{ LIT("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n") },
+	{ LIT("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: x\r\n\r\n") },
+	{ LIT("GET http://b:80?x HTTP/1.1\r\nHost: a:80\r\n\r\n") },
 };
 
 #define GOOD_101 "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" \
@@ -294,6 +299,7 @@ static void filler_write(struct peer *p, size_t len)
 static void tls_act(struct peer *p, unsigned arg)
 {
 	const uint8_t *bytes;
+	unsigned i;
 	size_t len;
 
 	if (!p->eng && (p->is_backend || p->kind != WSS))
@@ -309,9 +315,10 @@ static void tls_act(struct peer *p, unsigned arg)
 		br_ssl_engine_renegotiate(p->eng);
 	else if (arg % 4 == 1)
 		br_ssl_engine_close(p->eng), p->shut |= 2;
-	for (; arg % 4 == 2 && arg >= 4; arg -= 4) {
+	for (i = 0; arg % 4 == 2 && i < 8 * (arg / 4); i++) {
 		br_ssl_engine_flush(p->eng, 1);
 		far_pump(p, SIZE_MAX);
+		p->wild |= p->empty_records++ > FLOOD_RECORDS / 2;
 	}
 	p->wild |= arg % 4 != 2;
 	far_pump(p, SIZE_MAX);
@@ -570,7 +577,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 	if (TLS) {
 		play(first_words, sizeof first_words);
 		br_ssl_engine_get_session_parameters(peers[0].eng, &resumable);
-		MUST(resumable.session_id_len > 0 && peers[0].got.len > 0);
+		MUST(resumable.session_id_len > 0 && servers[CHAT].resumable);
 		proxy_save();
 	}
 	return 0;
