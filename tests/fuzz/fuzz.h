@@ -2,6 +2,10 @@
  * functions can be called; libFuzzer calls LLVMFuzzerTestOneInput. A target looks for more than
  * crashes: MUST names what does not hold. */
 
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
 #define main wssproxy_main
 #include "../../wssproxy.c"
 #undef main
