@@ -3562,6 +3562,18 @@ static int leg_feed(struct session *s, struct leg *l)
 	return moved;
 }
 
+/* Reads and forgets, so that closing does not reset what the peer has yet to read. */
+static void leg_discard(struct leg *l)
+{
+	ssize_t n = 1;
+	int i;
+
+	for (i = 0; i < READS && n > 0 && !l->eof; i++)
+		n = recv(l->fd, scratch, sizeof scratch, 0);
+	if (n == 0 || (n < 0 && !would_block(errno)))
+		l->eof = 1;
+}
+
 /* Socket to engine: as much as it takes. The socket is looked at only when all before was taken,
  * so that its end is the end of everything. */
 static int leg_fill(struct session *s, struct leg *l)
@@ -3584,8 +3596,13 @@ static int leg_fill(struct session *s, struct leg *l)
 			leg_ended(s, l);
 	} else if (!(br_ssl_engine_current_state(l->eng) &
 	    (BR_SSL_SENDREC | BR_SSL_RECVREC | BR_SSL_RECVAPP))) {
-		/* BearSSL never wakes up from renegotiations asked for faster than it refuses them */
-		session_broke(s, l, WHY_TLS_ERROR);
+		/* BearSSL never wakes up from renegotiations asked for faster than it refuses them,
+		 * nor, when it was closed, with plaintext that was not taken */
+		l->buf->at = l->buf->end;
+		if (l->fin)
+			leg_discard(l);
+		else
+			session_broke(s, l, WHY_TLS_ERROR);
 	}
 	return moved;
 }
@@ -3604,18 +3621,6 @@ static void leg_finish(struct session *s, struct leg *l)
 	if (l->fd >= 0)
 		shutdown(l->fd, SHUT_WR);
 	l->fin = 1;
-}
-
-/* Reads and forgets, so that closing does not reset what the peer has yet to read. */
-static void leg_discard(struct leg *l)
-{
-	ssize_t n = 1;
-	int i;
-
-	for (i = 0; i < READS && n > 0 && !l->eof; i++)
-		n = recv(l->fd, scratch, sizeof scratch, 0);
-	if (n == 0 || (n < 0 && !would_block(errno)))
-		l->eof = 1;
 }
 
 /* ---- relaying ---- */

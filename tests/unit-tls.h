@@ -277,6 +277,39 @@ static void test_hello_short(void)
 			}
 }
 
+/* An engine that was closed over plaintext that nobody took never moves again: that is no fault of a
+ * side that was told the end, and what it still sends is thrown away. */
+static void test_tls_closed_full(void)
+{
+	struct session *s = tls_session();
+	struct leg *l = &s->client;
+	int pair[2];
+	size_t len;
+
+	peer_start("a.example");
+	tls_handshake(s);
+	app_write(&peer.eng, "hello", 5);
+	records_move(&peer.eng, &s->tls.eng, SIZE_MAX);
+	CHECK(leg_readable(l, &len) != NULL);
+	br_ssl_engine_close(&s->tls.eng);
+	while (br_ssl_engine_sendrec_buf(&s->tls.eng, &len) != NULL)
+		br_ssl_engine_sendrec_ack(&s->tls.eng, len);
+	CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair), 0);
+	l->fd = pair[0];
+	l->fin = l->in = 1;
+	l->reads = READS;
+	CHECK_INT(send(pair[1], "more", 4, 0), 4);
+	leg_fill(s, l);
+	CHECK(!s->broken && !l->eof);
+	CHECK_INT(recv(pair[0], &len, sizeof len, 0), -1);
+	close(pair[1]);
+	leg_fill(s, l);
+	CHECK(!s->broken && l->eof);
+	l->fin = 0;
+	leg_fill(s, l);
+	CHECK(s->broken);
+}
+
 /* ---- pinned certificates ---- */
 
 /* What the judge says of a chain that comes in pieces of that size. */

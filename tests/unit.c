@@ -125,6 +125,7 @@ static const struct test tests[] = {
 	TEST(tls_names),
 	TEST(tls_refused),
 	TEST(hello_short),
+	TEST(tls_closed_full),
 	TEST(pinned),
 	TEST(pinned_longer),
 };
