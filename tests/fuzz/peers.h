@@ -154,7 +154,8 @@ static struct peer *peer_new(int is_backend)
 	struct peer *p = &peers[peers_len];
 	int pair[2], least = 1;
 
-	if (peers_len == PEERS || socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair) < 0)
+	if (peers_len == PEERS ||
+	    socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair) < 0)
 		return NULL;
 	memset(p, 0, sizeof *p);
 	p->near = pair[0];
@@ -368,7 +369,8 @@ static size_t far_pump(struct peer *p, size_t most)
 	unsigned char *buf;
 	ssize_t n;
 
-	while (left > 0 && p->far >= 0 && !p->shut && (buf = br_ssl_engine_sendrec_buf(p->eng, &len)) != NULL) {
+	while (left > 0 && p->far >= 0 && !p->shut &&
+	    (buf = br_ssl_engine_sendrec_buf(p->eng, &len)) != NULL) {
 		n = send(p->far, buf, len < left ? len : left, MSG_NOSIGNAL);
 		if (n <= 0)
 			break;
@@ -505,8 +507,8 @@ static struct peer *far_connect(unsigned listener, unsigned who)
 	if (listening[listener] < 0 || (p = peer_new(0)) == NULL)
 		return NULL;
 	p->kind = listeners[listener].kind;
-	p->address = (struct address){ .ip = { 192, 0, 2, (unsigned char)(who % 3) }, .family = AF_INET,
-		.port = (uint16_t)(p - peers + 1) };
+	p->address = (struct address){ .ip = { 192, 0, 2, (unsigned char)(who % 3) },
+		.family = AF_INET, .port = (uint16_t)(p - peers + 1) };
 	if (who & 4) {
 		p->address.family = AF_INET6;
 		p->address.ip[0] = 0x20;

@@ -51,13 +51,14 @@ struct answer {                 /* a backend's */
 	struct response r;
 	char head[HEAD_ROOM];
 	size_t len;
-	size_t body, body_len;  /* where it begins in what was sent, and how much of that belongs to it */
+	size_t body, body_len;  /* where it begins in what was sent, how much of that is its */
 };
 
 static void asked_read(const struct peer *c, struct asked *a)
 {
 	char text[ADDRESS_TEXT];
-	struct forwarded f = { address_format(&c->address, 0, text), c->kind == WSS ? "https" : "http", "" };
+	struct forwarded f = { address_format(&c->address, 0, text),
+		c->kind == WSS ? "https" : "http", "" };
 
 	memset(&a->r, 0, sizeof a->r);
 	a->taken = a->is_head = 0;
@@ -110,7 +111,8 @@ static struct peer *backend_of(const struct peer *c)
 	return found;
 }
 
-static void up_must(const struct peer *b, const struct asked *a, const struct answer *n, const struct peer *c)
+static void up_must(const struct peer *b, const struct asked *a, const struct answer *n,
+	const struct peer *c)
 {
 	size_t behind, most;
 
@@ -131,7 +133,8 @@ static void up_must(const struct peer *b, const struct asked *a, const struct an
  * was read has it even for HEAD. */
 static void own_must(const struct response *r, const char *p, size_t len)
 {
-	static const unsigned own[] = { 308, 400, 403, 405, 408, 411, 414, 426, 431, 501, 502, 503, 504, 505 };
+	static const unsigned own[] = { 308, 400, 403, 405, 408, 411, 414, 426, 431, 501, 502, 503,
+		504, 505 };
 	char text[8];
 	unsigned i;
 
@@ -243,7 +246,8 @@ static struct peer *choose(const int *list, unsigned len, unsigned who)
 static const struct { const char *text; size_t len; } requests[] = {
 	{ LIT("GET /x HTTP/1.1\r\nHost: a.example\r\n" KEYED "\r\n") },
 	{ LIT("GET /chat HTTP/1.1\r\nHost: a.example\r\n" KEYED "\r\n") },
-	{ LIT("GET /file?q HTTP/1.1\r\nHost: a.example\r\n" KEYED "Origin: https://a.example\r\n\r\nbehind") },
+	{ LIT("GET /file?q HTTP/1.1\r\nHost: a.example\r\n" KEYED
+		"Origin: https://a.example\r\n\r\nbehind") },
 	{ LIT("GET / HTTP/1.1\r\nHost: a.example\r\nCookie: wssproxy=\r\n\r\n") },
 	{ LIT("POST /chat/x/y HTTP/1.1\r\nHost: a.example\r\nContent-Length: 10\r\n\r\n01234567") },
 	{ LIT("HEAD / HTTP/1.1\r\nHost: a.example\r\n\r\n") },
@@ -254,7 +258,8 @@ static const struct { const char *text; size_t len; } requests[] = {
 	{ LIT("GET /x HTTP/1.1\r\nHost: a\r\nX: ") },
 	{ LIT(A1000) },
 	{ LIT("\r\n\r\n") },
-	{ LIT("GET / HTTP/1.1\r\nHost: a\r\nCookie: a=b; wssproxy=9f686a4e4b5159d4\r\n\r\n") },      /* backend A's */
+	{ LIT("GET / HTTP/1.1\r\nHost: a\r\nCookie: a=b; wssproxy=9f686a4e4b5159d4" /* A's */
+		"\r\n\r\n") },
 	{ LIT("CONNECT / HTTP/1.1\r\nHost: a\r\n\r\n") },
 	{ LIT("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n") },
 	{ LIT("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: x\r\n\r\n") },
@@ -266,7 +271,8 @@ static const struct { const char *text; size_t len; } requests[] = {
 
 static const struct { const char *text; size_t len; } responses[] = {
 	{ LIT(GOOD_101) },
-	{ LIT("HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: x\r\n\r\n") },
+	{ LIT("HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+		"Sec-WebSocket-Accept: x\r\n\r\n") },
 	{ LIT("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello") },
 	{ LIT("HTTP/1.1 100 Continue\r\n\r\n") },
 	{ LIT("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n") },
@@ -314,7 +320,7 @@ static void tls_act(struct peer *p, unsigned arg)
 	if (arg % 4 == 0)
 		br_ssl_engine_renegotiate(p->eng);
 	else if (arg % 4 == 1)
-		br_ssl_engine_close(p->eng), p->shut |= 2;
+		br_ssl_engine_close(p->eng);
 	for (i = 0; arg % 4 == 2 && i < 8 * (arg / 4); i++) {
 		br_ssl_engine_flush(p->eng, 1);
 		far_pump(p, SIZE_MAX);
@@ -361,7 +367,8 @@ static void peer_act(struct peer *p, unsigned what, unsigned arg)
 
 static void time_act(unsigned arg)
 {
-	static const unsigned ms[] = { 1, 100, 500, 999, 1000, 3000, 4000, 5000, 9000, 10000, 30000, 3600000 };
+	static const unsigned ms[] = { 1, 100, 500, 999, 1000, 3000, 4000, 5000, 9000, 10000, 30000,
+		3600000 };
 
 	timed = 1;
 	if (arg == 0)
@@ -492,7 +499,8 @@ static int end_act(int ms)
 
 static void turn_must(void)
 {
-	turns_idle = last_ready > 0 && last_ms != 0 && !last_acted && progress == 0 ? turns_idle + 1 : 0;
+	turns_idle = last_ready > 0 && last_ms != 0 && !last_acted && progress == 0 ?
+		turns_idle + 1 : 0;
 	turns_zero = last_ms == 0 && !last_acted && progress == 0 ? turns_zero + 1 : 0;
 	MUST(turns_idle < 10 && turns_zero < 20000);
 	progress = 0;
@@ -531,8 +539,10 @@ static int world_poll(struct pollfd *p, nfds_t n, int ms)
 	}
 	for (nfds_t i = 0; trace && i < n; i++)
 		if (p[i].revents)
-			TRACE("\t%d: %x of %x\n", peer_of[p[i].fd], (unsigned)p[i].revents, (unsigned)p[i].events);
-	TRACE("turn at %llu: %d ready of %d ms, end %u\n", (unsigned long long)clock_ms, ready, ms, phase);
+			TRACE("\t%d: %x of %x\n", peer_of[p[i].fd], (unsigned)p[i].revents,
+				(unsigned)p[i].events);
+	TRACE("turn at %llu: %d ready of %d ms, end %u\n", (unsigned long long)clock_ms, ready, ms,
+		phase);
 	last_ready = ready;
 	last_ms = ms;
 	return ready;
