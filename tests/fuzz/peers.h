@@ -77,6 +77,7 @@ static ssize_t world_recv(int fd, void *p, size_t len, int flags);
 enum {
 	PEERS = 48,
 	STREAM = 1 << 17,
+	SENT_MAX = STREAM - 2 * HEAD_ROOM,      /* heads grow on their way */
 	FDS = 1024,
 	LOG_FD = 1000000,       /* the log is no descriptor of the kernel's */
 	START_MS = 1000000,
@@ -425,7 +426,7 @@ static void far_write(struct peer *p, const void *data, size_t len)
 	size_t size;
 	ssize_t n;
 
-	len = len < STREAM - p->sent.len ? len : STREAM - p->sent.len;
+	len = len < SENT_MAX - p->sent.len ? len : SENT_MAX - p->sent.len;
 	if (p->far < 0 || p->shut || len == 0 || p->dial != UP)
 		return;
 	if (!p->eng) {
