@@ -18,8 +18,9 @@ OUT     ?= wssproxy
 BEARSSL ?=
 # Where `make demo` listens.
 PORT    ?= 8443
-# How long `make fuzz` runs each target.
+# How long `make fuzz` runs each target, and `make soak`.
 SECONDS ?= 60
+MINUTES ?= 60
 
 VERSION = 0.1
 SRC     = wssproxy.c
@@ -76,12 +77,16 @@ clean:
 demo:
 	@CC='$(CC)' MAKE='$(MAKE)' PORT='$(PORT)' sh tests/demo/run
 
-check check-unit check-e2e check-cross check-device check-warnings lint:
+check check-unit check-e2e check-soak check-cross check-device check-warnings lint:
 	@CC='$(CC)' MAKE='$(MAKE)' sh tests/check $@
 
 # Targets of libFuzzer, for SECONDS each.
 fuzz:
 	@MAKE='$(MAKE)' FUZZ_SECONDS='$(SECONDS)' sh tests/check $@
+
+# An hour of mixed load, or MINUTES of it.
+soak:
+	@CC='$(CC)' MINUTES='$(MINUTES)' sh tests/soak/run
 
 # Beside nginx, haproxy, hitch, stunnel and lighttpd: a table and a plot in tests/build/bench.
 bench:
@@ -89,5 +94,5 @@ bench:
 
 FORCE:
 
-.PHONY: all install uninstall dist clean demo check check-unit check-e2e check-cross check-device \
-	check-warnings lint fuzz bench FORCE
+.PHONY: all install uninstall dist clean demo check check-unit check-e2e check-soak check-cross \
+	check-device check-warnings lint fuzz soak bench FORCE

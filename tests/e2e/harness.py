@@ -200,9 +200,9 @@ class Log:
 class Proxy:
     """A running wssproxy."""
 
-    def __init__(self, entries, wrapper=(), **popen):
+    def __init__(self, entries, wrapper=(), log=None, **popen):
         self.entries = entries
-        self.log = Log()
+        self.log = log or Log()
         command = [*wrapper, *RUN, build(config_text(entries))]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

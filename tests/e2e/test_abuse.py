@@ -321,7 +321,8 @@ LARGE = {"max_sessions": 256, "max_busy": 32, "listeners": [("::", "0", WSS)], "
 @pytest.mark.parametrize("limit", [0, 32], ids=["no-limit-per-ip", "32-per-ip"])
 def test_5000_connections_from(besiege, source, limit):
     """Newcomers from elsewhere get in."""
-    besiege(crowd_attack(source, 3), **LARGE, max_per_ip=limit)
+    p = besiege(crowd_attack(source, 3), **LARGE, max_per_ip=limit)
+    assert bool(p.log.all("reject", why="per-ip")) == (limit > 0)
 
 
 def test_5000_connections_from_5000_addresses(besiege):
@@ -334,7 +335,8 @@ def test_5000_connections_from_5000_addresses(besiege):
                          ids=["one-network", "5000-networks"])
 def test_5000_connections_by_ipv6_from(network, besiege, source, newcomers):
     """All addresses of a /64 are one client."""
-    besiege(crowd_attack(source, newcomers), **LARGE, max_per_ip=32)
+    p = besiege(crowd_attack(source, newcomers), **LARGE, max_per_ip=32)
+    assert bool(p.log.all("reject", why="per-ip")) == (newcomers > 0)
 
 
 # ---- resets ----
