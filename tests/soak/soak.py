@@ -236,8 +236,9 @@ class Soak:
             if sent or ws.close_code != 1000:
                 raise ConnectionError(f"closed by {ws.close_code}, {len(sent)} echoes missing")
         finally:
-            listener.cancel()
-            await asyncio.gather(listener, return_exceptions=True)
+            for task in (listener, ws.transfer_data_task):
+                task.cancel()
+            await asyncio.gather(listener, ws.wait_closed(), return_exceptions=True)
 
     async def till(self, condition):
         deadline = time.monotonic() + PATIENCE
