@@ -77,6 +77,8 @@
 enum {
 	HEAD_EXTRA = 512,       /* what request_render may add to a head */
 	HEAD_ROOM = head_max + HEAD_EXTRA,
+	/* fewer than record buffers: strangers, who need both, never hold all of those */
+	HEADS = max_busy - max_busy / 4,
 	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring */
 	READS = 4,              /* recv calls for each side in one run, so that no session holds the loop */
 	ACCEPTS = 16,           /* connections taken from a listener in one turn */
@@ -369,7 +371,7 @@ enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_CHECK = FD_LISTEN + LISTE
 
 static struct session sessions[max_sessions];
 static struct records records[max_busy];
-static struct head_buffer heads[max_busy];
+static struct head_buffer heads[HEADS];
 static struct note notes[max_sessions];
 static struct upstream upstreams[tls_backends ? max_sessions : 1];      /* beside sessions[] */
 static struct source sources[max_sessions];
@@ -5228,7 +5230,7 @@ static void tables_init(void)
 	pool_init(&session_pool, sessions, sizeof sessions[0], max_sessions);
 	pool_init(&records_pool, records, sizeof records[0], max_busy);
 	records_pool.attach = records_attach;
-	pool_init(&heads_pool, heads, sizeof heads[0], max_busy);
+	pool_init(&heads_pool, heads, sizeof heads[0], HEADS);
 	heads_pool.attach = head_attach;
 	pool_init(&note_pool, notes, sizeof notes[0], max_sessions);
 	pool_init(&source_pool, sources, sizeof sources[0], max_sessions);

@@ -462,15 +462,15 @@ static void test_pool_waiters(void)
 	records_return(s[1]);
 	CHECK_INT(records_pool.lent, max_busy - 1);
 
-	for (i = 0; i < max_busy; i++)
+	for (i = 0; i < HEADS; i++)
 		CHECK_INT(head_borrow(s[i]), 1);
 	h = s[1]->hd;
 	h->len = h->off = 5;
 	h->name_known = 1;
 	h->u.request.head.at = 7;
-	CHECK_INT(head_borrow(s[max_busy]), 0);
+	CHECK_INT(head_borrow(s[HEADS]), 0);
 	head_return(s[1]);
-	CHECK(s[1]->hd == NULL && s[max_busy]->hd == h);
+	CHECK(s[1]->hd == NULL && s[HEADS]->hd == h);
 	CHECK(h->len == 0 && h->off == 0 && h->name_known == 0 && h->u.request.head.at == 0);
 }
 

@@ -57,6 +57,18 @@ def test_clients_that_say(besiege, said):
     besiege(attack)
 
 
+def test_strangers_leave_buffers_to_tunnels(besiege):
+    """Nothing that a client does before it has asked makes a tunnel wait, though it may take its
+    time."""
+    def attack(s):
+        crowd = [s.tcp() for _ in range(40)]
+        for client in crowd:
+            client.send(HELLO[:-1])
+        s.note()
+        s.canary.beats()
+    besiege(attack, handshake_ms=1000000, stall_ms=1000000)
+
+
 def test_half_a_record_in_tunnels(besiege):
     """More than there are buffers: while others wait for one, whoever sits on one loses it."""
     def attack(s):
@@ -318,7 +330,8 @@ LARGE = {"max_sessions": 256, "max_busy": 32, "listeners": [("::", "0", WSS)], "
 
 
 @pytest.mark.parametrize("limit, source", [
-    (0, lambda n: "127.0.0.2"), (32, lambda n: "127.0.0.2"), (0, lambda n: f"127.0.1.{n % 50 + 1}")],
+    (0, lambda n: "127.0.0.2"), (32, lambda n: "127.0.0.2"),
+    (0, lambda n: f"127.0.1.{n % 50 + 1}")],
     ids=["one-address", "one-address-of-which-32", "50-addresses"])
 def test_5000_connections_from(besiege, source, limit):
     """Newcomers from elsewhere get in."""

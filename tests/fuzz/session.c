@@ -187,7 +187,7 @@ static void arrived_must(const struct peer *c, const struct asked *a, const stru
 	const struct answer *n, size_t down)
 {
 	if (!a->taken || !b || b->server < 0 || c->wild || b->wild || c->shut || b->shut ||
-	    c->far < 0 || b->far < 0 || clients_len > max_busy)
+	    c->far < 0 || b->far < 0 || clients_len > HEADS)
 		return;
 	if (b->eng && !(br_ssl_engine_current_state(b->eng) & (BR_SSL_SENDAPP | BR_SSL_RECVAPP)))
 		return;
