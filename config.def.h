@@ -112,7 +112,8 @@ static const unsigned response_ms  = 30000;     /* the response head: 504 */
 static const unsigned idle_ms      = 3600000;   /* a tunnel without a byte, 0: for ever */
 static const unsigned linger_ms    = 5000;      /* after one side ended, for the other to end */
 
-/* When buffers are scarce, a session that holds one without a byte moving for so long is closed. */
+/* When buffers are scarce, a session that holds one for so long and moves less than 16 KB meanwhile
+ * is closed. */
 static const unsigned stall_ms     = 5000;
 
 /* SIGTERM: how long sessions may go on before they are closed. */

@@ -89,6 +89,7 @@ enum {
 	ADDRESSES_MAX = 4,      /* of one backend's name */
 	INTERIM_MAX = 8,        /* 1xx answers before the final one */
 	FIRST_RECORD = 1400,    /* bytes of the first record after a rest: they fit one segment */
+	STALL_BYTES = 16384,    /* within stall_ms: what a buffer holds; less is no progress */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
 	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
@@ -321,6 +322,7 @@ struct session {
 	uint64_t down_left;     /* of BODY_LENGTH */
 	struct chunked chunked;
 	uint64_t rx, tx;        /* application bytes from and for the client */
+	uint64_t stall_from;    /* their sum when the timer `stall` was started */
 	uint64_t born;          /* ms */
 	struct leg client, backend;
 	struct address peer;
@@ -4742,8 +4744,11 @@ static void session_settle(struct session *s)
 		head_return(s);
 	if (!s->rec && !s->hd)
 		link_drop(&s->stall.link);
-	else if (s->moved || link_alone(&s->stall.link))
+	else if (link_alone(&s->stall.link) || (s->moved && (!s->fed ||
+	    s->rx + s->tx - s->stall_from >= STALL_BYTES))) {
 		timer_start(&queues[Q_STALL], &s->stall);
+		s->stall_from = s->rx + s->tx;
+	}
 	if (s->fed)
 		timer_start(&queues[s->state], &s->timer);
 	leg_push(&s->client);
@@ -4955,7 +4960,7 @@ static int timers_next(void)
 		(int)(due - now);
 }
 
-/* When others wait for a buffer, closes who sits on one without progress for stall_ms. */
+/* When others wait for a buffer, closes who has sat on one with too little progress for stall_ms. */
 static void stallers_close(void)
 {
 	struct link *list = &queues[Q_STALL].list, *l, *next;

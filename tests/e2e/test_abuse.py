@@ -81,6 +81,25 @@ def test_half_a_record_in_tunnels(besiege):
     assert p.log.all("close", why="stall")
 
 
+def test_records_that_always_end_with_half_of_the_next(besiege):
+    """Never at rest, and never without some progress: others get their turn all the same."""
+    def attack(s):
+        crowd = [s.tunnel()[0] for _ in range(40)]
+        rest, calm = {client: b"" for client in crowd}, len(s.canary.log.all("beats"))
+        s.note()
+        while crowd and len(s.canary.log.all("beats")) < calm + 6:
+            for client in list(crowd):
+                record = client.records(b"drip")
+                try:
+                    client.sock.sendall(rest[client] + record[:10])
+                    rest[client] = record[10:]
+                except OSError:
+                    crowd.remove(client)
+            threading.Event().wait(0.1)
+    p = besiege(attack)
+    assert p.log.all("close", why="stall")
+
+
 def test_heads_byte_by_byte(besiege):
     def attack(s):
         crowd = [s.connect() for _ in range(12)]
