@@ -356,6 +356,36 @@ def test_session_that_is_silent_in_the_middle_of_a_record(proxy, scripted):
     assert server.read(10) == b"a question"
 
 
+# ---- records ----
+
+def read_records(client, size):
+    """Sizes of the records' plaintext (AES-GCM adds 8 and 16 bytes) up to that many bytes in all, and the bytes."""
+    wire, sizes = b"", []
+    while sum(sizes) < size:
+        while len(wire) < 5 or len(wire) < 5 + int.from_bytes(wire[3:5], "big"):
+            wire += client.sock.recv(1 << 16)
+        end = 5 + int.from_bytes(wire[3:5], "big")
+        sizes.append(end - 5 - 24)
+        client.incoming.write(wire[:end])
+        wire = wire[end:]
+    return sizes, client.read(size)
+
+
+def test_bulk_is_in_full_records_behind_a_small_first_one(proxy, scripted):
+    """So that a slow line need not bring 16 KB before the first byte can be verified."""
+    backend = scripted()
+    p = proxy(backend)
+    client, server = open_tunnel(p, backend)
+    for _ in range(2):
+        eventually(lambda: p.totals()["records"] == "0")
+        sent = pattern(300_000)
+        server.send(sent)
+        sizes, got = read_records(client, len(sent))
+        assert got == sent
+        assert sizes[0] <= 1400
+        assert max(sizes) == 16384
+
+
 # ---- one that stalls ----
 
 def fill(stream):
