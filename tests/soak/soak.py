@@ -386,12 +386,20 @@ class Soak:
             self.proxy.signal(signal.SIGHUP)
             self.log.wait("reload", nth=n + 1)
         frame = b"\x82\xfe\x3f\x00" + bytes(4 + 0x3f00)
-        busy = [connect(self.proxy) for _ in range(CONFIG["max_busy"])]
-        for client in busy:
-            client.send(upgrade(X="x" * 7500)[:-1])
-        for client in busy:
+
+        def ask(client):
             client.send(b"\n")
-            client.read_head()
+            assert client.read_head().status == 101
+
+        busy = []
+        for n in range(CONFIG["max_busy"]):
+            if n == CONFIG["max_busy"] * 3 // 4:        # no more can be about to ask
+                for client in busy:
+                    ask(client)
+            busy.append(connect(self.proxy))
+            busy[n].send(upgrade(X="x" * 7500)[:-1])
+        for client in busy[CONFIG["max_busy"] * 3 // 4:]:
+            ask(client)
         others = []
         for _ in range(CONFIG["max_sessions"] - len(busy)):
             others.append(connect(self.proxy))
