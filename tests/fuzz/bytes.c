@@ -21,7 +21,9 @@ static int note_choose(const br_ssl_server_policy_class **ctx, const br_ssl_serv
 	return 0;
 }
 
-static const br_ssl_server_policy_class note_class = { sizeof(void *), note_choose, policy_keyx, NULL };
+static const br_ssl_server_policy_class note_class = {
+	sizeof(void *), note_choose, policy_keyx, NULL,
+};
 static const br_ssl_server_policy_class *note = &note_class;
 
 static void bearssl_read(const unsigned char *p, size_t len)

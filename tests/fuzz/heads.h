@@ -28,7 +28,8 @@ static void head_must(const struct head *h, const char *buf, size_t len)
 		span_must(f->value, h);
 		MUST(f->name.len > 0);
 		for (k = 0; k < f->name.len; k++)
-			MUST(isgraph((unsigned char)buf[f->name.at + k]) && buf[f->name.at + k] != ':');
+			MUST(isgraph((unsigned char)buf[f->name.at + k]) &&
+				buf[f->name.at + k] != ':');
 		for (k = 0; k < f->value.len; k++)
 			MUST(!iscntrl((unsigned char)buf[f->value.at + k]) ||
 				buf[f->value.at + k] == '\t');
@@ -58,7 +59,8 @@ static const char *line_next(struct lines *l, size_t *len)
 }
 
 /* How many fields of this name a rendered head has; the value of the last, NULL: none. */
-static unsigned field_count(const char *head, size_t len, const char *name, const char **value, size_t *n)
+static unsigned field_count(const char *head, size_t len, const char *name, const char **value,
+	size_t *n)
 {
 	struct lines l = { head, head + len };
 	size_t k, name_len = strlen(name);
@@ -69,7 +71,8 @@ static unsigned field_count(const char *head, size_t len, const char *name, cons
 	*n = 0;
 	while ((line = line_next(&l, &k)) != NULL) {
 		MUST(memchr(line, ':', k) != NULL && line[0] != ' ' && line[0] != '\t');
-		if (k < name_len + 2 || line[name_len] != ':' || strncasecmp(line, name, name_len) != 0)
+		if (k < name_len + 2 || line[name_len] != ':' ||
+		    strncasecmp(line, name, name_len) != 0)
 			continue;
 		MUST(line[name_len + 1] == ' ');
 		*value = line + name_len + 2;

@@ -211,7 +211,8 @@ static int world_socket(int family)
 
 static int world_connect(int fd)
 {
-	static const int refusals[] = { ECONNREFUSED, ENETUNREACH, ETIMEDOUT, EACCES, EAGAIN, ENOENT };
+	static const int refusals[] = { ECONNREFUSED, ENETUNREACH, ETIMEDOUT, EACCES, EAGAIN,
+		ENOENT };
 	struct peer *p = peer_at(fd);
 	const int how = dial_next % DIALS;
 
@@ -471,7 +472,8 @@ static void far_client_tls(struct peer *p, unsigned how)
 	br_ssl_client_init_full(&t->u.client, &t->unused, NULL, 0);
 	p->eng = &t->u.client.eng;
 	if (pk->key_type == BR_KEYTYPE_RSA)
-		br_x509_knownkey_init_rsa(&t->known, &pk->key.rsa, BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN);
+		br_x509_knownkey_init_rsa(&t->known, &pk->key.rsa,
+			BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN);
 	else
 		br_x509_knownkey_init_ec(&t->known, &pk->key.ec, BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN);
 	br_ssl_engine_set_x509(p->eng, &t->known.vtable);

@@ -37,7 +37,7 @@ static void chain_must(const char *error)
 
 		MUST(c->data >= identity.der && c->data_len > 0);
 		MUST(c->data_len <= sizeof identity.der - (size_t)(c->data - identity.der));
-		MUST(i == 0 || c->data == identity.chain[i - 1].data + identity.chain[i - 1].data_len);
+		MUST(i == 0 || c->data == c[-1].data + c[-1].data_len);
 	}
 }
 
@@ -72,7 +72,8 @@ static void text_must(const char *text, size_t len)
 	size_t certificates = identity.chain_len;
 
 	chain_must(chain);
-	MUST(parse(chain_parse, &identity, text, len, 1) == chain && identity.chain_len == certificates);
+	MUST(parse(chain_parse, &identity, text, len, 1) == chain);
+	MUST(identity.chain_len == certificates);
 	key = parse(key_parse, &identity, text, len, 0);
 	MUST(key || br_skey_decoder_key_type(&identity.key) != 0);
 	MUST(parse(key_parse, &identity, text, len, 1) == key);
@@ -85,7 +86,8 @@ static void text_must(const char *text, size_t len)
 }
 
 /* A certificate chain of the other side as it comes in records: in pieces, and with more behind. */
-static void judge_must(const br_x509_class **ctx, const unsigned char *der, size_t len, size_t piece)
+static void judge_must(const br_x509_class **ctx, const unsigned char *der, size_t len,
+	size_t piece)
 {
 	const br_x509_class *judge = *ctx;
 	size_t at, n;

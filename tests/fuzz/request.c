@@ -71,7 +71,8 @@ static void again_must(const struct request *r, const char *buf, const char *out
 	MUST(why == WHY_NONE && q.head.size == len);
 	MUST(request_check(&q, out) == WHY_NONE);
 	MUST(q.upgrade == r->upgrade && q.length == r->length);
-	MUST(q.host.len == r->host.len && memcmp(out + q.host.at, buf + r->host.at, q.host.len) == 0);
+	MUST(q.host.len == r->host.len);
+	MUST(memcmp(out + q.host.at, buf + r->host.at, q.host.len) == 0);
 	if (r->target.len > 0 && buf[r->target.at] == '/')
 		MUST(q.target.len == r->target.len &&
 			memcmp(out + q.target.at, buf + r->target.at, q.target.len) == 0);
@@ -114,7 +115,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	MUST(why == parse_pieces(&pieces, buf, len, piece));
 	MUST(why != WHY_MORE || len < head_max);
 	if (why == WHY_NONE) {
-		MUST(whole.head.size == pieces.head.size && whole.head.nfields == pieces.head.nfields);
+		MUST(whole.head.size == pieces.head.size);
+		MUST(whole.head.nfields == pieces.head.nfields);
 		MUST(memcmp(whole.head.part, pieces.head.part, sizeof whole.head.part) == 0);
 		MUST(memcmp(whole.head.field, pieces.head.field,
 			whole.head.nfields * sizeof whole.head.field[0]) == 0);

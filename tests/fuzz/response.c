@@ -26,7 +26,8 @@ static void rendered_must(const struct response *r, const char *out, size_t len)
 {
 	MUST(fields_of(out, len, "Content-Length") <= 1);
 	MUST(fields_of(out, len, "Keep-Alive") == 0);
-	MUST(fields_of(out, len, "Transfer-Encoding") == 0 || fields_of(out, len, "Content-Length") == 0);
+	MUST(fields_of(out, len, "Transfer-Encoding") == 0 ||
+		fields_of(out, len, "Content-Length") == 0);
 	if (r->framing == BODY_TUNNEL)
 		MUST(field_is(out, len, "Connection", "Upgrade") &&
 			field_is(out, len, "Upgrade", "websocket"));
@@ -105,7 +106,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	MUST(why == parse_pieces(&pieces, buf, len, piece));
 	MUST(why == WHY_NONE || why == WHY_BAD_RESPONSE || (why == WHY_MORE && len < head_max));
 	if (why == WHY_NONE) {
-		MUST(whole.head.size == pieces.head.size && whole.head.nfields == pieces.head.nfields);
+		MUST(whole.head.size == pieces.head.size);
+		MUST(whole.head.nfields == pieces.head.nfields);
 		head_must(&whole.head, buf, len);
 		why = response_check(&whole, buf, upgrade, head, ACCEPT);
 		MUST(why == WHY_NONE || why == WHY_BAD_RESPONSE || why == WHY_BAD_ACCEPT);

@@ -99,7 +99,7 @@ static void answer_read(const struct peer *b, const struct asked *a, struct answ
 		n->r.framing == BODY_CHUNKED ? chunked_scan(&c, p, len) : len;
 }
 
-/* The backend that has the client's request, NULL: none. Dials that came to nothing have sent nothing. */
+/* The backend that has the client's request, NULL: none. Dials that came to nothing sent nothing. */
 static struct peer *backend_of(const struct peer *c)
 {
 	struct peer *found = NULL;
@@ -578,7 +578,8 @@ static void play(const uint8_t *data, size_t size)
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
 	/* a client with TLS asks a backend with TLS: both sessions can be resumed from now on */
-	static const uint8_t first_words[] = { 0, END_CLOSE, 0, 16 * 4, 22, 0, 3, 1, 22, 0, 10, 0, 22, 0 };
+	static const uint8_t first_words[] = { 0, END_CLOSE, 0, 16 * 4, 22, 0, 3, 1, 22, 0,
+		10, 0, 22, 0 };
 
 	(void)argc;
 	(void)argv;
