@@ -1096,7 +1096,10 @@ static ssize_t file_read(const char *path, char *buf, size_t size, const char **
 	else if (len == size - 1)
 		*error = "too large for a PEM file";
 	close(fd);
-	return n < 0 || len == size - 1 ? -1 : (ssize_t)len;
+	if (n >= 0 && len < size - 1)
+		return (ssize_t)len;
+	wipe(buf, len);
+	return -1;
 }
 
 /* Reads one PEM file with the given parser. NULL, or what is wrong with it. */
@@ -1171,6 +1174,17 @@ static int keyring_load_backends(struct keyring *ring)
 			return 0;
 	}
 	return 1;
+}
+
+/* Leaves nothing of its keys. */
+static void keyring_wipe(struct keyring *ring)
+{
+	unsigned i;
+
+	for (i = 0; i < LENGTH(ring->id); i++)
+		wipe(&ring->id[i].key, sizeof ring->id[i].key);
+	for (i = 0; i < LENGTH(ring->client_id); i++)
+		wipe(&ring->client_id[i].key, sizeof ring->client_id[i].key);
 }
 
 /* Fills a keyring with what config.h names. 1, or 0 and the fault. */
@@ -3196,10 +3210,11 @@ static int tls_start(struct session *s)
 	return br_ssl_server_reset(&s->tls) != 0;
 }
 
+/* The last handshake that used the keys of before SIGHUP takes them with it. */
 static void tls_ring_release(struct session *s)
 {
-	if (s->ring)
-		s->ring->users--;
+	if (s->ring && --s->ring->users == 0 && s->ring != keyring)
+		keyring_wipe(s->ring);
 	s->ring = NULL;
 }
 
@@ -5106,10 +5121,11 @@ static void reload(void)
 	}
 	if (keyring_load(other)) {
 		if (keyring->users == 0)
-			wipe(keyring, sizeof *keyring);
+			keyring_wipe(keyring);
 		keyring = other;
 		log_line(LOG_NOTICE, "reload ok certs=%u", (unsigned)CERTS);
 	} else {
+		keyring_wipe(other);
 		log_line(LOG_ERR, "reload failed config.h: %s: the old certificates stay", fault);
 	}
 }

@@ -500,6 +500,39 @@ static void test_keyring_load(void)
 	directory_leave();
 }
 
+static int is_wiped(const void *p, size_t len)
+{
+	const unsigned char *c = p;
+
+	while (len > 0 && *c == 0)
+		c++, len--;
+	return len == 0;
+}
+
+/* Keys that are used no more are gone when the last handshake that had them ends. */
+static void test_keyring_wiped(void)
+{
+	struct session s = { .ring = &keyrings[1] }, t = s;
+	br_skey_decoder_context *key = &keyrings[1].id[CERTS - 1].key;
+
+	CHECK_GOOD(key_of(PEM_RSA_KEY));
+	*key = identity.key;
+	keyrings[1].users = 1;
+	keyring = &keyrings[1];
+	at("the ring that is used");
+	tls_ring_release(&s);
+	CHECK(!is_wiped(key, sizeof *key));
+	at("the ring of before, with another handshake");
+	keyring = &keyrings[0];
+	keyrings[1].users = 2;
+	s.ring = &keyrings[1];
+	tls_ring_release(&s);
+	CHECK(!is_wiped(key, sizeof *key));
+	at("the last one");
+	tls_ring_release(&t);
+	CHECK(is_wiped(key, sizeof *key));
+}
+
 static void test_file_read(void)
 {
 	const char *error = NULL;
@@ -512,7 +545,9 @@ static void test_file_read(void)
 	CHECK_INT(file_read("large", guard_room(&input, 12), 12, &error), 10);
 	CHECK(error == NULL);
 	/* never so much that no byte is left behind it */
-	CHECK_INT(file_read("large", guard_room(&input, 10), 10, &error), -1);
+	buf = guard_room(&input, 10);
+	CHECK_INT(file_read("large", buf, 10, &error), -1);
+	CHECK_BYTES(buf, 9, "\0\0\0\0\0\0\0\0", 9);
 	CHECK(error != NULL);
 	error = NULL;
 	CHECK_INT(file_read("missing", guard_room(&input, 10), 10, &error), -1);

@@ -73,6 +73,7 @@ static const struct test tests[] = {
 	TEST(anchors),
 	TEST(anchors_bad),
 	TEST(keyring_load),
+	TEST(keyring_wiped),
 	TEST(file_read),
 	TEST(name_fits),
 	TEST(text_format),
