@@ -36,6 +36,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 
 #include <arpa/inet.h>
@@ -43,6 +44,7 @@
 #include <netinet/tcp.h>
 
 #include <bearssl.h>
+#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -1339,11 +1341,35 @@ static struct become become_find(const char *user_name, const char *group_name)
 	return b;
 }
 
+/* No capability in any set: ports are bound and keys are read, nothing here needs one. The ambient set
+ * follows the permitted one. What a kernel without CONFIG_MULTIUSER can't do, it can't. */
+static void capabilities_drop(void)
+{
+	struct { uint32_t version; int pid; } header = { 0x20080522, 0 };       /* version 3 */
+	struct { uint32_t effective, permitted, inheritable; } none[2] = { { 0, 0, 0 }, { 0, 0, 0 } };
+
+	if (syscall(SYS_capset, &header, none) < 0 && errno != ENOSYS)
+		die("capset: %s", strerror(errno));
+}
+
+/* Nothing of a key is to be found in a core file, or by another process of the same user. */
+static void core_forbid(void)
+{
+	struct rlimit none = { 0, 0 };
+
+	setrlimit(RLIMIT_CORE, &none);
+	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+}
+
 /* For good: checks that there is no way back. */
 static void become_do(const struct become *b, const char *root)
 {
+	unsigned long i;
+
 	if (root && (chroot(root) < 0 || chdir("/") < 0))
 		die("config.h: chroot_dir \"%s\": %s", root, strerror(errno));
+	for (i = 0; prctl(PR_CAPBSET_READ, i, 0, 0, 0) >= 0; i++)
+		prctl(PR_CAPBSET_DROP, i, 0, 0, 0);     /* others than root may not, and have none */
 	if (b->set) {
 		if (setgroups(1, &b->gid) < 0 && errno != EPERM)
 			die("config.h: group: setgroups: %s", strerror(errno));
@@ -1351,19 +1377,153 @@ static void become_do(const struct become *b, const char *root)
 			die("config.h: group: setgid %u: %s", (unsigned)b->gid, strerror(errno));
 		if (setuid(b->uid) < 0)
 			die("config.h: user: setuid %u: %s", (unsigned)b->uid, strerror(errno));
-		if (b->uid != 0 && setuid(0) == 0)
-			die("config.h: user: root can be regained");
 	}
-	prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+	capabilities_drop();
+	if (b->set && ((b->uid != 0 && setuid(0) == 0) || (b->gid != 0 && setgid(0) == 0)))
+		die("config.h: user: root can be regained");
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+		die("prctl: PR_SET_NO_NEW_PRIVS: %s", strerror(errno));
+	core_forbid();          /* which a change of user may have undone */
 }
 
-/* Nothing of a key is to be found in a core file. */
-static void core_forbid(void)
+/* What SIGHUP will not find, or may not read, is said now, not when the certificate has expired. */
+static void certs_foretell(void)
 {
-	struct rlimit none = { 0, 0 };
+	unsigned i, n;
 
-	setrlimit(RLIMIT_CORE, &none);
-	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+	for (i = 0; i < CERTS; i++) {
+		const char *const path[] = { certs[i].chain, certs[i].key };
+
+		for (n = 0; n < LENGTH(path); n++)
+			if (access(path[n], R_OK) < 0)
+				log_line(LOG_WARNING, "warning certs[%u]: %s: %s for user and chroot_dir: "
+					"SIGHUP will fail", i, path[n], strerror(errno));
+	}
+}
+
+/* ---- the system calls that the loop makes ----
+ *
+ * Once it runs it reads, writes, polls, connects, and opens files to read; a call that is not on the
+ * list ends the process with SIGSYS, and the kernel's log names its number. A list is a program of
+ * the kernel's packet filter over struct seccomp_data: number at 0, machine at 4, arguments from 16,
+ * 64 bits each. Numbers mean what they mean on one machine only, so that comes first; those of x32
+ * are numbers of their own. All written out, for a libc may come without the kernel's headers.
+ *
+ * The numbers are those of the libc that we are linked with, for what both glibc and musl make of
+ * our calls, the hot ones first. time() and clock_gettime() are calls where there is no vDSO. */
+
+#define FILTER_LITTLE (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0x40000000 : 0)
+#if defined(__x86_64__) && !defined(__ILP32__)
+#define FILTER_MACHINE (EM_X86_64 | 0xc0000000)         /* 64 bits, little endian */
+#elif defined(__i386__)
+#define FILTER_MACHINE (EM_386 | 0x40000000)
+#elif defined(__ARM_EABI__)
+#define FILTER_MACHINE (EM_ARM | FILTER_LITTLE)
+#elif defined(__aarch64__) && !defined(__ILP32__)
+#define FILTER_MACHINE (EM_AARCH64 | 0xc0000000)
+#elif defined(__riscv) && __riscv_xlen == 64
+#define FILTER_MACHINE (243 | 0xc0000000)               /* EM_RISCV */
+#elif defined(__mips__) && _MIPS_SIM != _ABIN32
+#define FILTER_MACHINE (EM_MIPS | FILTER_LITTLE | (sizeof(long) == 8 ? 0x80000000 : 0))
+#endif
+
+struct filter_op {              /* struct sock_filter */
+	uint16_t code;
+	uint8_t yes, no;        /* to skip */
+	uint32_t k;
+};
+
+#ifdef FILTER_MACHINE
+enum { LOAD = 0x20, EQUAL = 0x15, ABOVE = 0x35, AND = 0x54, RETURN = 0x06 };
+#define KILL 0x80000000         /* before Linux 4.14: the thread, of which there is one */
+#define LET 0x7fff0000
+#define FAIL (0x00050000 | EPERM)
+#define FILTER_START { LOAD, 0, 0, 4 }, { EQUAL, 1, 0, FILTER_MACHINE }, { RETURN, 0, 0, KILL }, \
+	{ LOAD, 0, 0, 0 }
+#define ON(name, verdict) { EQUAL, 0, 1, SYS_##name }, { RETURN, 0, 0, verdict }
+/* If those bits of the argument (an int) have that value. */
+#define LET_IF(name, argument, mask, value) { EQUAL, 0, 5, SYS_##name }, \
+	{ LOAD, 0, 0, 16 + 8 * (argument) + (FILTER_LITTLE ? 0 : 4) }, { AND, 0, 0, (uint32_t)(mask) }, \
+	{ EQUAL, 0, 1, value }, { RETURN, 0, 0, LET }, { LOAD, 0, 0, 0 }
+#define READING (O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | O_LARGEFILE)
+
+static const struct filter_op loop_calls[] = {
+	FILTER_START,
+	ON(read, LET), ON(write, LET), ON(recvfrom, LET), ON(sendto, LET),
+#ifdef SYS_send
+	ON(recv, LET), ON(send, LET),
+#endif
+	ON(ppoll, LET), ON(epoll_ctl, LET), ON(epoll_pwait, LET), ON(restart_syscall, LET),
+#ifdef SYS_poll
+	ON(poll, LET), ON(epoll_wait, LET), LET_IF(open, 1, ~READING, 0),
+#endif
+#ifdef SYS_clock_gettime
+	ON(clock_gettime, LET),
+#else
+	ON(clock_gettime32, LET),       /* musl's name for it */
+#endif
+#ifdef SYS_clock_gettime64
+	ON(clock_gettime64, LET),
+#endif
+#ifdef SYS_time
+	ON(time, LET),
+#endif
+#ifdef SYS_gettimeofday
+	ON(gettimeofday, LET),
+#endif
+	ON(accept4, LET), ON(connect, LET), ON(close, LET), ON(shutdown, LET),
+	ON(getsockopt, LET), ON(setsockopt, LET), ON(getrandom, LET), ON(getpid, LET),
+	LET_IF(socket, 0, -1, AF_INET), LET_IF(socket, 0, -1, AF_INET6), LET_IF(socket, 0, -1, AF_UNIX),
+#ifdef __i386__
+	ON(socketcall, LET),            /* all of the above; its arguments are out of reach */
+#endif
+	/* certificates, at SIGHUP; and the end */
+	LET_IF(openat, 2, ~READING, 0),
+	LET_IF(fcntl, 1, -1, F_SETFD),  /* musl's open, for O_CLOEXEC */
+#ifdef SYS_fcntl64
+	LET_IF(fcntl64, 1, -1, F_SETFD),
+#endif
+#ifdef SYS_stat
+	ON(stat, LET),
+#endif
+#ifdef SYS_stat64
+	ON(stat64, LET), ON(fstatat64, LET),
+#endif
+#ifdef SYS_newfstatat
+	ON(newfstatat, LET),
+#endif
+#ifdef SYS_statx
+	ON(statx, LET),
+#endif
+	ON(exit_group, LET),
+	{ RETURN, 0, 0, KILL },
+};
+
+/* The resolver runs whatever nsswitch.conf names, so nobody can list what it needs; but it parses what
+ * comes from outside. What no resolver does fails: programs, other processes, waiting for callers. */
+static const struct filter_op resolver_calls[] = {
+	FILTER_START,
+#ifdef __x86_64__
+	{ ABOVE, 0, 1, 0x40000000 }, { RETURN, 0, 0, FAIL },    /* x32 */
+#endif
+	ON(execve, FAIL),
+#ifdef SYS_execveat
+	ON(execveat, FAIL),
+#endif
+	ON(ptrace, FAIL), ON(process_vm_readv, FAIL), ON(process_vm_writev, FAIL), ON(kill, FAIL),
+	ON(listen, FAIL), ON(accept4, FAIL),
+	{ RETURN, 0, 0, LET },
+};
+#else
+static const struct filter_op loop_calls[1], resolver_calls[1];
+#endif
+
+/* For good. no_new_privs is set. Whether the kernel took it. */
+static int filter_set(const struct filter_op *ops, size_t n)
+{
+	const struct { unsigned short n; const struct filter_op *ops; } program = { (unsigned short)n, ops };
+
+	return prctl(PR_SET_SECCOMP, 2 /* SECCOMP_MODE_FILTER */, &program, 0, 0) == 0;
 }
 
 /* Every session needs two descriptors. */
@@ -2441,7 +2601,9 @@ static void resolver_child(int fd, const struct become *b)
 	signal(SIGTERM, SIG_IGN);
 	signal(SIGUSR1, SIG_IGN);
 	become_do(b, NULL);
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+	if (seccomp)
+		filter_set(resolver_calls, LENGTH(resolver_calls));
 	memset(&r, 0, sizeof r);
 	while (read(fd, &r.index, 1) == 1) {
 		if (r.index >= BACKENDS)
@@ -5300,7 +5462,7 @@ static const struct {
 	NUMBER(max_fails, 0, UINT_MAX), NUMBER(fail_ms, 0, INT_MAX), NUMBER(check_ms, 0, INT_MAX),
 	NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
-	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_sessions, 0, 1),
+	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_sessions, 0, 1), NUMBER(seccomp, 0, 1),
 	NUMBER(log_rejects, 0, INT_MAX),
 #undef NUMBER
 };
@@ -5468,6 +5630,9 @@ int main(int argc, char *argv[])
 		listener_open(i);
 	epoll_fd = fds[FD_EPOLL].fd = park ? epoll_create1(EPOLL_CLOEXEC) : -1;
 	become_do(&become, chroot_dir);
+	certs_foretell();
+	if (seccomp && !filter_set(loop_calls, LENGTH(loop_calls)))
+		log_line(LOG_WARNING, "warning seccomp: this kernel or machine has no filter: none is set");
 	if (check_ms > 0)
 		checks_start();
 	loop();

@@ -77,6 +77,7 @@ static const unsigned user_timeout_ms      = 60000;
 static const char *const user       = NULL;
 static const char *const group      = NULL;
 static const char *const chroot_dir = NULL;
+static const int seccomp = 0;
 static const enum log_to log_to     = STDERR;
 static const int log_sessions       = 1;
 static const unsigned log_rejects   = 5;

@@ -19,6 +19,7 @@ PLAIN = os.environ.get("PLAIN", "") not in ("", "0")    # nothing parked, buffer
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 
 RUN = shlex.split(os.environ.get("WSSPROXY_RUN", ""))       # what runs programs of another machine
+INSTRUMENTED = SANITIZE or "valgrind" in RUN[:1]            # makes system calls of its own
 
 # Seconds after which anything that is waited for counts as hung. Nothing waits so long when all is
 # well: every wait ends with its event.
@@ -69,7 +70,7 @@ def set_entry(text, name, value):
 
 def config_text(entries):
     text = (REPO / "config.def.h").read_text()
-    defaults = {"resolve_names": 1, "http": REFUSE, "log_rejects": 0}
+    defaults = {"resolve_names": 1, "http": REFUSE, "log_rejects": 0, "seccomp": not INSTRUMENTED}
     if PLAIN:
         defaults["max_busy"] = C("max_sessions")
         if "park_ms" not in entries:

@@ -486,7 +486,8 @@ def test_no_process_without_names(proxy, scripted):
 
 def test_resolver_holds_no_listener(named, scripted, etc):
     """Or a proxy that was killed could not be started again at once."""
-    p = named(by_name(scripted()))
+    p = named(by_name(scripted()), resolve_ms=600000)
+    p.log.wait("backend", down=True, why="unresolved")      # so it looks into no file now
     child = children_of(p.pid)[0]
     kinds = [os.readlink(f"/proc/{child}/fd/{n}") for n in os.listdir(f"/proc/{child}/fd")]
     assert len([kind for kind in kinds if kind.startswith("socket:")]) == 1
