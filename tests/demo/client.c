@@ -22,6 +22,7 @@ static const char request[] =
 	"\r\n";
 static const char accept_line[] = "\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n";
 
+__attribute__((format(printf, 1, 2)))
 static _Noreturn void
 fail(const char *format, ...)
 {

@@ -319,8 +319,10 @@ async def play(machine, port):
     await in_thread(machine.shell, "ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up;"
                     " ip route add default via 10.0.2.2")
     say(f"network up after the proxy: echo after {await until_echo(port, 60):.1f} s")
-    code, output = await in_thread(machine.shell, "grep Uid /proc/$(started)/status")
+    code, output = await in_thread(machine.shell, "grep -E 'Uid|CapPrm|Seccomp:' /proc/$(started)/status")
     assert "1000\t1000\t1000\t1000" in output, output
+    assert re.search(r"CapPrm:\s+0{16}$", output, re.M) and re.search(r"Seccomp:\s+2$", output, re.M), output
+    say("a user of its own, no capabilities, and the kernel's filter of system calls")
     await echo_once(port, "/verified")
     say("a verified TLS backend in 1970")
     await in_thread(machine.wait, r"backend name=server01:3000 down why=unresolved", 60)
