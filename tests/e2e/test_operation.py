@@ -184,6 +184,31 @@ def test_odd_bytes_are_escaped_in_the_log(proxy, scripted):
     assert p.log.wait("open")["path"] == r"/a\x22b\x3dc"
 
 
+def test_path_is_no_format_in_the_log(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend)
+    path = "/%s%n%x%1000000c%%"
+    open_tunnel(p, backend, request=upgrade(path))
+    assert p.log.wait("open")["path"] == path
+
+
+@pytest.mark.parametrize("path, host", [
+    ("/\rclose", "a"), ("/\nclose", "a"), ("/\x1b[2J", "a"), ("/\0", "a"), ("/\xc2\x85", "a"),
+    ("/", "a\nclose id=1"),
+    ("/", "a\x1b[2J"), ("/", "a\0b"), ("/", "a why=done")])
+def test_request_makes_no_line_of_its_own(proxy, scripted, path, host):
+    backend = scripted()
+    p = proxy(backend)
+    client = connect(p)
+    client.send(upgrade(path, Host=host))
+    assert client.read_head().status == 400
+    client.close()
+    p.log.wait("reject", status="400")
+    p.stop()
+    assert [line.event for line in p.log.lines] == ["start", "listen", "reject", "stop", "stop"]
+    assert all(char.isprintable() for line in p.log.lines for char in line.text)
+
+
 def test_log_sessions_0_leaves_open_and_close_out(proxy, scripted):
     backend = scripted()
     p = proxy(backend, log_sessions=0)
