@@ -236,14 +236,14 @@ def test_socket_io_clients_share_both_servers(proxy, chat_servers, balance):
 
     def client(source):
         seen.append(socket_io(p, source, messages=4))
-    jobs = [threading.Thread(target=client, args=(f"127.0.0.{n}",)) for n in range(2, 8)]
+    jobs = [threading.Thread(target=client, args=(f"127.0.0.{n}",)) for n in range(2, 14)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join(4 * PATIENCE)
     for one in seen:
         names.add(check(one, "polling", "websocket"))
-    assert len(seen) == 6 and names == {"one", "two"}
+    assert len(seen) == 12 and names == {"one", "two"}
 
 
 def test_socket_io_polling_fails_without_stickiness(proxy, chat_servers):

@@ -57,7 +57,7 @@ def test_round_robin_is_smooth_with_weights(proxy, python_server):
 def test_ip_hash_keeps_each_client_where_it_was(proxy, python_server):
     servers = [python_server() for _ in range(3)]
     p = proxy(*servers, balance=IP_HASH)
-    places = [chosen(p, 3, lambda _: f"127.0.0.{2 + n}") for n in range(12)]
+    places = [chosen(p, 3, lambda _: f"127.0.0.{2 + n}") for n in range(40)]
     assert all(len(set(one)) == 1 for one in places)
     assert len({one[0] for one in places}) == 3
 
