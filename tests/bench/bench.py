@@ -22,13 +22,23 @@ Environment:
     SUITE           AES128-GCM or CHACHA20
     BEARSSL         a source tree of BearSSL, for the peer wssproxy-bearssl
     CC, MAKE        what compiles
+    EMULATE         of: %(machines)s
 
-Results, in tests/build/bench: table.txt, table.csv (medians), runs.csv (all values), plot.svg."""
+With EMULATE the proxies are programs of that machine under qemu-user, and only they: wssproxy as
+README builds it with musl, static, beside Debian's haproxy and nginx with their libraries. Kernel,
+load and backend are the host's, and qemu's time for an instruction is not a device's: the ratios
+say something, the figures little. Other defaults: longer measures, those that mean something there,
+and CHACHA20, since such a CPU has no instructions for AES, nor has the emulated one.
+
+Results, in tests/build/bench (bench-mipsel and so on): table.txt, table.csv (medians), runs.csv (all
+values), plot.svg."""
 
 import csv
+import gzip
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -40,7 +50,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
-OUT = TOP / "tests" / "build" / "bench"
+EMULATE = os.environ.get("EMULATE", "")
+OUT = TOP / "tests" / "build" / f"bench{EMULATE and '-'}{EMULATE}"
+CROSS = TOP / "tests" / "build" / "cross"
+ROOT = CROSS / "packages" / EMULATE     # of the emulated peers
 MAX_SESSIONS = 5000
 FILES = 16384           # descriptors for each process
 SUITES = {
@@ -48,6 +61,11 @@ SUITES = {
                    "BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"),
     "CHACHA20": ("ECDHE-ECDSA-CHACHA20-POLY1305",
                  "BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256"),
+}
+# What to emulate: the compiler of README's line for it, and what runs its programs.
+MACHINES = {
+    "mipsel": ("mipsel-linux-musl-gcc", ["qemu-mipsel-static", "-cpu", "24Kf"]),
+    "armhf": ("arm-linux-musleabihf-gcc", ["qemu-arm-static", "-cpu", "cortex-a7"]),
 }
 QUICK = os.environ.get("QUICK", "") not in ("", "0")
 
@@ -65,11 +83,11 @@ def option(name, default, quick=None):
 
 
 ROUNDS = option("ROUNDS", 3, 1)
-SECONDS = option("SECONDS", 1.2, 0.2)
+SECONDS = option("SECONDS", 4.0 if EMULATE else 1.2, 0.2)
 CLIENTS = option("CLIENTS", 32)
 RESTING = option("RESTING", [1000, 4000], [300])
 SESSIONS = option("SESSIONS", [500, 1000, 2000], [100, 200])
-SUITE = option("SUITE", "AES128-GCM")
+SUITE = option("SUITE", "CHACHA20" if EMULATE else "AES128-GCM")
 BEARSSL = option("BEARSSL", "")
 CC = option("CC", "cc")
 MAKE = option("MAKE", "make")
@@ -193,7 +211,7 @@ def lighttpd(d, port, backend):
 OTHERS = {"nginx": nginx, "haproxy": haproxy, "hitch": hitch, "stunnel": stunnel,
           "lighttpd": lighttpd}
 PROGRAMS = {"stunnel": "stunnel4"}
-PACKAGES = {"nginx": "nginx-light", "stunnel": "stunnel4"}
+PACKAGES = {} if EMULATE else {"nginx": "nginx-light", "stunnel": "stunnel4"}
 
 # wssproxy as it comes, and in other builds: what make is told, and changes to its config.h.
 FAST = "-fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2"
@@ -204,8 +222,8 @@ BUILDS = {
     "wssproxy-bearssl": ({"CFLAGS": f"-O3 {FAST}", "BEARSSL": BEARSSL}, {}),
     "wssproxy-plain": ({}, {"park": 0, "max_busy": MAX_SESSIONS}),
 }
-PEERS = option("PEERS", ["wssproxy", "wssproxy-static", *(["wssproxy-bearssl"] if BEARSSL else []),
-                         *OTHERS])
+PEERS = option("PEERS", ["wssproxy", "haproxy", "nginx"] if EMULATE else
+               ["wssproxy", "wssproxy-static", *(["wssproxy-bearssl"] if BEARSSL else []), *OTHERS])
 # By default the static build is there for one row of the table and has no column.
 ONLY = {} if "PEERS" in os.environ else {"wssproxy-static": ["idle"]}
 
@@ -287,6 +305,8 @@ class Proxy:
             OTHERS[name](self.dir, self.port, backend_port)
         for file, text in files.items():
             (self.dir / file).write_text(re.sub(r"^ {8}", "", text, flags=re.M).lstrip())
+        if EMULATE:     # of wssproxy the path stays, for it is absolute
+            argv = [*MACHINES[EMULATE][1], "-L", ROOT, ROOT / "usr/sbin" / argv[0], *argv[1:]]
         with open(self.dir / "log", "wb") as log:
             self.process = start(cpus()[0], argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
@@ -433,7 +453,8 @@ ALL_MEASURES = {
     "storm": storm,
 }
 ONCE = ["idle", "memory"]       # they do not vary
-MEASURES = option("MEASURES", list(ALL_MEASURES))
+MEASURES = option("MEASURES", ["echo-64", "echo-16384", "full", "resumed"] if EMULATE else
+                  list(ALL_MEASURES))
 
 # Rows of the table: key, label, decimals, whether less is better, and the goal: an absolute one
 # (MAX), a factor to the best of the others (BEST), or to our own echo without any at rest (OWN).
@@ -530,7 +551,7 @@ def table():
         if any(c != "-" for c in cells):
             best, ratio = compare(key, less)
             rows.append([label, *cells, best, "" if ratio is None else f"{ratio:.2f}",
-                         judge(key, less, ratio, goal) if goal else ""])
+                         judge(key, less, ratio, goal) if goal and not EMULATE else ""])
     return rows
 
 
@@ -543,13 +564,23 @@ def output(*argv):
         return ""
 
 
+def version(package):
+    """Of a package: of one that is unpacked, its changelog begins with it."""
+    changelog = ROOT / "usr/share/doc" / package / "changelog.Debian.gz"
+    if EMULATE and changelog.exists():
+        with gzip.open(changelog, "rt") as f:
+            return re.search(r"\((.*?)\)", f.readline())[1]
+    return output("dpkg-query", "-W", "-f", "${Version}", package) or "of unknown version"
+
+
 def preface():
     """What was measured where."""
     model = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    versions = []
-    for package in [PACKAGES.get(p, p) for p in PEERS if p in OTHERS] + ["libbearssl0", "libssl3"]:
-        version = output("dpkg-query", "-W", "-f", "${Version}", package)
-        versions.append(f"{package} {version or 'of unknown version'}")
+    packages = [PACKAGES.get(p, p) for p in PEERS if p in OTHERS]
+    packages += ["libssl3"] if EMULATE else ["libbearssl0", "libssl3"]
+    versions = [f"{p} {version(p)}" for p in packages]
+    if EMULATE:
+        versions = [f"{' '.join(MACHINES[EMULATE][1])}: {version('qemu-user-static')}", *versions]
     return (f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} x "
             f"{model[1] if model else os.uname().machine}, "
             f"Linux {os.uname().release.split('-')[0]}\n"
@@ -686,13 +717,22 @@ def prepare():
             "-lssl", "-lcrypto")
 
 
+def cross():
+    """What README's line tells make, with the tree of BearSSL that the cross tests have built."""
+    cc = MACHINES[EMULATE][0]
+    line = re.search(rf"^ +make (CC={cc} .*)$", (TOP / "README").read_text(), re.M)[1]
+    return {**dict(word.split("=", 1) for word in shlex.split(line)),
+            "BEARSSL": CROSS / cc / "bearssl-0.6"}
+
+
 def build(name):
     """One build of wssproxy."""
     variables, changes = BUILDS[name]
+    variables = {"CC": CC, **variables, **(cross() if EMULATE else {})}
     d = OUT / name
     d.mkdir(exist_ok=True)
     config_write(d / "config.h", ports[name], backend_port, changes)
-    run(MAKE, f"CC={CC}", f"CONFIG={d}/config.h", f"OUT={d}/wssproxy",
+    run(MAKE, f"CONFIG={d}/config.h", f"OUT={d}/wssproxy",
         *(f"{k}={v}" for k, v in variables.items()))
     with open(d / "wssproxy", "rb+") as f:
         os.fsync(f)     # as long as it is not on disk, its text counts as dirty
@@ -702,6 +742,8 @@ def measure(name, peer):
     """Makes one measure. Returns the values, or None."""
     try:
         with Proxy(peer) as proxy:
+            if EMULATE:     # which translates what runs for the first time
+                proxy.load("-t", 0.2, "connect")
             return ALL_MEASURES[name](proxy)
     except (Failure, OSError) as e:
         failures.append(f"{name} of {peer}: {e}")
@@ -732,10 +774,13 @@ def peers_check():
     unknown = [p for p in PEERS if p not in BUILDS and p not in OTHERS]
     unknown += [m for m in MEASURES if m not in ALL_MEASURES]
     unknown += [SUITE] if SUITE not in SUITES else []
+    unknown += [EMULATE] if EMULATE and EMULATE not in MACHINES else []
     if unknown:
         sys.exit(f"bench: unknown: {' '.join(unknown)}\n\n" + __doc__ % {
-            "peers": " ".join([*BUILDS, *OTHERS]), "measures": " ".join(ALL_MEASURES)})
-    for p in [p for p in PEERS if p in OTHERS and not shutil.which(PROGRAMS.get(p, p))]:
+            "peers": " ".join([*BUILDS, *OTHERS]), "measures": " ".join(ALL_MEASURES),
+            "machines": " ".join(MACHINES)})
+    path = ROOT / "usr/sbin" if EMULATE else None
+    for p in [p for p in PEERS if p in OTHERS and not shutil.which(PROGRAMS.get(p, p), path=path)]:
         failures.append(f"{p}: not installed")
         PEERS.remove(p)
 
@@ -745,7 +790,7 @@ def main():
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda n, _: sys.exit(f"\nbench: ended by signal {n}"))
-    os.environ["PATH"] += ":/usr/sbin:/usr/local/sbin"
+    os.environ["PATH"] += f":/usr/sbin:/usr/local/sbin:{CROSS / 'bin'}"
     began = time.monotonic()
     peers_check()
     prepare()
