@@ -33,7 +33,7 @@ SESSIONS = 200
 
 BOOT = {
     "mipsel": (["qemu-system-mipsel", "-M", "malta", "-m", "48", "-vga", "none",
-                "-device", "pcnet,netdev=n,romfile="], "console=ttyS0", ["mii", "pcnet32"]),
+                "-device", "pcnet,netdev=n,romfile="], "nokaslr console=ttyS0", ["mii", "pcnet32"]),
     "armhf": (["qemu-system-arm", "-M", "virt", "-m", "64",
                "-device", "virtio-net-device,netdev=n"], "console=ttyAMA0",
               ["failover", "net_failover", "virtio_mmio", "virtio_net"]),
