@@ -30,8 +30,8 @@ load and backend are the host's, and qemu's time for an instruction is not a dev
 say something, the figures little. Other defaults: longer measures, those that mean something there,
 and CHACHA20, since such a CPU has no instructions for AES, nor has the emulated one.
 
-Results, in tests/build/bench (bench-mipsel and so on): table.txt, table.csv (medians), runs.csv (all
-values), plot.svg."""
+Results, in tests/build/bench (bench-mipsel, bench-armhf): table.txt, table.csv (medians), runs.csv
+(all values), plot.svg."""
 
 import csv
 import gzip
