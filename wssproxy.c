@@ -226,10 +226,17 @@ struct buffers {
 	unsigned char ahead[READ_AHEAD];
 };
 
-/* Lent while bytes are on their way: to the client, and to the backend if that has TLS. */
+/* Lent while bytes are on their way: to the client, and to the backend if that has TLS. A spare one
+ * serves to read ahead of a session whose backend, in the clear, sends bulk. */
 struct records {
 	void *next_free;
-	struct buffers side[1 + tls_backends];  /* the client's, the backend's */
+	union {
+		struct buffers side[1 + tls_backends];  /* the client's, the backend's */
+		struct {
+			size_t at, end;                 /* not taken yet */
+			unsigned char bytes[3 * 16384]; /* three full records */
+		} bulk;
+	};
 };
 
 /* Judges the certificate chain of the other side during a handshake. */
@@ -330,6 +337,7 @@ struct session {
 	struct address peer;
 	struct source *source;
 	struct records *rec;
+	struct records *spare;  /* bulk that the backend sent */
 	struct head_buffer *hd;
 	struct note *note;
 	struct keyring *ring;   /* while a handshake is under way */
@@ -2922,6 +2930,13 @@ static int records_borrow(struct session *s)
 	return s->rec || session_borrow(s, &records_pool);
 }
 
+static void spare_return(struct session *s)
+{
+	if (s->spare)
+		session_pass(&records_pool, s->spare);
+	s->spare = NULL;
+}
+
 static void records_return(struct session *s)
 {
 	struct records *r = s->rec;
@@ -2932,6 +2947,7 @@ static void records_return(struct session *s)
 	leg_detach(&s->client);
 	leg_detach(&s->backend);
 	session_pass(&records_pool, r);
+	spare_return(s);
 }
 
 static void head_return(struct session *s)
@@ -3871,23 +3887,12 @@ static int relay_up(struct session *s)
 	return 1;
 }
 
-/* Up to `size` bytes from the backend; 0: none now. */
-static size_t backend_read(struct session *s, unsigned char *out, size_t size)
+/* From the backend's socket. */
+static size_t backend_recv(struct session *s, unsigned char *out, size_t size)
 {
 	struct leg *l = &s->backend;
-	unsigned char *p;
-	size_t len;
 	ssize_t n;
 
-	if (l->eng) {
-		p = leg_readable(l, &len);
-		len = len < size ? len : size;
-		if (len > 0) {
-			memcpy(out, p, len);
-			leg_consume(l, len);
-		}
-		return len;
-	}
 	if (!l->in || l->eof)
 		return 0;
 	n = recv(l->fd, out, size, 0);
@@ -3898,6 +3903,47 @@ static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 	else if (n < 0)
 		leg_error(s, l);
 	return n > 0 ? (size_t)n : 0;
+}
+
+/* A backend in the clear that has filled two records in this run sends bulk: one call brings several
+ * records, as long as buffers abound. */
+static void backend_read_ahead(struct session *s)
+{
+	if (s->spare || s->hd || !s->backend.in || s->backend.reads > READS - 2 ||
+	    records_pool.lent > records_pool.count / 2)
+		return;
+	s->spare = pool_lend(&records_pool);
+	s->spare->bulk.at = 0;
+	s->spare->bulk.end = backend_recv(s, s->spare->bulk.bytes, sizeof s->spare->bulk.bytes);
+	if (s->spare->bulk.end == 0)
+		spare_return(s);
+}
+
+/* Up to `size` bytes from the backend; 0: none now. */
+static size_t backend_read(struct session *s, unsigned char *out, size_t size)
+{
+	struct records *r;
+	unsigned char *p;
+	size_t len;
+
+	if (s->backend.eng) {
+		p = leg_readable(&s->backend, &len);
+		len = len < size ? len : size;
+		if (len > 0) {
+			memcpy(out, p, len);
+			leg_consume(&s->backend, len);
+		}
+		return len;
+	}
+	backend_read_ahead(s);
+	if ((r = s->spare) == NULL)
+		return backend_recv(s, out, size);
+	len = r->bulk.end - r->bulk.at < size ? r->bulk.end - r->bulk.at : size;
+	memcpy(out, r->bulk.bytes + r->bulk.at, len);
+	r->bulk.at += len;
+	if (r->bulk.at == r->bulk.end)
+		spare_return(s);
+	return len;
 }
 
 /* How many of `len` bytes from the backend belong to the answer; notes its end. */
@@ -3959,7 +4005,8 @@ static int relay_down(struct session *s)
 		return 0;
 	to->started = 1;
 	s->moved = s->fed = 1;
-	to->more = s->backend.eng ? leg_has_more(&s->backend) : len == size && s->backend.in;
+	to->more = s->backend.eng ? leg_has_more(&s->backend) :
+		s->spare || (len == size && s->backend.in);
 	len = answer_take(s, (char *)room, len);
 	if (s->backend.eof)
 		to->more = 0;
@@ -4842,7 +4889,7 @@ static int session_rests(const struct session *s)
 	if (s->client.fin)
 		return 1;       /* what comes now is thrown away */
 	return s->state != HANDSHAKE && s->state != BACKEND_HANDSHAKE && s->state != REPLY &&
-		leg_rests(&s->client) && leg_rests(&s->backend);
+		!s->spare && leg_rests(&s->client) && leg_rests(&s->backend);
 }
 
 /* The same of the head buffer: nothing of a head is there, and none is in want of records. */
