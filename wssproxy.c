@@ -4498,7 +4498,7 @@ static ssize_t request_write(struct session *s, const char *p, size_t len)
 		leg_put(&s->backend, len);
 	}
 	leg_send(s, &s->backend);
-	return s->broken ? -1 : (ssize_t)len;
+	return s->broken || s->backend.fin ? -1 : (ssize_t)len;
 }
 
 static enum state request_step(struct session *s)

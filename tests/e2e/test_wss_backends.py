@@ -244,6 +244,29 @@ def test_backend_that_resets_in_the_handshake(proxy, scripted):
     p.log.wait("backend", name=backend.name, down=True)
 
 
+def test_backend_that_resets_when_the_handshake_is_done(proxy, scripted):
+    """Its last words and the reset are there before the request is written."""
+    backend = scripted()
+    p = proxy(verified(backend), **TLS)
+    client = connect(p)
+    client.send(request())
+    server = backend.accept()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = server_context().wrap_bio(incoming, outgoing, server_side=True)
+    while True:
+        incoming.write(server.receive())
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            server.send(outgoing.read())
+    p.signal(signal.SIGSTOP)
+    server.send(outgoing.read())
+    server.reset()
+    p.signal(signal.SIGCONT)
+    assert client.read_head().status == 502
+
+
 def test_backend_that_is_silent_in_the_handshake(proxy, scripted):
     backend = scripted()
     p = proxy(verified(backend), handshake_ms=1000, **TLS)
