@@ -4729,8 +4729,12 @@ static enum state relay_step(struct session *s)
 		if (!records_borrow(s))
 			return s->ready & EXPIRED ? DRAIN : s->state;
 		relay_pump(s);
-		if (!s->broken && c->eof && !b->fin && relay_up_over(s))
+		if (!s->broken && c->eof && !b->fin && relay_up_over(s)) {
+			/* an engine that was closed takes nothing more: the answer would be cut */
+			if (s->state == EXCHANGE && b->eng && !b->eof && !leg_closed(c))
+				return FREE;
 			leg_finish(s, b);
+		}
 		if (!s->broken && relay_down_over(s))
 			leg_finish(s, c);
 		if (!s->broken && c->fin && !b->fin)
@@ -4744,7 +4748,8 @@ static enum state relay_step(struct session *s)
 	}
 	if (s->broken || (c->fin && c->eof && b->eof))
 		return FREE;
-	return c->fin || (s->ready & EXPIRED) || (s->state == RELAY && (b->fin || leg_closed(c))) ? DRAIN : s->state;
+	return c->fin || (s->ready & EXPIRED) || (s->state == RELAY && (b->fin || leg_closed(c))) ?
+		DRAIN : s->state;
 }
 
 /* What a session may do in each state, and how it ends when its time there is over; WHY_NONE: the
@@ -4846,7 +4851,8 @@ static void session_close(struct session *s)
 	totals.rx += s->rx;
 	totals.tx += s->tx;
 	/* nor may an answer that was cut off look whole */
-	if (s->opened && (s->broken ? s->by == BY_BACKEND : s->state == EXCHANGE && !s->backend.eof))
+	if (s->opened && ((s->broken && s->by == BY_BACKEND) ||
+	    (s->state == EXCHANGE && !s->client.fin)))
 		socket_abort(s->client.fd);
 	if (s->broken && s->by == BY_CLIENT && s->backend.fd >= 0)
 		socket_abort(s->backend.fd);

@@ -756,6 +756,20 @@ def test_answer_that_is_cut_off_for_silence_does_not_look_whole(forwarding, back
     p.log.wait("close", by="proxy", why="idle")
 
 
+def test_answer_that_its_backend_breaks_off_never_looks_whole(forwarding, backend):
+    """Not even to a client that has ended before."""
+    p = forwarding()
+    client, server = asked(p, backend, WS)
+    server.send(answer() + b"half")
+    client.read_head()
+    assert client.read(4) == b"half"
+    client.half_close()
+    assert server.read_to_end() == b""
+    server.reset()
+    with pytest.raises(ConnectionResetError):
+        client.read_to_end()
+
+
 # ---- many at once ----
 
 def test_tunnels_and_pages_mixed(forwarding, backend):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from conftest import whole_config
-from harness import FORWARD, PATIENCE, C, eventually, run_once
+from harness import FORWARD, PATIENCE, WS, C, eventually, run_once
 from more import (TLS_NOVERIFY, TLS_PIN, TLS_VERIFY, Nginx, NodeHttps, OpensslServer, ScriptedTls,
-                  curl, identity, key_of, memory_peak_kb, memory_peak_reset, pem, request,
+                  answer, curl, identity, key_of, memory_peak_kb, memory_peak_reset, pem, request,
                   server_context)
 from peers import ask, connect, pattern, play, switching, upgrade, ws
 
@@ -870,3 +870,19 @@ def test_upload_of_1_gib_grows_no_memory(proxy, node, tmp_path, steady):
     peak, dirty = steady(p, upload)
     print(f"resident +{peak} KB, dirty +{dirty} KB")
     assert peak < 512 and dirty < 512
+
+
+def test_answer_that_its_client_stopped_does_not_look_whole(proxy, scripted_tls):
+    """BearSSL takes nothing more from a backend that was told the end."""
+    backend = scripted_tls()
+    p = proxy(verified(backend), listeners=[("127.0.0.1", "0", WS)], **TLS)
+    client = connect(p)
+    client.send(request())
+    server = backend.accept()
+    server.read_head()
+    server.send(answer() + b"half")
+    client.read_head()
+    assert client.read(4) == b"half"
+    client.half_close()
+    with pytest.raises(ConnectionResetError):
+        client.read_to_end()
