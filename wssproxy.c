@@ -419,7 +419,8 @@ static struct {                 /* within a second; the timer runs while there a
 	struct timer timer;
 	unsigned count;
 } rejects;
-static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, files, what is thrown away */
+static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, what is thrown away */
+static char file_text[ANCHORS_MAX * 2048];       /* of one file */
 static int reload_due;          /* SIGHUP came; 0 again when it was done */
 static int stops;               /* SIGTERM and SIGINT so far */
 
@@ -1116,13 +1117,12 @@ static ssize_t file_read(const char *path, char *buf, size_t size, const char **
 static const char *pem_file(void *owner, const char *path,
 	const char *(*parse)(void *, char *, size_t))
 {
-	static char text[ANCHORS_MAX * 2048];
 	const char *error = NULL;
-	ssize_t len = file_read(path, text, sizeof text, &error);
+	ssize_t len = file_read(path, file_text, sizeof file_text, &error);
 
 	if (len >= 0) {
-		error = parse(owner, text, (size_t)len);
-		wipe(text, (size_t)len + 1);
+		error = parse(owner, file_text, (size_t)len);
+		wipe(file_text, (size_t)len + 1);
 	}
 	return error;
 }
@@ -5559,7 +5559,7 @@ static unsigned memory_kb(void)
 	return (unsigned)((sizeof sessions + sizeof records + sizeof heads + sizeof notes +
 		sizeof sources + sizeof buckets + sizeof keyrings + sizeof servers +
 		sizeof upstreams + sizeof cache_store + sizeof fds + sizeof awake +
-		sizeof scratch) / 1024);
+		sizeof scratch + sizeof file_text) / 1024);
 }
 
 /* wssproxy -t */
