@@ -1425,7 +1425,7 @@ static void certs_foretell(void)
 #define FILTER_MACHINE (EM_X86_64 | 0xc0000000)         /* 64 bits, little endian */
 #elif defined(__i386__)
 #define FILTER_MACHINE (EM_386 | 0x40000000)
-#elif defined(__ARM_EABI__)
+#elif defined(__ARM_EABI__) && !defined(__ARMEB__)      /* of which kernels disagree */
 #define FILTER_MACHINE (EM_ARM | FILTER_LITTLE)
 #elif defined(__aarch64__) && !defined(__ILP32__)
 #define FILTER_MACHINE (EM_AARCH64 | 0xc0000000)
