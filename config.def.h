@@ -90,10 +90,10 @@ static const enum x_forwarded_for x_forwarded_for = APPEND;
 static const int check_accept = 1;
 
 /* How many sessions there can be, and how many of them can be busy at one moment. A session costs
- * 4.5 KB (5 KB until its answer), a busy one 58 KB more: record buffers (51 KB) while a byte is on its
- * way, and a head buffer while a head is. No memory is taken after start; wssproxy -t prints the sum.
- * When all buffers are lent, sessions wait for one; see stall_ms. A quarter of the record buffers is
- * never lent to clients that have yet to ask. */
+ * 4.5 KB (5 KB until its answer), a busy one 62 KB more: record buffers (50 KB) while a byte is on
+ * its way, and a head buffer (12 KB) while a head is. No memory is taken after start; wssproxy -t
+ * prints the sum. When all buffers are lent, sessions wait for one; see stall_ms. A quarter of the
+ * record buffers is never lent to clients that have yet to ask. */
 #define max_sessions    512
 #define max_busy        64
 
