@@ -1,5 +1,5 @@
 /* config.h - the configuration of wssproxy; made from config.def.h by make. Edit it, make again.
- * wssproxy -t checks what the compiler can't: names, files, keys. Times are in milliseconds
+ * wssproxy -t checks what the compiler can't: addresses, files, keys. Times are in milliseconds
  * where the name ends in _ms, in seconds where it ends in _s. */
 
 /* Where clients connect. The table costs a descriptor and a poll slot an entry. */
