@@ -1518,7 +1518,12 @@ static const struct filter_op resolver_calls[] = {
 #ifdef SYS_execveat
 	ON(execveat, FAIL),
 #endif
-	ON(ptrace, FAIL), ON(process_vm_readv, FAIL), ON(process_vm_writev, FAIL), ON(kill, FAIL),
+	ON(ptrace, FAIL), ON(process_vm_readv, FAIL), ON(process_vm_writev, FAIL),
+	ON(kill, FAIL), ON(tkill, FAIL), ON(tgkill, FAIL),
+	ON(rt_sigqueueinfo, FAIL), ON(rt_tgsigqueueinfo, FAIL),
+#ifdef SYS_pidfd_send_signal
+	ON(pidfd_send_signal, FAIL),
+#endif
 	ON(listen, FAIL), ON(accept4, FAIL),
 	{ RETURN, 0, 0, LET },
 };

@@ -37,6 +37,8 @@ static long foreign(void)
 	CALL("fork", syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL)) \
 	CALL("ptrace", syscall(SYS_ptrace, PTRACE_TRACEME, 0, NULL, NULL)) \
 	CALL("kill", syscall(SYS_kill, getppid(), 0)) \
+	CALL("tkill", syscall(SYS_tkill, getppid(), 0)) \
+	CALL("tgkill", syscall(SYS_tgkill, getppid(), getppid(), 0)) \
 	CALL("mmap", syscall(SYS_mmap, NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) \
 	CALL("mprotect", syscall(SYS_mprotect, (long)here & -4096, 4096, PROT_READ | PROT_EXEC)) \
 	CALL("open-to-write", OPEN(O_WRONLY)) \

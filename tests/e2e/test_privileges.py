@@ -97,7 +97,7 @@ def test_files_may_be_read(intruded, place):
 
 
 @filtered
-@pytest.mark.parametrize("name", ["execve", "ptrace", "kill", "listen"])
+@pytest.mark.parametrize("name", ["execve", "ptrace", "kill", "tkill", "tgkill", "listen"])
 def test_call_that_no_resolver_makes_fails(intruded, place, name):
     here = place()
     p, call = intruded({"host": "name.test", "port": here.port}, resolve_ms=100)
