@@ -139,17 +139,18 @@ static const unsigned keepalive_interval_s = 15;
 static const unsigned keepalive_probes     = 4;
 static const unsigned user_timeout_ms      = 60000;
 
-/* After start: become this user and group (names or numbers, NULL: stay), and see no files but those
- * under this directory (NULL: none). On SIGHUP, certificates are read as that user, in there. Whoever
- * it is, capabilities are given up: root itself then reads only what root's mode bits let it. */
+/* After start: become this user and group (names or numbers, NULL: stay), and see no files but
+ * those under this directory (NULL: none). On SIGHUP, certificates are read as that user, in there.
+ * Whoever it is, capabilities are given up: root itself then reads only what root's mode bits let
+ * it. */
 static const char *const user       = NULL;
 static const char *const group      = NULL;
 static const char *const chroot_dir = NULL;
 
 /* 1: after start, a system call that the loop does not need ends the program (SIGSYS; the kernel's
  * log says which). It costs 1.4 KB of program and less than 0.1 us a call on a PC. Without effect,
- * and the log says so, on kernels without CONFIG_SECCOMP_FILTER and on machines other than x86, ARM,
- * MIPS and 64-bit RISC-V. 0 is for tools that make calls of their own: sanitizers, valgrind. */
+ * and the log says so, on kernels without CONFIG_SECCOMP_FILTER and on machines other than x86,
+ * ARM, MIPS and 64-bit RISC-V. 0 is for tools with calls of their own: sanitizers, valgrind. */
 static const int seccomp            = 1;
 
 /* STDERR or SYSLOG (facility daemon); log_sessions = 0 leaves the lines open and close out.

@@ -15,8 +15,8 @@
  *
  * A session is one slot of a static table. It owns its two descriptors and its TLS context, and
  * borrows, from static pools, a head buffer (while a head is on its way) and record buffers (while
- * a byte is). A session at rest owns nothing but its slot and, before its answer, a note of what was
- * asked; after park_ms of that it waits in an epoll set instead of poll()'s array.
+ * a byte is). A session at rest owns nothing but its slot and, before its answer, a note of what
+ * was asked; after park_ms of that it waits in an epoll set instead of poll()'s array.
  *
  * A session is in one state; states[] says how to step it, and what it ends with when its time
  * there, which has a queue of its own, is over:
@@ -25,8 +25,9 @@
  *            RELAY or EXCHANGE, or after any of these REPLY, > DRAIN > FREE
  *
  * A step moves what it can without blocking and returns the state to be in; FREE ends the session.
- * session_run alone changes states; no step closes its own session. What to poll for is derived from state and buffers by
- * session_watch after each run and kept nowhere else. Nothing in the loop walks all sessions.
+ * session_run alone changes states; no step closes its own session. What to poll for is derived
+ * from state and buffers by session_watch after each run and kept nowhere else. Nothing in the loop
+ * walks all sessions.
  *
  * To understand everything else, start reading main(). */
 #include <sys/epoll.h>
@@ -82,7 +83,7 @@ enum {
 	/* fewer than record buffers: strangers, who need both, never hold all of those */
 	HEADS = max_busy - max_busy / 4,
 	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring */
-	READS = 4,              /* recv calls for each side in one run, so that no session holds the loop */
+	READS = 4,              /* recv calls for each side in one run: no session holds the loop */
 	ACCEPTS = 16,           /* connections taken from a listener in one turn */
 	CHAIN_MAX = 8,          /* certificates of a chain */
 	CHAIN_BYTES = 16384,    /* their DER, in all */
@@ -167,9 +168,9 @@ struct session;
 
 struct pool {
 	char *base;
-	size_t size;            /* of an item; its first member is a pointer, ours while it is free */
+	size_t size;            /* of an item; its first pointer is ours while it is free */
 	unsigned count, lent;
-	unsigned fresh;         /* items from here on were never lent, so their pages are untouched */
+	unsigned fresh;         /* from here on none was ever lent, so their pages are untouched */
 	void *free;             /* last in, first out: what is lent again is still in the cache */
 	struct link waiters;    /* sessions, first come, first served */
 	void (*attach)(struct session *, void *item);   /* where sessions wait: gives one an item */
@@ -251,9 +252,9 @@ struct verifier {
 	} u;
 };
 
-/* Lent while a head is on its way: from the handshake or the first byte until the request is out, and
- * from the answer's first byte until its head is out. Sessions that need both buffers take this one
- * first and give it back last, so that none that holds records ever waits for a head. */
+/* Lent while a head is on its way: from the handshake or the first byte until the request is out,
+ * and from the answer's first byte until its head is out. Sessions that need both buffers take this
+ * one first and give it back last, so that none that holds records ever waits for a head. */
 struct head_buffer {
 	void *next_free;
 	size_t len;             /* bytes in use */
@@ -284,7 +285,7 @@ struct leg {
 	struct buffers *buf;            /* NULL: at rest, or a backend in the clear */
 	uint16_t room;                  /* what an empty output buffer of the engine offers */
 	uint16_t empty_records;         /* in a row, without application data */
-	uint8_t in;                     /* in this run: poll said, and no short read has said otherwise */
+	uint8_t in;                     /* in this run: poll said so, no short read otherwise */
 	uint8_t full;                   /* in this run: its socket takes no more */
 	_Bool more;                     /* what is sent now has more coming behind it, */
 	_Bool corked;                   /* and the kernel may hold back what was sent last */
@@ -376,8 +377,8 @@ struct server {
 	struct timer retry, check;
 };
 
-/* poll()'s array: the signals, the resolver, the epoll set, the listeners, the checks of the backends, and two for
- * each awake session. */
+/* poll()'s array: the signals, the resolver, the epoll set, the listeners, the checks of the
+ * backends, and two for each awake session. */
 enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_CHECK = FD_LISTEN + LISTENERS,
 	FD_SESSIONS = FD_CHECK + BACKENDS };
 
@@ -392,7 +393,7 @@ static struct keyring keyrings[2], *keyring;
 static struct server servers[BACKENDS];
 static unsigned weights[BACKENDS];
 static int currents[BACKENDS];
-static uint64_t server_ids[BACKENDS];   /* hash of the name: the same whatever its place in the list */
+static uint64_t server_ids[BACKENDS];   /* hash of the name, whatever its place in the list */
 static unsigned char cache_store[session_cache * 100 + 1];
 static br_ssl_session_cache_lru cache;
 static uint16_t suites[LENGTH(ciphers)];        /* ciphers[], in this CPU's order */
@@ -420,7 +421,7 @@ static struct {                 /* within a second; the timer runs while there a
 	unsigned count;
 } rejects;
 static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, what is thrown away */
-static char file_text[ANCHORS_MAX * 2048];       /* of one file */
+static char file_text[ANCHORS_MAX * 2048];      /* a PEM file */
 static int reload_due;          /* SIGHUP came; 0 again when it was done */
 static int stops;               /* SIGTERM and SIGINT so far */
 
@@ -1349,13 +1350,14 @@ static struct become become_find(const char *user_name, const char *group_name)
 	return b;
 }
 
-/* No capability in any set: ports are bound and keys are read, nothing here needs one. The ambient set
- * follows the permitted one. What a kernel without CONFIG_MULTIUSER can't do, it can't. */
+/* No capability in any set: ports are bound and keys are read, nothing here needs one. The ambient
+ * set follows the permitted one. What a kernel without CONFIG_MULTIUSER can't do, it can't. */
 static void capabilities_drop(void)
 {
 	struct { uint32_t version; int pid; } header = { 0x20080522, 0 };       /* version 3 */
-	struct { uint32_t effective, permitted, inheritable; } none[2] = { { 0, 0, 0 }, { 0, 0, 0 } };
+	struct { uint32_t effective, permitted, inheritable; } none[2];
 
+	memset(none, 0, sizeof none);
 	if (syscall(SYS_capset, &header, none) < 0 && errno != ENOSYS)
 		die("capset: %s", strerror(errno));
 }
@@ -1377,7 +1379,7 @@ static void become_do(const struct become *b, const char *root)
 	if (root && (chroot(root) < 0 || chdir("/") < 0))
 		die("config.h: chroot_dir \"%s\": %s", root, strerror(errno));
 	for (i = 0; prctl(PR_CAPBSET_READ, i, 0, 0, 0) >= 0; i++)
-		prctl(PR_CAPBSET_DROP, i, 0, 0, 0);     /* others than root may not, and have none */
+		prctl(PR_CAPBSET_DROP, i, 0, 0, 0);     /* others than root have none */
 	if (b->set) {
 		if (setgroups(1, &b->gid) < 0 && errno != EPERM)
 			die("config.h: group: setgroups: %s", strerror(errno));
@@ -1404,18 +1406,19 @@ static void certs_foretell(void)
 
 		for (n = 0; n < LENGTH(path); n++)
 			if (access(path[n], R_OK) < 0)
-				log_line(LOG_WARNING, "warning certs[%u]: %s: %s for user and chroot_dir: "
-					"SIGHUP will fail", i, path[n], strerror(errno));
+				log_line(LOG_WARNING, "warning certs[%u]: %s: %s for user and "
+					"chroot_dir: SIGHUP will fail", i, path[n],
+					strerror(errno));
 	}
 }
 
 /* ---- the system calls that the loop makes ----
  *
- * Once it runs it reads, writes, polls, connects, and opens files to read; a call that is not on the
- * list ends the process with SIGSYS, and the kernel's log names its number. A list is a program of
- * the kernel's packet filter over struct seccomp_data: number at 0, machine at 4, arguments from 16,
- * 64 bits each. Numbers mean what they mean on one machine only, so that comes first; those of x32
- * are numbers of their own. All written out, for a libc may come without the kernel's headers.
+ * Once it runs it reads, writes, polls, connects, and opens files to read; a call that is not on
+ * the list ends the process with SIGSYS, and the kernel's log names its number. A list is a program
+ * of the kernel's packet filter over struct seccomp_data: number at 0, machine at 4, arguments from
+ * 16, 64 bits each. Numbers mean what they mean on one machine only, so that comes first; those of
+ * x32 are numbers of their own. All written out, for a libc may come without the kernel's headers.
  *
  * The numbers are those of the libc that we are linked with, for what both glibc and musl make of
  * our calls, the hot ones first. time() and clock_gettime() are calls where there is no vDSO. */
@@ -1451,7 +1454,8 @@ enum { LOAD = 0x20, EQUAL = 0x15, ABOVE = 0x35, AND = 0x54, RETURN = 0x06 };
 #define ON(name, verdict) { EQUAL, 0, 1, SYS_##name }, { RETURN, 0, 0, verdict }
 /* If those bits of the argument (an int) have that value. */
 #define LET_IF(name, argument, mask, value) { EQUAL, 0, 5, SYS_##name }, \
-	{ LOAD, 0, 0, 16 + 8 * (argument) + (FILTER_LITTLE ? 0 : 4) }, { AND, 0, 0, (uint32_t)(mask) }, \
+	{ LOAD, 0, 0, 16 + 8 * (argument) + (FILTER_LITTLE ? 0 : 4) }, \
+	{ AND, 0, 0, (uint32_t)(mask) }, \
 	{ EQUAL, 0, 1, value }, { RETURN, 0, 0, LET }, { LOAD, 0, 0, 0 }
 #define READING (O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | O_LARGEFILE)
 
@@ -1481,7 +1485,8 @@ static const struct filter_op loop_calls[] = {
 #endif
 	ON(accept4, LET), ON(connect, LET), ON(close, LET), ON(shutdown, LET),
 	ON(getsockopt, LET), ON(setsockopt, LET), ON(getrandom, LET), ON(getpid, LET),
-	LET_IF(socket, 0, -1, AF_INET), LET_IF(socket, 0, -1, AF_INET6), LET_IF(socket, 0, -1, AF_UNIX),
+	LET_IF(socket, 0, -1, AF_INET), LET_IF(socket, 0, -1, AF_INET6),
+	LET_IF(socket, 0, -1, AF_UNIX),
 #ifdef __i386__
 	ON(socketcall, LET),            /* all of the above; its arguments are out of reach */
 #endif
@@ -1507,8 +1512,9 @@ static const struct filter_op loop_calls[] = {
 	{ RETURN, 0, 0, KILL },
 };
 
-/* The resolver runs whatever nsswitch.conf names, so nobody can list what it needs; but it parses what
- * comes from outside. What no resolver does fails: programs, other processes, waiting for callers. */
+/* The resolver runs whatever nsswitch.conf names, so nobody can list what it needs; but it parses
+ * what comes from outside. What no resolver does fails: programs, other processes, waiting for
+ * callers. */
 static const struct filter_op resolver_calls[] = {
 	FILTER_START,
 #ifdef __x86_64__
@@ -1534,7 +1540,9 @@ static const struct filter_op loop_calls[1], resolver_calls[1];
 /* For good. no_new_privs is set. Whether the kernel took it. */
 static int filter_set(const struct filter_op *ops, size_t n)
 {
-	const struct { unsigned short n; const struct filter_op *ops; } program = { (unsigned short)n, ops };
+	const struct { unsigned short n; const struct filter_op *ops; } program = {
+		(unsigned short)n, ops,
+	};
 
 	return prctl(PR_SET_SECCOMP, 2 /* SECCOMP_MODE_FILTER */, &program, 0, 0) == 0;
 }
@@ -2692,8 +2700,8 @@ static void resolver_answer(const struct resolved *r)
 		link_append(&runnable, unnamed.next);
 }
 
-/* It has died, and there is none to be had: what it takes, /etc and fork, was given up at start. Every
- * question is answered with what is known. */
+/* It has died, and there is none to be had: what it takes, /etc and fork, was given up at start.
+ * Every question is answered with what is known. */
 static void resolver_end(void)
 {
 	struct resolved r = { .count = 0 };
@@ -3577,7 +3585,8 @@ static void session_broke(struct session *s, const struct leg *l, enum why why)
 	s->broken = 1;
 }
 
-/* A side ended in order. To an answer without a length that is its end; one with a length came short. */
+/* A side ended in order. To an answer without a length that is its end; one with a length came
+ * short. */
 static void leg_ended(struct session *s, struct leg *l)
 {
 	enum framing framing = l == &s->backend ? s->framing : BODY_TUNNEL;
@@ -3746,7 +3755,8 @@ static int leg_feed(struct session *s, struct leg *l)
 	size_t len, left;
 	int moved = 0;
 
-	while ((left = b->end - b->at) > 0 && (p = br_ssl_engine_recvrec_buf(l->eng, &len)) != NULL) {
+	while ((left = b->end - b->at) > 0 &&
+	    (p = br_ssl_engine_recvrec_buf(l->eng, &len)) != NULL) {
 		if (p == b->ibuf && len == 5) {
 			if (moved)
 				break;
@@ -3865,7 +3875,7 @@ static int relay_up(struct session *s)
 	if (leg_closed(to))
 		s->up_left = 0;         /* close_notify: it takes no more */
 	if (p && s->up_left == 0 && s->state == EXCHANGE) {
-		leg_consume(&s->client, len);   /* behind the request: nobody's, and its end is awaited */
+		leg_consume(&s->client, len);   /* nobody's; its end is awaited */
 		return 1;
 	}
 	if (!p || s->up_left == 0 || to->fin)
@@ -3910,8 +3920,8 @@ static size_t backend_recv(struct session *s, unsigned char *out, size_t size)
 	return n > 0 ? (size_t)n : 0;
 }
 
-/* A backend in the clear that has filled two records in this run sends bulk: one call brings several
- * records, as long as buffers abound. */
+/* A backend in the clear that has filled two records in this run sends bulk: one call brings
+ * several records, as long as buffers abound. */
 static void backend_read_ahead(struct session *s)
 {
 	if (s->spare || s->hd || !s->backend.in || s->backend.reads > READS - 2 ||
@@ -3989,8 +3999,8 @@ static int relay_head(struct session *s, unsigned char *room, size_t len)
 	return 1;
 }
 
-/* Backend to client. Records are as large as they can be but for the first after a rest, so that its
- * bytes are not held back on a slow line until 16 KB are there. */
+/* Backend to client. Records are as large as they can be but for the first after a rest, so that
+ * its bytes are not held back on a slow line until 16 KB are there. */
 static int relay_down(struct session *s)
 {
 	struct leg *to = &s->client;
@@ -4778,11 +4788,12 @@ static const struct {
 
 /* ---- sessions: opened, run, watched, closed ---- */
 
-/* Whether a backend is sought or asked: a client that has nothing to say then is watched for its end
- * only. One whose body goes up meanwhile is read. */
+/* Whether a backend is sought or asked: a client that has nothing to say then is watched for its
+ * end only. One whose body goes up meanwhile is read. */
 static int is_asking(const struct session *s)
 {
-	return s->state >= CONNECT && s->state <= RESPONSE && !(s->state == RESPONSE && s->up_left > 0);
+	return s->state >= CONNECT && s->state <= RESPONSE &&
+		!(s->state == RESPONSE && s->up_left > 0);
 }
 
 static int is_young(const struct session *s)
@@ -4879,7 +4890,8 @@ static void session_close(struct session *s)
 	pool_return(&session_pool, s);
 }
 
-/* Whether nothing is on its way in a leg's buffers: an engine stands at a record boundary both ways. */
+/* Whether nothing is on its way in a leg's buffers: an engine stands at a record boundary both
+ * ways. */
 static int leg_rests(const struct leg *l)
 {
 	size_t len;
@@ -5195,7 +5207,7 @@ static int timers_next(void)
 		(int)(due - now);
 }
 
-/* When others wait for a buffer, closes who has sat on one with too little progress for stall_ms. */
+/* When others wait for a buffer, closes who sat on one with too little progress for stall_ms. */
 static void stallers_close(void)
 {
 	struct link *list = &queues[Q_STALL].list, *l, *next;
@@ -5283,7 +5295,8 @@ static void sessions_epoll(void)
 		unsigned backend = ev[i].data.u32 % 2;
 
 		if (s->resting)
-			session_run(s, backend ? ready_of(0, ev[i].events) : ready_of(ev[i].events, 0));
+			session_run(s, backend ? ready_of(0, ev[i].events) :
+				ready_of(ev[i].events, 0));
 	}
 }
 
@@ -5306,8 +5319,8 @@ static void sessions_turn(void)
 
 /* ---- signals ---- */
 
-/* Signals come through a descriptor, so that none is lost between a look and the wait, nor delayed while
- * other descriptors are ready. */
+/* Signals come through a descriptor, so that none is lost between a look and the wait, nor delayed
+ * while other descriptors are ready. */
 static void signals_init(void)
 {
 	static const int taken[] = { SIGHUP, SIGTERM, SIGINT, SIGUSR1 };
@@ -5532,7 +5545,8 @@ static void chroot_check(const char *dir)
 		"Not a directory" : dir[0] != '/' ? "not an absolute path" : NULL;
 
 	if (what)
-		die("config.h: chroot_dir \"%s\": %s: make that directory, or give NULL", dir, what);
+		die("config.h: chroot_dir \"%s\": %s: make that directory, or give NULL", dir,
+			what);
 }
 
 /* What the compiler can't know. Dies with the entry's name. */
@@ -5690,7 +5704,8 @@ int main(int argc, char *argv[])
 	become_do(&become, chroot_dir);
 	certs_foretell();
 	if (seccomp && !filter_set(loop_calls, LENGTH(loop_calls)))
-		log_line(LOG_WARNING, "warning seccomp: this kernel or machine has no filter: none is set");
+		log_line(LOG_WARNING, "warning seccomp: this kernel or machine has no filter: "
+			"none is set");
 	if (check_ms > 0)
 		checks_start();
 	loop();

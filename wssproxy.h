@@ -79,16 +79,16 @@ enum log_to {
 	WHY(TARGET, 400, "target")                 /* not origin-form, absolute-form or "*" */ \
 	WHY(FIELD, 400, "field")                   /* a line that breaks RFC 9112 5 */ \
 	WHY(HOST, 400, "host")                     /* none, several or a malformed Host */ \
-	WHY(FRAMING, 400, "framing")               /* Content-Length no number, twofold, or with TE */ \
+	WHY(FRAMING, 400, "framing")               /* Content-Length no number, twofold, or TE */ \
 	WHY(UPGRADE_BODY, 400, "upgrade-body")     /* an upgrade request that announces a body */ \
-	WHY(KEY, 400, "bad-key")                   /* Sec-WebSocket-Key not once 16 bytes of base64 */ \
+	WHY(KEY, 400, "bad-key")                   /* not once 16 bytes in base64 */ \
 	WHY(PLAIN_HTTP, 400, "plain-http")         /* HTTP in the clear on a TLS port */ \
 	WHY(ORIGIN, 403, "origin")                 /* Origin is not in origins[] */ \
 	WHY(METHOD, 405, "method")                 /* CONNECT */ \
 	WHY(HEAD_TIMEOUT, 408, "head-timeout")     /* head not complete within head_ms */ \
 	WHY(LENGTH, 411, "length-required")        /* Transfer-Encoding: chunked request */ \
 	WHY(LONG_TARGET, 414, "long-target")       /* the request line alone exceeds head_max */ \
-	WHY(NOT_WEBSOCKET, 426, "not-websocket")   /* no upgrade to websocket, and http = REFUSE */ \
+	WHY(NOT_WEBSOCKET, 426, "not-websocket")   /* no WebSocket upgrade, and http = REFUSE */ \
 	WHY(WS_VERSION, 426, "ws-version")         /* Sec-WebSocket-Version is not 13 */ \
 	WHY(LARGE_HEAD, 431, "large-head")         /* exceeds head_max or HEAD_FIELDS lines */ \
 	WHY(CODING, 501, "coding")                 /* a Transfer-Encoding other than chunked */ \
@@ -96,7 +96,7 @@ enum log_to {
 	WHY(REDIRECT, 308, "redirect")             /* REDIRECT listener */ \
 	/* the backend, before the client has an answer */ \
 	WHY(NO_BACKEND, 502, "no-backend")         /* none could be reached */ \
-	WHY(BAD_RESPONSE, 502, "bad-response")     /* malformed, too large, or ended inside its head */ \
+	WHY(BAD_RESPONSE, 502, "bad-response")     /* malformed, too large, or its head cut off */ \
 	WHY(BAD_ACCEPT, 502, "bad-accept")         /* a 101 that does not match the request */ \
 	WHY(FULL, 503, "full")                     /* every backend is at max_conns */ \
 	WHY(RESPONSE_TIMEOUT, 504, "response-timeout") /* no answer within response_ms */ \
@@ -118,7 +118,7 @@ enum log_to {
 	WHY(STALL, 0, "stall")                     /* sat on a buffer while others waited */ \
 	WHY(FLOOD, 0, "flood")                     /* FLOOD_RECORDS without application data */ \
 	WHY(DONE, 0, "done")                       /* an answer was relayed whole */ \
-	WHY(SHORT, 0, "short")                     /* the backend ended in the middle of its answer */ \
+	WHY(SHORT, 0, "short")                     /* the backend ended inside its answer */ \
 	WHY(DRAIN, 0, "drain")                     /* SIGTERM, and drain_ms are over */
 
 enum why {
