@@ -2913,10 +2913,13 @@ static int session_borrow(struct session *s, struct pool *p)
 {
 	void *item = pool_lend(p);
 
+	/* one whose answer has come goes before strangers, who may be many and in no hurry */
+	int first = p == &heads_pool && s->state == RESPONSE;
+
 	if (item)
 		p->attach(s, item);
 	else
-		link_append(&p->waiters, &s->wait);
+		link_append(first ? p->waiters.next : &p->waiters, &s->wait);
 	return item != NULL;
 }
 

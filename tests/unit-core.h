@@ -472,6 +472,14 @@ static void test_pool_waiters(void)
 	head_return(s[1]);
 	CHECK(s[1]->hd == NULL && s[HEADS]->hd == h);
 	CHECK(h->len == 0 && h->off == 0 && h->name_known == 0 && h->u.request.head.at == 0);
+
+	CHECK_INT(head_borrow(s[0]) + head_borrow(s[HEADS + 1]) + head_borrow(s[1]), 1);
+	s[HEADS + 2]->state = RESPONSE;                 /* goes before those two */
+	CHECK_INT(head_borrow(s[HEADS + 2]), 0);
+	head_return(s[2]);
+	CHECK(s[HEADS + 2]->hd && !s[HEADS + 1]->hd);
+	head_return(s[3]);
+	CHECK(s[HEADS + 1]->hd && !s[1]->hd);
 }
 
 /* ---- addresses ---- */
