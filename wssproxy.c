@@ -4925,16 +4925,17 @@ static int head_rests(const struct session *s)
 		link_alone(&s->wait);
 }
 
-/* What to poll a leg with buffers for. */
+/* What to poll a leg for. One with buffers reads when all before was taken; an engine that was closed
+ * or that nobody listens to may want no more records, but its end is awaited. */
 static short leg_events(const struct leg *l)
 {
+	unsigned state = l->eng ? br_ssl_engine_current_state(l->eng) : BR_SSL_RECVREC;
 	size_t len;
 	int in = !l->eof;
 
-	if (l->buf && !l->fin) {
-		in = in && l->buf->at == l->buf->end;
-		in = in && (!l->eng || (br_ssl_engine_current_state(l->eng) & BR_SSL_RECVREC));
-	}
+	if (l->buf)
+		in = in && l->buf->at == l->buf->end && ((state & BR_SSL_RECVREC) ||
+			(l->fin && !(state & BR_SSL_RECVAPP)));
 	return (short)((in ? POLLIN : 0) | (!l->fin && leg_pending(l, &len) ? POLLOUT : 0));
 }
 
