@@ -1391,7 +1391,8 @@ static void become_do(const struct become *b, const char *root)
 	capabilities_drop();
 	if (b->set && ((b->uid != 0 && setuid(0) == 0) || (b->gid != 0 && setgid(0) == 0)))
 		die("config.h: user: root can be regained");
-	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+	/* kernels that lack it have no filter either, which is said */
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 && errno != EINVAL && errno != ENOSYS)
 		die("prctl: PR_SET_NO_NEW_PRIVS: %s", strerror(errno));
 	core_forbid();          /* which a change of user may have undone */
 }

@@ -144,6 +144,7 @@ class Soak:
         self.pages = http.server.ThreadingHTTPServer((pages.host, int(pages.port)), Pages)
         threading.Thread(target=self.pages.serve_forever, daemon=True).start()
         self.folder = BUILD / "soak"
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.cert = -1
         self.change_certificate()
         self.log = Follower()
