@@ -4926,8 +4926,8 @@ static int head_rests(const struct session *s)
 		link_alone(&s->wait);
 }
 
-/* What to poll a leg for. One with buffers reads when all before was taken; an engine that was closed
- * or that nobody listens to may want no more records, but its end is awaited. */
+/* What to poll a leg for. One with buffers reads when all before was taken; an engine that was
+ * closed, or that nobody listens to, may want no more records, but its end is awaited. */
 static short leg_events(const struct leg *l)
 {
 	unsigned state = l->eng ? br_ssl_engine_current_state(l->eng) : BR_SSL_RECVREC;
