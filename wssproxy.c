@@ -4209,7 +4209,7 @@ static int leg_handshake(struct session *s, struct leg *l)
 		tls_ring_release(s);
 		return 1;
 	}
-	if (l->buf->at < l->buf->end && !l->full)
+	if (l->buf->at < l->buf->end && (!l->full || l->fin))
 		link_append(&turns, &s->wait);
 	return 0;
 }

@@ -267,6 +267,26 @@ def test_backend_that_resets_when_the_handshake_is_done(proxy, scripted):
     assert client.read_head().status == 502
 
 
+def test_backend_that_resets_amid_the_handshake(proxy, scripted):
+    """What it sent behind its flight is there while the answer to that meets the reset."""
+    backend = scripted()
+    p = proxy(verified(backend), handshake_ms=60000, **TLS)
+    client = connect(p)
+    client.send(request())
+    server = backend.accept()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = server_context().wrap_bio(incoming, outgoing, server_side=True)
+    incoming.write(server.receive())
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    warning = b"\x15\x03\x03\x00\x02\x01\x5a"
+    p.signal(signal.SIGSTOP)
+    server.send(outgoing.read() + warning * 3)
+    server.reset()
+    p.signal(signal.SIGCONT)
+    assert client.read_head().status == 502
+
+
 def test_backend_that_is_silent_in_the_handshake(proxy, scripted):
     backend = scripted()
     p = proxy(verified(backend), handshake_ms=1000, **TLS)
