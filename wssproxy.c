@@ -3613,6 +3613,14 @@ static int leg_closed(const struct leg *l)
 	return l->eng && br_ssl_engine_current_state(l->eng) == BR_SSL_CLOSED;
 }
 
+/* Whether the leg takes nothing any more: its engine is done with, or its side has ended amid a
+ * handshake message, for whose rest the engine waits. */
+static int leg_over(const struct leg *l)
+{
+	return leg_closed(l) || (l->eng && l->eof && !(br_ssl_engine_current_state(l->eng) &
+		(BR_SSL_SENDREC | BR_SSL_SENDAPP | BR_SSL_RECVAPP)));
+}
+
 /* Plaintext that nobody has taken yet; NULL: none. */
 static unsigned char *leg_readable(const struct leg *l, size_t *len)
 {
@@ -3876,8 +3884,8 @@ static int relay_up(struct session *s)
 	size_t len, room;
 	unsigned char *p = leg_readable(&s->client, &len), *q;
 
-	if (leg_closed(to))
-		s->up_left = 0;         /* close_notify: it takes no more */
+	if (leg_over(to))
+		s->up_left = 0;
 	if (p && s->up_left == 0 && s->state == EXCHANGE) {
 		leg_consume(&s->client, len);   /* nobody's; its end is awaited */
 		return 1;

@@ -310,6 +310,33 @@ static void test_tls_closed_full(void)
 	CHECK(s->broken);
 }
 
+/* A backend that ends amid a handshake message leaves an engine that takes nothing and asks for
+ * what never comes: it is done with. */
+static void test_tls_ended_amid_message(void)
+{
+	static const unsigned char types[] = { 22, 23 };
+	struct leg l = { .fd = -1, .eng = &peer.eng };
+	size_t i, len;
+
+	for (i = 0; i < COUNT(types); i++) {
+		struct session *s = tls_session();
+
+		at("record type %u", types[i]);
+		peer_start("a.example");
+		tls_handshake(s);
+		s->tls.eng.record_type_out = types[i];
+		app_write(&s->tls.eng, "", 1);
+		records_move(&s->tls.eng, &peer.eng, SIZE_MAX);
+		if (types[i] == 23)
+			check_app_read(&peer.eng, "", 1);
+		l.eof = 0;
+		CHECK(!leg_over(&l));
+		l.eof = 1;
+		CHECK_INT(leg_over(&l), types[i] == 22);
+		CHECK_INT(br_ssl_engine_sendapp_buf(&peer.eng, &len) == NULL, types[i] == 22);
+	}
+}
+
 /* ---- pinned certificates ---- */
 
 /* What the judge says of a chain that comes in pieces of that size. */
