@@ -16,7 +16,8 @@
  * A session is one slot of a static table. It owns its two descriptors and its TLS context, and
  * borrows, from static pools, a head buffer (while a head is on its way) and record buffers (while
  * a byte is). A session at rest owns nothing but its slot and, before its answer, a note of what
- * was asked; after park_ms of that it waits in an epoll set instead of poll()'s array.
+ * was asked. One that neither side has stopped for park_ms waits in an epoll set, not in poll()'s
+ * array, which so costs nothing for those that rest, nor for those that talk and never block.
  *
  * A session is in one state; states[] says how to step it, and what it ends with when its time
  * there, which has a queue of its own, is over:
@@ -136,7 +137,7 @@ enum state {
 /* Queues of timers, one for each timeout, so that each is in order of its deadlines: the states'
  * own, and these. */
 enum {
-	Q_PARK = STATES,        /* resting sessions that still have a poll slot */
+	Q_PARK = STATES,        /* sessions that may leave poll()'s array */
 	Q_STALL,                /* sessions that hold a buffer, by their last progress */
 	Q_RESOLVE,              /* backends whose name is to be tried again */
 	Q_CHECK,                /* backends whose next active check is due */
@@ -317,13 +318,13 @@ struct session {
 	uint8_t reply;          /* enum why: the answer that REPLY has yet to write */
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
 	uint8_t framing;        /* enum framing, of the answer */
-	uint8_t resting;        /* 1: in the epoll set */
-	uint8_t in_set;         /* 1: its descriptors are known to the epoll set */
+	uint8_t parked;         /* 1: waits in the epoll set, and has no slot */
 	uint8_t broken;         /* 1: reset, or TLS failed: no order any more */
 	uint8_t ready;          /* of this run, see above */
 	uint8_t moved, fed;     /* in this run: bytes, application bytes */
 	uint8_t address;        /* which of the backend's is tried */
 	int slot;               /* in awake[], -1 */
+	short armed[2];         /* what the epoll set tells of client and backend; 0: not in it */
 	int server;             /* index of the backend, -1 */
 	int sticky;             /* the one that the client's cookie names, -1 */
 	uint64_t tried;         /* backends */
@@ -4164,6 +4165,7 @@ static void backend_hangup(struct session *s)
 		close(s->backend.fd);
 	memset(&s->backend, 0, sizeof s->backend);
 	s->backend.fd = -1;
+	s->armed[1] = 0;
 	tls_ring_release(s);
 }
 
@@ -4835,10 +4837,10 @@ static void session_enter(struct session *s, enum state state)
 	s->moved = 1;
 }
 
-/* Takes the session's place in poll()'s array, or the other way round. */
+/* Gives the session a slot in poll()'s array. What the epoll set still tells of it is not heeded. */
 static void session_wake(struct session *s)
 {
-	s->resting = 0;
+	s->parked = 0;
 	if (s->slot >= 0)
 		return;
 	s->slot = (int)awake_len;
@@ -4972,18 +4974,27 @@ static short backend_events(const struct session *s)
 	return (short)((in ? POLLIN : 0) | (out ? POLLOUT : 0));
 }
 
-/* Tells poll what the session waits for, which follows from its state and buffers. A descriptor
- * without a wish is left out: poll would report its hang-up for ever. A session that waits for a
- * buffer or its turn has no wishes but to see its client's end. */
+/* What the session waits for at the client and the backend, which follows from its state and
+ * buffers. One that waits for a buffer or its turn has no wishes but to see its client's end. */
+static void session_wishes(const struct session *s, short wish[2])
+{
+	int waits = !link_alone(&s->wait);
+
+	wish[0] = waits && !is_asking(s) ? 0 : client_events(s);
+	wish[1] = waits || s->backend.fd < 0 ? 0 : backend_events(s);
+}
+
+/* Tells poll. A descriptor without a wish is left out: poll would report its hang-up for ever. */
 static void session_watch(struct session *s)
 {
 	struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
-	int waits = !link_alone(&s->wait);
+	short wish[2];
 
-	p[0].events = waits && !is_asking(s) ? 0 : client_events(s);
-	p[0].fd = p[0].events ? s->client.fd : -1;
-	p[1].events = waits || s->backend.fd < 0 ? 0 : backend_events(s);
-	p[1].fd = p[1].events ? s->backend.fd : -1;
+	session_wishes(s, wish);
+	p[0].events = wish[0];
+	p[0].fd = wish[0] ? s->client.fd : -1;
+	p[1].events = wish[1];
+	p[1].fd = wish[1] ? s->backend.fd : -1;
 }
 
 /* Whether a session that stays as it is may leave poll()'s array: it waits for either side. */
@@ -4993,6 +5004,19 @@ static int session_may_park(const struct session *s)
 
 	return s->state >= RESPONSE && s->state <= EXCHANGE && !s->rec && !s->hd &&
 		p[0].fd >= 0 && p[1].fd >= 0;
+}
+
+/* Whether a parked session that was run can stay: it wishes what the set tells, which tells each
+ * thing once, and has read all that it was told of. */
+static int session_stays_parked(const struct session *s)
+{
+	short wish[2];
+
+	if (!s->parked || s->rec || s->hd || s->client.in || s->backend.in ||
+	    s->client.reads == 0 || s->backend.reads == 0)
+		return 0;
+	session_wishes(s, wish);
+	return wish[0] == s->armed[0] && wish[1] == s->armed[1];
 }
 
 /* After a run: gives back what is not needed, restarts what measures progress. */
@@ -5013,11 +5037,14 @@ static void session_settle(struct session *s)
 		timer_start(&queues[s->state], &s->timer);
 	leg_push(&s->client);
 	leg_push(&s->backend);
+	if (session_stays_parked(s))
+		return;
+	session_wake(s);
 	session_watch(s);
-	if (park && session_may_park(s))
-		timer_start(&queues[Q_PARK], &s->park);
-	else
+	if (!park || !session_may_park(s))
 		link_drop(&s->park.link);
+	else if (link_alone(&s->park.link))
+		timer_start(&queues[Q_PARK], &s->park);
 }
 
 /* Runs a session: steps it until its state stays, then settles it. The one place where states
@@ -5026,7 +5053,6 @@ static void session_run(struct session *s, unsigned ready)
 {
 	enum state next;
 
-	session_wake(s);
 	link_drop(&s->wait);
 	s->ready = (uint8_t)ready;
 	s->client.in = (ready & CLIENT_IN) != 0;
@@ -5090,24 +5116,25 @@ static void session_event(struct session *s, unsigned ready)
 	}
 }
 
-/* A session that has been silent for park_ms moves from poll()'s array to the epoll set. */
-static void session_rest(struct session *s)
+/* A session that for park_ms was left with nothing but to read moves from poll()'s array to the epoll
+ * set. */
+static void session_park(struct session *s)
 {
 	const struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
-	int op = s->in_set ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
 	uint32_t side;
 
 	link_drop(&s->park.link);
 	for (side = 0; side < 2; side++) {
-		/* poll's events have the same numbers as epoll's */
-		struct epoll_event ev = { .events = (uint32_t)p[side].events | EPOLLONESHOT };
+		/* poll's events have the same numbers as epoll's; also the end is told */
+		struct epoll_event ev = { .events = (uint32_t)p[side].events | EPOLLRDHUP | EPOLLET };
+		int op = s->armed[side] ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
 
 		ev.data.u32 = (uint32_t)(s - sessions) * 2 + side;
 		if (epoll_fd < 0 || epoll_ctl(epoll_fd, op, p[side].fd, &ev) < 0)
 			return; /* it keeps its poll slot, and is in no danger */
+		s->armed[side] = p[side].events;
 	}
-	s->in_set = 1;
-	s->resting = 1;
+	s->parked = 1;
 	session_unslot(s);
 }
 
@@ -5258,7 +5285,7 @@ static void timers_run(void)
 		}
 	}
 	while ((t = timer_due(&queues[Q_PARK])) != NULL)
-		session_rest(OWNER(t, struct session, park));
+		session_park(OWNER(t, struct session, park));
 	while ((t = timer_due(&queues[Q_RESOLVE])) != NULL)
 		resolver_ask(OWNER(t, struct server, retry));
 	while ((t = timer_due(&queues[Q_CHECK])) != NULL)
@@ -5295,9 +5322,9 @@ static void sessions_poll(void)
 	}
 }
 
-/* Resting sessions that have something. Two descriptors share a session, so the second event may
- * find it awake, or gone; then poll tells of the same. It is taken all the same, and before anyone
- * reads what it tells of, for only an event that is delivered disarms its descriptor. */
+/* Sessions of the epoll set that have something. Two descriptors share a session, so the second event
+ * may find it awake, or gone; then poll tells of the same, and the set is told to be silent. After
+ * an end there may be bytes and no further edge: poll sees to that, too. */
 static void sessions_epoll(void)
 {
 	struct epoll_event ev[64];
@@ -5305,11 +5332,18 @@ static void sessions_epoll(void)
 
 	for (i = 0; i < n; i++) {
 		struct session *s = &sessions[ev[i].data.u32 / 2];
-		unsigned backend = ev[i].data.u32 % 2;
+		unsigned side = ev[i].data.u32 % 2, events = ev[i].events;
 
-		if (s->resting)
-			session_run(s, backend ? ready_of(0, ev[i].events) :
-				ready_of(ev[i].events, 0));
+		if (s->state == FREE)
+			continue;
+		if (!s->parked) {
+			epoll_ctl(epoll_fd, EPOLL_CTL_DEL, side ? s->backend.fd : s->client.fd, NULL);
+			s->armed[side] = 0;
+			continue;
+		}
+		if (events & ~(unsigned)EPOLLIN)
+			session_wake(s);
+		session_run(s, side ? ready_of(0, events) : ready_of(events, 0));
 	}
 }
 
