@@ -83,7 +83,9 @@ enum {
 	HEAD_ROOM = head_max + HEAD_EXTRA,
 	/* fewer than record buffers: strangers, who need both, never hold all of those */
 	HEADS = max_busy - max_busy / 4,
-	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring */
+	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring, */
+	BULK = 3 * 16384,       /* bytes in the clear that are read of who has filled that twice in a row, */
+	READ_BULK = BULK + 512, /* and bytes of records */
 	READS = 4,              /* recv calls for each side in one run: no session holds the loop */
 	ACCEPTS = 16,           /* connections taken from a listener in one turn */
 	CHAIN_MAX = 8,          /* certificates of a chain */
@@ -221,7 +223,6 @@ struct policy {
 /* The buffers of one connection: an engine's record buffers and the records read ahead of it; or,
  * for a client in the clear, what was read (ahead) and what is to be sent (obuf). */
 struct buffers {
-	size_t at, end;         /* of ahead: not taken yet */
 	size_t out_at, out_end; /* of obuf, without an engine: not sent yet */
 	unsigned char ibuf[BR_SSL_BUFSIZE_INPUT];
 	unsigned char obuf[BR_SSL_BUFSIZE_OUTPUT];
@@ -229,15 +230,12 @@ struct buffers {
 };
 
 /* Lent while bytes are on their way: to the client, and to the backend if that has TLS. A spare one
- * serves to read ahead of a session whose backend, in the clear, sends bulk. */
+ * serves to read ahead of a side that sends bulk. */
 struct records {
 	void *next_free;
 	union {
 		struct buffers side[1 + tls_backends];  /* the client's, the backend's */
-		struct {
-			size_t at, end;                 /* not taken yet */
-			unsigned char bytes[3 * 16384]; /* three full records */
-		} bulk;
+		unsigned char bulk[READ_BULK];
 	};
 };
 
@@ -284,6 +282,9 @@ struct leg {
 	int fd;                         /* -1: none */
 	br_ssl_engine_context *eng;     /* NULL: in the clear */
 	struct buffers *buf;            /* NULL: at rest, or a backend in the clear */
+	struct records *spare;          /* of who sends bulk: where it is read ahead */
+	unsigned char *ahead;           /* in there or in buf: what was read ahead, */
+	size_t at, end;                 /* and of that, not taken yet */
 	uint16_t room;                  /* what an empty output buffer of the engine offers */
 	uint16_t empty_records;         /* in a row, without application data */
 	uint8_t in;                     /* in this run: poll said so, no short read otherwise */
@@ -292,6 +293,7 @@ struct leg {
 	_Bool corked;                   /* and the kernel may hold back what was sent last */
 	_Bool started;                  /* since it rested, plaintext was put into it */
 	uint8_t reads;                  /* left in this run */
+	uint8_t filled;                 /* reads in a row, up to 2, that filled what they were given */
 	uint8_t eof;                    /* all that it sent was taken, and no more comes */
 	uint8_t fin;                    /* it was told the same: close_notify and FIN are out */
 };
@@ -339,7 +341,6 @@ struct session {
 	struct address peer;
 	struct source *source;
 	struct records *rec;
-	struct records *spare;  /* bulk that the backend sent */
 	struct head_buffer *hd;
 	struct note *note;
 	struct keyring *ring;   /* while a handshake is under way */
@@ -2882,18 +2883,13 @@ static void engine_take_back(br_ssl_engine_context *eng)
 
 static void leg_attach(struct leg *l, struct buffers *b)
 {
-	b->at = b->end = b->out_at = b->out_end = 0;
+	b->out_at = b->out_end = 0;
 	l->buf = b;
+	l->ahead = b->ahead;
+	l->at = l->end = 0;
 	l->started = 0;
 	if (l->eng)
 		engine_lend(l->eng, b);
-}
-
-static void leg_detach(struct leg *l)
-{
-	l->buf = NULL;
-	if (l->eng)
-		engine_take_back(l->eng);
 }
 
 static void records_attach(struct session *s, void *item)
@@ -2948,11 +2944,20 @@ static int records_borrow(struct session *s)
 	return s->rec || session_borrow(s, &records_pool);
 }
 
-static void spare_return(struct session *s)
+static void spare_return(struct leg *l)
 {
-	if (s->spare)
-		session_pass(&records_pool, s->spare);
-	s->spare = NULL;
+	if (l->spare)
+		session_pass(&records_pool, l->spare);
+	l->spare = NULL;
+	l->at = l->end = 0;
+}
+
+static void leg_detach(struct leg *l)
+{
+	spare_return(l);
+	l->buf = NULL;
+	if (l->eng)
+		engine_take_back(l->eng);
 }
 
 static void records_return(struct session *s)
@@ -2965,7 +2970,6 @@ static void records_return(struct session *s)
 	leg_detach(&s->client);
 	leg_detach(&s->backend);
 	session_pass(&records_pool, r);
-	spare_return(s);
 }
 
 static void head_return(struct session *s)
@@ -3280,13 +3284,13 @@ static const br_ssl_session_cache_class named_cache_class = {
 static const br_ssl_session_cache_class *named_cache = &named_cache_class;
 
 /* Notes the server name of a ClientHello that is about to be fed. */
-static void hello_note(struct head_buffer *hd, const struct buffers *b)
+static void hello_note(struct head_buffer *hd, const struct leg *l)
 {
 	const unsigned char *name;
 	br_sha256_context c;
 	size_t len;
 
-	hd->name_known = (uint8_t)hello_name(b->ahead + b->at, b->end - b->at, &name, &len);
+	hd->name_known = (uint8_t)hello_name(l->ahead + l->at, l->end - l->at, &name, &len);
 	br_sha256_init(&c);
 	br_sha256_update(&c, name, len);
 	br_sha256_out(&c, hd->name_hash);
@@ -3398,7 +3402,7 @@ static int tls_start(struct session *s)
 	if (!s->tls_made && !tls_make(s))
 		return 0;
 	leg_start(s, &s->client, &s->tls.eng);
-	hello_note(s->hd, s->client.buf);
+	hello_note(s->hd, &s->client);
 	s->policy.vtable = &policy_class;
 	br_ssl_server_set_policy(&s->tls, &s->policy.vtable);
 	if (client_ca)
@@ -3626,12 +3630,10 @@ static int leg_over(const struct leg *l)
 static unsigned char *leg_readable(const struct leg *l, size_t *len)
 {
 	*len = 0;
-	if (!l->buf)
-		return NULL;
 	if (l->eng)
-		return br_ssl_engine_recvapp_buf(l->eng, len);
-	*len = l->buf->end - l->buf->at;
-	return *len > 0 ? l->buf->ahead + l->buf->at : NULL;
+		return l->buf ? br_ssl_engine_recvapp_buf(l->eng, len) : NULL;
+	*len = l->end - l->at;
+	return *len > 0 ? l->ahead + l->at : NULL;
 }
 
 /* `len` of it, above 0, were taken. */
@@ -3641,7 +3643,7 @@ static void leg_consume(struct leg *l, size_t len)
 	if (l->eng)
 		br_ssl_engine_recvapp_ack(l->eng, len);
 	else
-		l->buf->at += len;
+		l->at += len;
 }
 
 /* Room for plaintext; NULL: none until what is there is sent. */
@@ -3737,40 +3739,58 @@ static int leg_send(struct session *s, struct leg *l)
 	return moved;
 }
 
-/* Socket to read-ahead, behind what is there. */
-static int leg_recv(struct session *s, struct leg *l)
+/* Socket to memory. Bytes, 0: none now. */
+static size_t leg_read(struct session *s, struct leg *l, unsigned char *p, size_t room)
 {
-	struct buffers *b = l->buf;
-	size_t room;
-	ssize_t n;
+	ssize_t n = recv(l->fd, p, room, 0);
 
-	if (b->at == b->end)
-		b->at = b->end = 0;
-	room = sizeof b->ahead - b->end;
-	n = recv(l->fd, b->ahead + b->end, room, 0);
+	l->filled = n < (ssize_t)room ? 0 : l->filled < 2 ? l->filled + 1 : 2;
 	if (n < (ssize_t)room || --l->reads == 0)
 		l->in = 0;
 	if (n == 0)
 		leg_ended(s, l);
 	else if (n < 0)
 		leg_error(s, l);
-	if (n <= 0)
-		return 0;
-	b->end += (size_t)n;
-	return 1;
+	return n > 0 ? (size_t)n : 0;
+}
+
+/* Readies the place to read ahead into, all of which was taken. A side that sends bulk is read into a
+ * spare set of buffers as long as they abound: one call brings several records. */
+static void leg_turn_over(struct session *s, struct leg *l)
+{
+	int abound = records_pool.lent <= records_pool.count / 2;
+
+	l->at = l->end = 0;
+	if (l->spare && (l->filled < 2 || !abound))
+		spare_return(l);
+	else if (!l->spare && l->filled == 2 && abound && !s->hd)
+		l->spare = pool_lend(&records_pool);
+	l->ahead = l->spare ? l->spare->bulk : l->buf ? l->buf->ahead : NULL;
+}
+
+/* Socket to read-ahead, behind what is there. */
+static int leg_recv(struct session *s, struct leg *l)
+{
+	size_t room, n;
+
+	if (l->at == l->end)
+		leg_turn_over(s, l);
+	room = l->spare ? sizeof l->spare->bulk : sizeof l->buf->ahead;
+	n = leg_read(s, l, l->ahead + l->end, room - l->end);
+	l->end += n;
+	return n > 0;
 }
 
 /* Read-ahead to engine, at most up to the end of one record. */
 static int leg_feed(struct session *s, struct leg *l)
 {
-	struct buffers *b = l->buf;
 	unsigned char *p;
 	size_t len, left;
 	int moved = 0;
 
-	while ((left = b->end - b->at) > 0 &&
+	while ((left = l->end - l->at) > 0 &&
 	    (p = br_ssl_engine_recvrec_buf(l->eng, &len)) != NULL) {
-		if (p == b->ibuf && len == 5) {
+		if (p == l->buf->ibuf && len == 5) {
 			if (moved)
 				break;
 			if (++l->empty_records > FLOOD_RECORDS) {
@@ -3779,8 +3799,8 @@ static int leg_feed(struct session *s, struct leg *l)
 			}
 		}
 		len = len < left ? len : left;
-		memcpy(p, b->ahead + b->at, len);
-		b->at += len;
+		memcpy(p, l->ahead + l->at, len);
+		l->at += len;
 		moved = 1;
 		br_ssl_engine_recvrec_ack(l->eng, len);
 	}
@@ -3806,14 +3826,14 @@ static int leg_fill(struct session *s, struct leg *l)
 	size_t len;
 	int error, moved = 0;
 
-	if (l->in && !l->eof && l->buf->at == l->buf->end && !leg_readable(l, &len))
+	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len))
 		moved = leg_recv(s, l);
 	if (!l->eng)
 		return moved;
 	while (!s->broken && leg_feed(s, l))
 		moved = 1;
 	if (leg_closed(l)) {
-		l->buf->at = l->buf->end;
+		l->at = l->end;
 		error = br_ssl_engine_last_error(l->eng);
 		if (error)
 			session_broke(s, l, tls_why(error));
@@ -3823,7 +3843,7 @@ static int leg_fill(struct session *s, struct leg *l)
 	    (BR_SSL_SENDREC | BR_SSL_RECVREC | BR_SSL_RECVAPP))) {
 		/* BearSSL never wakes up from renegotiations asked for faster than it refuses them,
 		 * nor, when it was closed, with plaintext that was not taken */
-		l->buf->at = l->buf->end;
+		l->at = l->end;
 		if (l->fin)
 			leg_discard(l);
 		else
@@ -3872,8 +3892,8 @@ static size_t backend_write(struct session *s, const unsigned char *p, size_t le
 /* Whether a whole record of application data was read ahead behind the one that is being taken. */
 static int leg_has_more(const struct leg *l)
 {
-	const unsigned char *p = l->buf->ahead + l->buf->at;
-	size_t len = l->buf->end - l->buf->at;
+	const unsigned char *p = l->ahead + l->at;
+	size_t len = l->end - l->at;
 
 	return l->eng && len >= 5 && p[0] == 23 && len >= 5 + (size_t)(p[3] << 8 | p[4]);
 }
@@ -3915,62 +3935,28 @@ static int relay_up(struct session *s)
 	return 1;
 }
 
-/* From the backend's socket. */
-static size_t backend_recv(struct session *s, unsigned char *out, size_t size)
-{
-	struct leg *l = &s->backend;
-	ssize_t n;
-
-	if (!l->in || l->eof)
-		return 0;
-	n = recv(l->fd, out, size, 0);
-	if (n < (ssize_t)size || --l->reads == 0)
-		l->in = 0;
-	if (n == 0)
-		leg_ended(s, l);
-	else if (n < 0)
-		leg_error(s, l);
-	return n > 0 ? (size_t)n : 0;
-}
-
-/* A backend in the clear that has filled two records in this run sends bulk: one call brings
- * several records, as long as buffers abound. */
-static void backend_read_ahead(struct session *s)
-{
-	if (s->spare || s->hd || !s->backend.in || s->backend.reads > READS - 2 ||
-	    records_pool.lent > records_pool.count / 2)
-		return;
-	s->spare = pool_lend(&records_pool);
-	s->spare->bulk.at = 0;
-	s->spare->bulk.end = backend_recv(s, s->spare->bulk.bytes, sizeof s->spare->bulk.bytes);
-	if (s->spare->bulk.end == 0)
-		spare_return(s);
-}
-
-/* Up to `size` bytes from the backend; 0: none now. */
+/* Up to `size` bytes from the backend; 0: none now. In the clear they come from its socket without a
+ * detour, unless it sends bulk. */
 static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 {
-	struct records *r;
+	struct leg *l = &s->backend;
 	unsigned char *p;
 	size_t len;
 
-	if (s->backend.eng) {
-		p = leg_readable(&s->backend, &len);
-		len = len < size ? len : size;
-		if (len > 0) {
-			memcpy(out, p, len);
-			leg_consume(&s->backend, len);
-		}
-		return len;
+	if (!l->eng && l->at == l->end) {
+		if (!l->in || l->eof)
+			return 0;
+		leg_turn_over(s, l);
+		if (!l->spare)
+			return leg_read(s, l, out, size);
+		l->end = leg_read(s, l, l->ahead, BULK);        /* makes full records */
 	}
-	backend_read_ahead(s);
-	if ((r = s->spare) == NULL)
-		return backend_recv(s, out, size);
-	len = r->bulk.end - r->bulk.at < size ? r->bulk.end - r->bulk.at : size;
-	memcpy(out, r->bulk.bytes + r->bulk.at, len);
-	r->bulk.at += len;
-	if (r->bulk.at == r->bulk.end)
-		spare_return(s);
+	p = leg_readable(l, &len);
+	len = len < size ? len : size;
+	if (len > 0) {
+		memcpy(out, p, len);
+		leg_consume(l, len);
+	}
 	return len;
 }
 
@@ -4034,7 +4020,7 @@ static int relay_down(struct session *s)
 	to->started = 1;
 	s->moved = s->fed = 1;
 	to->more = s->backend.eng ? leg_has_more(&s->backend) :
-		s->spare || (len == size && s->backend.in);
+		s->backend.at < s->backend.end || (len == size && s->backend.in);
 	len = answer_take(s, (char *)room, len);
 	if (s->backend.eof)
 		to->more = 0;
@@ -4163,6 +4149,7 @@ static void backend_hangup(struct session *s)
 {
 	if (s->backend.fd >= 0)
 		close(s->backend.fd);
+	spare_return(&s->backend);
 	memset(&s->backend, 0, sizeof s->backend);
 	s->backend.fd = -1;
 	s->armed[1] = 0;
@@ -4219,17 +4206,17 @@ static int leg_handshake(struct session *s, struct leg *l)
 		tls_ring_release(s);
 		return 1;
 	}
-	if (l->buf->at < l->buf->end && (!l->full || l->fin))
+	if (l->at < l->end && (!l->full || l->fin))
 		link_append(&turns, &s->wait);
 	return 0;
 }
 
 /* HTTP in the clear on a TLS port is answered in the clear. */
-static int looks_like_http(const struct buffers *b)
+static int looks_like_http(const struct leg *l)
 {
-	const unsigned char *p = b->ahead + b->at;
+	const unsigned char *p = l->ahead + l->at;
 
-	return b->end - b->at >= 4 && is_alnum(p[0]) && is_alnum(p[1]) &&
+	return l->end - l->at >= 4 && is_alnum(p[0]) && is_alnum(p[1]) &&
 		(is_alnum(p[2]) || p[2] == ' ');
 }
 
@@ -4240,16 +4227,16 @@ static enum state handshake_step(struct session *s)
 
 	if (!head_borrow(s) || !records_borrow(s))
 		return HANDSHAKE;
-	if (l->in && (!l->eng || l->buf->at == l->buf->end))
+	if (l->in && (!l->eng || l->at == l->end))
 		leg_recv(s, l);
 	if (l->eof || s->broken)
 		return FREE;
 	if (!l->eng) {
-		if (!record_whole(l->buf->ahead, l->buf->end))
+		if (!record_whole(l->ahead, l->end))
 			return HANDSHAKE;
-		if (looks_like_http(l->buf)) {
+		if (looks_like_http(l)) {
 			s->plain = 1;
-			l->buf->at = l->buf->end;
+			l->at = l->end;
 			return session_fail(s, WHY_PLAIN_HTTP);
 		}
 		if (!tls_start(s))
@@ -4491,7 +4478,7 @@ static enum state backend_handshake_step(struct session *s)
 			return BACKEND_HANDSHAKE;
 		if (!l->eng && !tls_dial(s))
 			return session_fail(s, WHY_NO_BACKEND);
-		if (l->buf->at == l->buf->end && l->in)
+		if (l->at == l->end && l->in)
 			leg_recv(s, l);
 		if (!s->broken && !l->eof && leg_handshake(s, l)) {
 			server_remember(v, l->eng, ring);
@@ -4910,11 +4897,9 @@ static int leg_rests(const struct leg *l)
 {
 	size_t len;
 
-	if (!l->buf)
-		return 1;
-	if (l->buf->at != l->buf->end || l->buf->out_end > 0)
+	if (l->at != l->end || (l->buf && l->buf->out_end > 0))
 		return 0;
-	if (!l->eng)
+	if (!l->buf || !l->eng)
 		return 1;
 	return br_ssl_engine_recvrec_buf(l->eng, &len) == l->buf->ibuf && len == 5 &&
 		br_ssl_engine_sendapp_buf(l->eng, &len) != NULL && len == l->room;
@@ -4926,7 +4911,7 @@ static int session_rests(const struct session *s)
 	if (s->client.fin)
 		return 1;       /* what comes now is thrown away */
 	return s->state != HANDSHAKE && s->state != BACKEND_HANDSHAKE && s->state != REPLY &&
-		!s->spare && leg_rests(&s->client) && leg_rests(&s->backend);
+		leg_rests(&s->client) && leg_rests(&s->backend);
 }
 
 /* The same of the head buffer: nothing of a head is there, and none is in want of records. */
@@ -4945,7 +4930,7 @@ static short leg_events(const struct leg *l)
 	int in = !l->eof;
 
 	if (l->buf)
-		in = in && l->buf->at == l->buf->end && ((state & BR_SSL_RECVREC) ||
+		in = in && l->at == l->end && ((state & BR_SSL_RECVREC) ||
 			(l->fin && !(state & BR_SSL_RECVAPP)));
 	return (short)((in ? POLLIN : 0) | (!l->fin && leg_pending(l, &len) ? POLLOUT : 0));
 }
@@ -5022,6 +5007,10 @@ static int session_stays_parked(const struct session *s)
 /* After a run: gives back what is not needed, restarts what measures progress. */
 static void session_settle(struct session *s)
 {
+	if (s->client.at == s->client.end)
+		spare_return(&s->client);
+	if (s->backend.at == s->backend.end)
+		spare_return(&s->backend);
 	if (s->rec && session_rests(s))
 		records_return(s);
 	if (s->hd && head_rests(s))

@@ -445,12 +445,12 @@ static void test_pool_waiters(void)
 	CHECK_INT(records_borrow(s[0]), 1);             /* has them already */
 	r = s[2]->rec;
 	b = &r->side[0];
-	b->at = b->out_at = 1;
-	b->end = b->out_end = 2;
+	b->out_at = 1;
+	b->out_end = 2;
 	records_return(s[2]);
 	CHECK(s[2]->rec == NULL);
 	CHECK(s[max_busy]->rec == r);                   /* the first of those that wait */
-	CHECK(b->at == b->end && b->out_at == b->out_end);      /* nothing of another's is in it */
+	CHECK(b->out_at == b->out_end);      /* nothing of another's is in it */
 	CHECK(runnable.next == &s[max_busy]->wait && runnable.prev == runnable.next);
 	records_return(s[2]);                           /* has none: harmless */
 	link_drop(&s[max_busy + 1]->wait);              /* one gave up */
@@ -1466,14 +1466,11 @@ static void test_sessions_closed(void)
 	}
 }
 
-/* A backend that reads nothing until it is read from, like an echo that is full both ways: what it has
- * sent goes on, and the loop does not turn around it. */
-static void test_relay_full(void)
+/* A tunnel in the clear whose far ends are the last of far_ends[] and *backend. */
+static struct session *tunnel_open(int *backend)
 {
 	struct session *s;
-	char bytes[4096] = { 0 };
-	int pair[2], least = 1;
-	unsigned i;
+	int pair[2];
 
 	tables_init();
 	servers_up();
@@ -1481,21 +1478,138 @@ static void test_relay_full(void)
 	client_connects("192.0.2.1");
 	s = session_of("192.0.2.1");
 	CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair), 0);
-	setsockopt(pair[0], SOL_SOCKET, SO_SNDBUF, &least, sizeof least);
 	s->backend.fd = pair[0];
+	*backend = pair[1];
 	s->framing = BODY_TUNNEL;
 	s->up_left = UINT64_MAX;
 	session_enter(s, RELAY);
+	session_run(s, 0);
+	return s;
+}
+
+static void tunnel_says(int from, size_t len, int to)
+{
+	static char bytes[1 << 17];
+	size_t got = 0;
+	ssize_t n;
+
+	CHECK_INT(send(from, bytes, len, 0), len);
+	sessions_epoll();
+	while ((n = recv(to, bytes, sizeof bytes, 0)) > 0)
+		got += (size_t)n;
+	CHECK_INT(got, len);
+}
+
+/* A session of the epoll set stays there while it talks, and goes back to poll()'s array when something
+ * might not be told again: bytes that were left in a socket, an end. */
+static void test_parked(void)
+{
+	int backend, client, i;
+	struct session *s;
+	char byte;
+
+	epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	s = tunnel_open(&backend);
+	client = far_ends[far_count - 1];
+	CHECK(!s->parked && s->slot == 0 && !link_alone(&s->park.link));
+	session_park(s);
+	CHECK(s->parked && s->slot == -1 && awake_len == 0);
+	for (i = 0; i < 20; i++) {
+		tunnel_says(client, 10, backend);
+		tunnel_says(backend, 20000, client);    /* more than one read */
+		CHECK(s->parked && awake_len == 0);
+	}
+	/* what both said before it ran is two events */
+	CHECK_INT(send(client, "ab", 2, 0), 2);
+	tunnel_says(backend, 1, client);
+	CHECK_INT(recv(backend, &byte, 1, 0) + recv(backend, &byte, 1, 0), 2);
+	CHECK(s->parked);
+	/* as many reads as one run may make, and perhaps more */
+	for (i = 0; i < 10; i++)
+		CHECK_INT(send(client, scratch, 16384, 0), 16384);
+	sessions_epoll();
+	CHECK(!s->parked && s->slot == 0);
+	CHECK_INT(fds[FD_SESSIONS].events & POLLIN, POLLIN);
+	while (recv(backend, scratch, sizeof scratch, 0) > 0)
+		session_run(s, CLIENT_IN);
+	/* awake, it is not run by the set, which is told so once */
+	CHECK_INT(send(client, "a", 1, 0), 1);
+	sessions_epoll();
+	CHECK_INT(recv(backend, &byte, 1, 0), -1);
+	CHECK_INT(s->armed[0], 0);
+	CHECK(s->armed[1] != 0);
+	session_run(s, CLIENT_IN);
+	CHECK_INT(recv(backend, &byte, 1, 0), 1);
+	session_park(s);
+	CHECK(s->parked && s->armed[0] && s->armed[1]);
+	/* an end behind bytes */
+	CHECK_INT(send(backend, "a", 1, 0), 1);
+	shutdown(backend, SHUT_WR);
+	sessions_epoll();
+	CHECK_INT(recv(client, &byte, 1, 0), 1);
+	CHECK(!s->parked && s->slot == 0);
+	session_close(s);
+	close(backend);
+	close(epoll_fd);
+	epoll_fd = -1;
+}
+
+/* Who sends bulk is read ahead into a spare set of buffers, while they abound and bytes are there. */
+static void test_bulk(void)
+{
+	unsigned i, k, busy;
+	int ends[2];
+
+	for (k = 0; k < 2; k++)
+		for (busy = 0; busy <= max_busy - 1; busy++) {
+			struct session *s = (memset(&records_pool, 0, sizeof records_pool),
+				tunnel_open(&ends[1]));
+			struct leg *l = k == 0 ? &s->client : &s->backend;
+			const unsigned ready = k == 0 ? CLIENT_IN : BACKEND_IN;
+
+			at("%s sends, %u of %u busy", k == 0 ? "client" : "backend", busy, max_busy);
+			ends[0] = far_ends[far_count - 1];
+			for (i = 0; i < busy; i++)
+				CHECK(pool_lend(&records_pool) != NULL);
+			for (i = 0; i < 8; i++)
+				CHECK_INT(send(ends[k], scratch, 16384 + 512, 0), 16384 + 512);
+			session_run(s, ready);
+			CHECK_INT(l->filled, 2);
+			CHECK(l->spare == NULL);                /* nothing is in it, but it was there */
+			CHECK_INT(records_pool.fresh, busy + 1 + (busy + 1 <= max_busy / 2));
+			for (i = 0; i < 20; i++) {              /* until the other takes no more */
+				while (send(ends[k], scratch, sizeof scratch, 0) > 0)
+					;
+				session_run(s, ready);
+			}
+			CHECK_INT(records_pool.lent, busy + 1 + (l->spare != NULL));
+			session_close(s);
+			CHECK_INT(records_pool.lent, busy);
+			close(ends[1]);
+			close(ends[0]);
+		}
+}
+
+/* A backend that reads nothing until it is read from, like an echo that is full both ways: what it has
+ * sent goes on, and the loop does not turn around it. */
+static void test_relay_full(void)
+{
+	int backend, least = 1;
+	struct session *s = tunnel_open(&backend);
+	char bytes[4096] = { 0 };
+	unsigned i;
+
+	setsockopt(s->backend.fd, SOL_SOCKET, SO_SNDBUF, &least, sizeof least);
 	for (i = 0; i < 20; i++) {
 		send(far_ends[far_count - 1], bytes, sizeof bytes, 0);
 		session_run(s, CLIENT_IN);
 	}
 	CHECK_INT(fds[FD_SESSIONS + 1].events, POLLIN | POLLOUT);       /* it is full */
-	CHECK_INT(send(pair[1], "hello", 5, 0), 5);
+	CHECK_INT(send(backend, "hello", 5, 0), 5);
 	session_run(s, BACKEND_IN);
 	CHECK_INT(recv(far_ends[far_count - 1], bytes, sizeof bytes, 0), 5);
 	session_close(s);
-	close(pair[1]);
+	close(backend);
 }
 
 /* Who sits on a buffer without progress for stall_ms loses it, but only when another wants it. */

@@ -154,9 +154,9 @@ static void test_tls_rest(void)
 		records_move(eng, &peer.eng, SIZE_MAX);
 		check_app_read(&peer.eng, text, (size_t)n);
 		CHECK(session_rests(s));
-		s->client.buf->end = 1;                         /* a byte was read ahead */
+		s->client.end = 1;                         /* a byte was read ahead */
 		CHECK(!session_rests(s));
-		s->client.buf->end = 0;
+		s->client.end = 0;
 		CHECK(leg_readable(&s->client, &len) == NULL);
 		records_return(&sessions[1]);
 	}

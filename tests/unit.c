@@ -115,6 +115,8 @@ static const struct test tests[] = {
 	TEST(sessions_displaced),
 	TEST(sessions_full),
 	TEST(sessions_closed),
+	TEST(parked),
+	TEST(bulk),
 	TEST(relay_full),
 	TEST(stallers),
 	TEST(answer_take),

@@ -10,6 +10,7 @@
  *   goes, or an answer of the proxy's own, and nothing else;
  * - while no time passes and no one goes, all of that arrives;
  * - poll() is not asked for what is ready and then left alone;
+ * - none sleeps without a wish, or while what it wishes is there;
  * - when its peers are gone, or time passes, every session ends, and gives back all it had. */
 #include "peers.h"
 
@@ -507,6 +508,44 @@ static void turn_must(void)
 	last_acted = 0;
 }
 
+static int is_waiting(const struct session *s, const struct link *list)
+{
+	const struct link *l = list->next;
+
+	while (l != list && l != &s->wait)
+		l = l->next;
+	return l == &s->wait;
+}
+
+/* While the proxy sleeps: each session waits for a buffer or a name, or something is asked of poll, or
+ * of the epoll set and is not there. */
+static void sleepers_must(void)
+{
+	unsigned i, holders = 0, waiters = 0;
+
+	for (i = 0; i < max_sessions; i++) {
+		const struct session *s = &sessions[i];
+		struct pollfd p[2];
+
+		if (s->state == FREE)
+			continue;
+		if (!link_alone(&s->wait)) {
+			MUST(is_waiting(s, &heads_pool.waiters) || is_waiting(s, &unnamed) ||
+				is_waiting(s, &records_pool.waiters));
+			waiters++;
+		} else if (s->parked) {
+			p[0] = (struct pollfd){ s->client.fd, s->armed[0], 0 };
+			p[1] = (struct pollfd){ s->backend.fd, s->armed[1], 0 };
+			MUST(s->armed[0] && s->armed[1] && poll(p, 2, 0) <= 0);
+		} else {
+			memcpy(p, &fds[FD_SESSIONS + 2 * s->slot], sizeof p);
+			MUST(p[0].fd >= 0 || p[1].fd >= 0);
+			holders += s->rec || s->hd;
+		}
+	}
+	MUST(waiters == 0 || holders > 0 || !link_alone(&unnamed));
+}
+
 static int world_poll(struct pollfd *p, nfds_t n, int ms)
 {
 	const uint64_t start = clock_ms;
@@ -524,6 +563,7 @@ static int world_poll(struct pollfd *p, nfds_t n, int ms)
 		ready = sockets_poll(p, n);
 		if (ready > 0 || ms == 0 || (ms > 0 && clock_ms - start >= (uint64_t)ms))
 			break;
+		sleepers_must();
 		if (settle) {
 			settle = all_read() > 0;
 			last_acted = 1;
