@@ -20,7 +20,8 @@ Environment:
     RESTING         how many sessions rest beside them, and
     SESSIONS        in the memory measure
     SUITE           AES128-GCM or CHACHA20
-    BEARSSL         a source tree of BearSSL, for the peer wssproxy-bearssl
+    BEARSSL         source trees of BearSSL, each for a peer of its own, built at -O3:
+                    wssproxy- and the tree's name
     CC, MAKE        what compiles
     EMULATE         of: %(machines)s
 
@@ -88,7 +89,7 @@ CLIENTS = option("CLIENTS", 32)
 RESTING = option("RESTING", [1000, 4000], [300])
 SESSIONS = option("SESSIONS", [500, 1000, 2000], [100, 200])
 SUITE = option("SUITE", "CHACHA20" if EMULATE else "AES128-GCM")
-BEARSSL = option("BEARSSL", "")
+BEARSSL = {f"wssproxy-{Path(tree).name}": tree for tree in option("BEARSSL", "").split()}
 CC = option("CC", "cc")
 MAKE = option("MAKE", "make")
 
@@ -219,11 +220,11 @@ BUILDS = {
     "wssproxy": ({}, {}),
     "wssproxy-static": ({"LDFLAGS": "-static"}, {}),
     "wssproxy-O2": ({"CFLAGS": f"-O2 {FAST}"}, {}),
-    "wssproxy-bearssl": ({"CFLAGS": f"-O3 {FAST}", "BEARSSL": BEARSSL}, {}),
+    **{peer: ({"CFLAGS": f"-O3 {FAST}", "BEARSSL": tree}, {}) for peer, tree in BEARSSL.items()},
     "wssproxy-plain": ({}, {"park": 0, "max_busy": MAX_SESSIONS}),
 }
 PEERS = option("PEERS", ["wssproxy", "haproxy", "nginx"] if EMULATE else
-               ["wssproxy", "wssproxy-static", *(["wssproxy-bearssl"] if BEARSSL else []), *OTHERS])
+               ["wssproxy", "wssproxy-static", *BEARSSL, *OTHERS])
 # By default the static build is there for one row of the table and has no column.
 ONLY = {} if "PEERS" in os.environ else {"wssproxy-static": ["idle"]}
 
@@ -728,7 +729,7 @@ def cross():
 def build(name):
     """One build of wssproxy."""
     variables, changes = BUILDS[name]
-    variables = {"CC": CC, **variables, **(cross() if EMULATE else {})}
+    variables = {"CC": CC, "BEARSSL": "", **variables, **(cross() if EMULATE else {})}
     d = OUT / name
     d.mkdir(exist_ok=True)
     config_write(d / "config.h", ports[name], backend_port, changes)
