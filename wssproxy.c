@@ -96,6 +96,7 @@ enum {
 	INTERIM_MAX = 8,        /* 1xx answers before the final one */
 	FIRST_RECORD = 1400,    /* bytes of the first record after a rest: they fit one segment */
 	STALL_BYTES = 16384,    /* within stall_ms: what a buffer holds; less is no progress */
+	TURN_BYTES = 16384,     /* after which a session comes to rest when others wait for buffers */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
 	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
@@ -335,7 +336,8 @@ struct session {
 	uint64_t down_left;     /* of BODY_LENGTH */
 	struct chunked chunked;
 	uint64_t rx, tx;        /* application bytes from and for the client */
-	uint64_t stall_from;    /* their sum when the timer `stall` was started */
+	uint64_t stall_from;    /* their sum when the timer `stall` was started, */
+	uint64_t turn_from;     /* and when it got its record buffers */
 	uint64_t born;          /* ms */
 	struct leg client, backend;
 	struct address peer;
@@ -2895,6 +2897,7 @@ static void leg_attach(struct leg *l, struct buffers *b)
 static void records_attach(struct session *s, void *item)
 {
 	s->rec = item;
+	s->turn_from = s->rx + s->tx;
 	leg_attach(&s->client, &s->rec->side[0]);
 	if (tls_backends && s->backend.eng)
 		leg_attach(&s->backend, &s->rec->side[tls_backends]);
@@ -3754,9 +3757,26 @@ static size_t leg_read(struct session *s, struct leg *l, unsigned char *p, size_
 	return n > 0 ? (size_t)n : 0;
 }
 
-/* Readies the place to read ahead into, all of which was taken. A side that sends bulk is read into a
- * spare set of buffers as long as they abound: one call brings several records. */
-static void leg_turn_over(struct session *s, struct leg *l)
+/* Whether the engine stands between two records of its side. */
+static int leg_between(const struct leg *l)
+{
+	size_t len;
+
+	return br_ssl_engine_recvrec_buf(l->eng, &len) == l->buf->ibuf && len == 5;
+}
+
+/* Sessions that wait for record buffers take turns with those that have them. In the clear, who
+ * empties a buffer comes to rest by itself, but records are read ahead beyond their ends: who has had
+ * its turn ends the record that it is in and begins none. Who is slow at that sees stall_ms. */
+static int leg_yields(const struct session *s, const struct leg *l)
+{
+	return l->eng && !link_alone(&records_pool.waiters) &&
+		s->rx + s->tx - s->turn_from >= TURN_BYTES;
+}
+
+/* Chooses the place to read ahead into, when all of the last was taken. A side that sends bulk is read
+ * into a spare set of buffers as long as they abound: one call brings several records. */
+static void leg_place(struct session *s, struct leg *l)
 {
 	int abound = records_pool.lent <= records_pool.count / 2;
 
@@ -3771,12 +3791,14 @@ static void leg_turn_over(struct session *s, struct leg *l)
 /* Socket to read-ahead, behind what is there. */
 static int leg_recv(struct session *s, struct leg *l)
 {
-	size_t room, n;
+	size_t room, rest, n;
 
 	if (l->at == l->end)
-		leg_turn_over(s, l);
-	room = l->spare ? sizeof l->spare->bulk : sizeof l->buf->ahead;
-	n = leg_read(s, l, l->ahead + l->end, room - l->end);
+		leg_place(s, l);
+	room = (l->spare ? sizeof l->spare->bulk : sizeof l->buf->ahead) - l->end;
+	if (leg_yields(s, l) && br_ssl_engine_recvrec_buf(l->eng, &rest))
+		room = rest;    /* nothing of the next record */
+	n = leg_read(s, l, l->ahead + l->end, room);
 	l->end += n;
 	return n > 0;
 }
@@ -3826,7 +3848,8 @@ static int leg_fill(struct session *s, struct leg *l)
 	size_t len;
 	int error, moved = 0;
 
-	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len))
+	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len) &&
+	    !(leg_yields(s, l) && leg_between(l)))
 		moved = leg_recv(s, l);
 	if (!l->eng)
 		return moved;
@@ -3946,7 +3969,7 @@ static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 	if (!l->eng && l->at == l->end) {
 		if (!l->in || l->eof)
 			return 0;
-		leg_turn_over(s, l);
+		leg_place(s, l);
 		if (!l->spare)
 			return leg_read(s, l, out, size);
 		l->end = leg_read(s, l, l->ahead, BULK);        /* makes full records */
@@ -4892,7 +4915,7 @@ static void session_close(struct session *s)
 }
 
 /* Whether nothing is on its way in a leg's buffers: an engine stands at a record boundary both
- * ways. */
+ * ways, or its side has ended amid one. */
 static int leg_rests(const struct leg *l)
 {
 	size_t len;
@@ -4901,7 +4924,7 @@ static int leg_rests(const struct leg *l)
 		return 0;
 	if (!l->buf || !l->eng)
 		return 1;
-	return br_ssl_engine_recvrec_buf(l->eng, &len) == l->buf->ibuf && len == 5 &&
+	return (leg_between(l) || (l->eof && !leg_readable(l, &len))) &&
 		br_ssl_engine_sendapp_buf(l->eng, &len) != NULL && len == l->room;
 }
 
@@ -4923,7 +4946,7 @@ static int head_rests(const struct session *s)
 
 /* What to poll a leg for. One with buffers reads when all before was taken; an engine that was
  * closed, or that nobody listens to, may want no more records, but its end is awaited. */
-static short leg_events(const struct leg *l)
+static short leg_events(const struct session *s, const struct leg *l)
 {
 	unsigned state = l->eng ? br_ssl_engine_current_state(l->eng) : BR_SSL_RECVREC;
 	size_t len;
@@ -4931,7 +4954,8 @@ static short leg_events(const struct leg *l)
 
 	if (l->buf)
 		in = in && l->at == l->end && ((state & BR_SSL_RECVREC) ||
-			(l->fin && !(state & BR_SSL_RECVAPP)));
+			(l->fin && !(state & BR_SSL_RECVAPP))) &&
+			!(leg_yields(s, l) && leg_between(l));
 	return (short)((in ? POLLIN : 0) | (!l->fin && leg_pending(l, &len) ? POLLOUT : 0));
 }
 
@@ -4941,7 +4965,7 @@ static short client_events(const struct session *s)
 		return POLLRDHUP;
 	if (s->state == HANDSHAKE && !s->client.eng)
 		return POLLIN;
-	return leg_events(&s->client);
+	return leg_events(s, &s->client);
 }
 
 static short backend_events(const struct session *s)
@@ -4952,7 +4976,7 @@ static short backend_events(const struct session *s)
 	if (s->state == CONNECT || s->state == REQUEST)
 		return POLLOUT;
 	if (s->backend.eng)
-		return leg_events(&s->backend);
+		return leg_events(s, &s->backend);
 	in = !s->backend.eof && (s->state == RESPONSE || s->client.fin || !s->rec ||
 		(!s->hd && leg_room(&s->client, &len)));
 	out = !s->backend.fin && s->up_left > 0 && leg_readable(&s->client, &len);

@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 import pki
 from conftest import whole_config
-from harness import PATIENCE, SANITIZE, WS, build, config_text, eventually
+from harness import PATIENCE, SANITIZE, WS, WSS, build, config_text, eventually
 from peers import ask, client_hello, connect, open_tunnel, switching, tcp, upgrade
 
 
@@ -174,6 +175,70 @@ def test_sessions_wait_for_a_buffer_and_get_it(proxy, scripted):
     for client in clients:
         client.join()
     p.log.wait("open", nth=10)
+
+
+class Flow:
+    """Bytes without end from one side of a tunnel to the other, which is slow once it drinks at all."""
+
+    def __init__(self, source, sink):
+        self.poured = self.drunk = 0
+        self.thirst = threading.Event()
+        self.threads = [threading.Thread(target=self._pour, args=(source,)),
+                        threading.Thread(target=self._drink, args=(sink,))]
+        for thread in self.threads:
+            thread.start()
+
+    def _pour(self, source):
+        with contextlib.suppress(OSError):
+            while True:
+                source.send(bytes(50000))
+                self.poured += 1
+
+    def _drink(self, sink):
+        self.thirst.wait()
+        with contextlib.suppress(OSError, AssertionError):
+            while True:
+                sink.read(8000)
+                self.drunk += 1
+                threading.Event().wait(0.005)
+
+
+@pytest.mark.parametrize("kind, ways", [(WSS, ["up"]), (WSS, ["down"]), (WS, ["up"]), (WS, ["down"]),
+                                        (WS, ["up", "down"])])
+def test_bulk_takes_turns(proxy, scripted, kind, ways):
+    """Four tunnels that always have something on its way, two buffers: none of them is left out, nor
+    is a newcomer."""
+    backend = scripted()
+    p = proxy(backend, max_busy=2, stall_ms=60000, listeners=[("127.0.0.1", "0", kind)])
+    tunnels = [open_tunnel(p, backend) for _ in range(4)]
+    flows = [Flow(*(pair if way == "up" else pair[::-1])) for pair in tunnels for way in ways]
+
+    def all_is_full():
+        before = [flow.poured for flow in flows]
+        threading.Event().wait(0.2)
+        return before == [flow.poured for flow in flows]
+
+    try:
+        eventually(all_is_full)
+        for flow in flows:
+            flow.thirst.set()
+        eventually(lambda: all(flow.drunk > 20 for flow in flows))
+        client, server = open_tunnel(p, backend)
+        for _ in range(5):
+            client.send(b"a question")
+            assert server.read(10) == b"a question"
+            server.send(b"an answer")
+            assert client.read(9) == b"an answer"
+        before = [flow.drunk for flow in flows]
+        eventually(lambda: all(flow.drunk > n + 20 for flow, n in zip(flows, before)))
+        assert not p.log.all("close")
+    finally:
+        for stream in [stream for pair in tunnels for stream in pair]:
+            stream.sock.shutdown(socket.SHUT_RDWR)
+        for flow in flows:
+            flow.thirst.set()
+            for thread in flow.threads:
+                thread.join()
 
 
 # ---- descriptors ----
