@@ -3829,6 +3829,16 @@ static int leg_feed(struct session *s, struct leg *l)
 	return moved;
 }
 
+/* Whether an engine never moves again: BearSSL does not wake up from renegotiations asked for faster
+ * than it refuses them, nor, when it was closed, with plaintext that was not taken, nor when what it
+ * has to say can't be sent. */
+static int leg_stuck(const struct leg *l)
+{
+	unsigned moves = BR_SSL_RECVREC | BR_SSL_RECVAPP | (l->fin ? 0u : BR_SSL_SENDREC);
+
+	return !(br_ssl_engine_current_state(l->eng) & moves);
+}
+
 /* Reads and forgets, so that closing does not reset what the peer has yet to read. */
 static void leg_discard(struct leg *l)
 {
@@ -3862,15 +3872,12 @@ static int leg_fill(struct session *s, struct leg *l)
 			session_broke(s, l, tls_why(error));
 		else if (!l->eof)
 			leg_ended(s, l);
-	} else if (!(br_ssl_engine_current_state(l->eng) &
-	    (BR_SSL_SENDREC | BR_SSL_RECVREC | BR_SSL_RECVAPP))) {
-		/* BearSSL never wakes up from renegotiations asked for faster than it refuses them,
-		 * nor, when it was closed, with plaintext that was not taken */
+	} else if (leg_stuck(l)) {
 		l->at = l->end;
-		if (l->fin)
+		if (l->fin && s->state != EXCHANGE)
 			leg_discard(l);
 		else
-			session_broke(s, l, WHY_TLS_ERROR);
+			session_broke(s, l, WHY_TLS_ERROR);     /* nor may an answer look whole */
 	}
 	return moved;
 }
@@ -4216,7 +4223,9 @@ static int leg_handshake(struct session *s, struct leg *l)
 		leg_feed(s, l);
 	leg_send(s, l);
 	l->more = 0;
-	if (leg_closed(l)) {
+	while (l->fin && leg_feed(s, l))
+		;               /* it takes no more: its last words may say why */
+	if (leg_closed(l) || l->fin) {
 		int error = br_ssl_engine_last_error(l->eng);
 
 		tls_alert(l->fd, error);
@@ -4229,7 +4238,7 @@ static int leg_handshake(struct session *s, struct leg *l)
 		tls_ring_release(s);
 		return 1;
 	}
-	if (l->at < l->end && (!l->full || l->fin))
+	if (l->at < l->end && !l->full)
 		link_append(&turns, &s->wait);
 	return 0;
 }

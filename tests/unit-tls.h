@@ -308,6 +308,35 @@ static void test_tls_closed_full(void)
 	l->fin = 0;
 	leg_fill(s, l);
 	CHECK(s->broken);
+	s->broken = 0;
+	l->fin = 1;
+	s->state = EXCHANGE;                    /* what comes would be missing in an answer */
+	leg_fill(s, l);
+	CHECK(s->broken);
+}
+
+/* An engine that has to refuse a renegotiation, and can't say so to a side that takes no more, reads
+ * nothing either. */
+static void test_tls_stuck(void)
+{
+	struct session *s = tls_session();
+	struct leg l = { .fd = -1, .eng = &peer.eng };
+	int i;
+
+	peer_start("a.example");
+	br_ssl_engine_add_flags(&peer.eng, BR_OPT_NO_RENEGOTIATION);
+	tls_handshake(s);
+	app_write(&peer.eng, "hello", 5);
+	s->tls.eng.record_type_out = 22;
+	for (i = 0; i < 2; i++) {
+		CHECK(!leg_stuck(&l));
+		app_write(&s->tls.eng, "\0\0\0", 4);   /* HelloRequest */
+		records_move(&s->tls.eng, &peer.eng, SIZE_MAX);
+	}
+	CHECK_INT(br_ssl_engine_current_state(&peer.eng), BR_SSL_SENDREC);
+	CHECK(!leg_stuck(&l));
+	l.fin = 1;
+	CHECK(leg_stuck(&l));
 }
 
 /* A backend that ends amid a handshake message leaves an engine that takes nothing and asks for

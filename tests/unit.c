@@ -129,6 +129,7 @@ static const struct test tests[] = {
 	TEST(tls_refused),
 	TEST(hello_short),
 	TEST(tls_closed_full),
+	TEST(tls_stuck),
 	TEST(tls_ended_amid_message),
 	TEST(pinned),
 	TEST(pinned_longer),
