@@ -119,8 +119,8 @@ static const unsigned stall_ms     = 5000;
 /* SIGTERM: how long sessions may go on before they are closed. */
 static const unsigned drain_ms     = 10000;
 
-/* A session that rests, or talks without ever being stopped by either side, waits after so long in an
- * epoll set, where it costs no poll() slot. */
+/* A session that rests, or talks without ever being stopped by either side, waits after so long
+ * in an epoll set, where it costs no poll() slot. */
 static const int park              = 1;         /* 0: plain poll() for all */
 static const unsigned park_ms      = 100;
 

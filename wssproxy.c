@@ -83,8 +83,8 @@ enum {
 	HEAD_ROOM = head_max + HEAD_EXTRA,
 	/* fewer than record buffers: strangers, who need both, never hold all of those */
 	HEADS = max_busy - max_busy / 4,
-	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring, */
-	BULK = 3 * 16384,       /* bytes in the clear that are read of who has filled that twice in a row, */
+	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring */
+	BULK = 3 * 16384,       /* bytes in the clear that one recv brings of who sends bulk, */
 	READ_BULK = BULK + 512, /* and bytes of records */
 	READS = 4,              /* recv calls for each side in one run: no session holds the loop */
 	ACCEPTS = 16,           /* connections taken from a listener in one turn */
@@ -96,7 +96,7 @@ enum {
 	INTERIM_MAX = 8,        /* 1xx answers before the final one */
 	FIRST_RECORD = 1400,    /* bytes of the first record after a rest: they fit one segment */
 	STALL_BYTES = 16384,    /* within stall_ms: what a buffer holds; less is no progress */
-	TURN_BYTES = 16384,     /* after which a session comes to rest when others wait for buffers */
+	TURN_BYTES = 16384,     /* then a session comes to rest, if others wait for buffers */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
 	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
@@ -294,7 +294,7 @@ struct leg {
 	_Bool corked;                   /* and the kernel may hold back what was sent last */
 	_Bool started;                  /* since it rested, plaintext was put into it */
 	uint8_t reads;                  /* left in this run */
-	uint8_t filled;                 /* reads in a row, up to 2, that filled what they were given */
+	uint8_t filled;                 /* reads in a row, up to 2, that filled their room */
 	uint8_t eof;                    /* all that it sent was taken, and no more comes */
 	uint8_t fin;                    /* it was told the same: close_notify and FIN are out */
 };
@@ -3766,16 +3766,17 @@ static int leg_between(const struct leg *l)
 }
 
 /* Sessions that wait for record buffers take turns with those that have them. In the clear, who
- * empties a buffer comes to rest by itself, but records are read ahead beyond their ends: who has had
- * its turn ends the record that it is in and begins none. Who is slow at that sees stall_ms. */
+ * empties a buffer comes to rest by itself, but records are read ahead beyond their ends: who has
+ * had its turn ends the record that it is in and begins none. Who is slow at it meets stall_ms. */
 static int leg_yields(const struct session *s, const struct leg *l)
 {
 	return l->eng && !link_alone(&records_pool.waiters) &&
 		s->rx + s->tx - s->turn_from >= TURN_BYTES;
 }
 
-/* Chooses the place to read ahead into, when all of the last was taken. A side that sends bulk is read
- * into a spare set of buffers as long as they abound: one call brings several records. */
+/* Chooses the place to read ahead into, when all before was taken. A side that twice in a row has
+ * filled its room sends bulk: it is read into a spare set of buffers as long as they abound, and
+ * one call brings several records. */
 static void leg_place(struct session *s, struct leg *l)
 {
 	int abound = records_pool.lent <= records_pool.count / 2;
@@ -3829,9 +3830,9 @@ static int leg_feed(struct session *s, struct leg *l)
 	return moved;
 }
 
-/* Whether an engine never moves again: BearSSL does not wake up from renegotiations asked for faster
- * than it refuses them, nor, when it was closed, with plaintext that was not taken, nor when what it
- * has to say can't be sent. */
+/* Whether an engine never moves again: BearSSL does not wake up from renegotiations asked for
+ * faster than it refuses them, nor, when it was closed, with plaintext that was not taken, nor when
+ * what it has to say can't be sent. */
 static int leg_stuck(const struct leg *l)
 {
 	unsigned moves = BR_SSL_RECVREC | BR_SSL_RECVAPP | (l->fin ? 0u : BR_SSL_SENDREC);
@@ -3965,8 +3966,8 @@ static int relay_up(struct session *s)
 	return 1;
 }
 
-/* Up to `size` bytes from the backend; 0: none now. In the clear they come from its socket without a
- * detour, unless it sends bulk. */
+/* Up to `size` bytes from the backend; 0: none now. In the clear they come straight from its
+ * socket, unless it sends bulk. */
 static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 {
 	struct leg *l = &s->backend;
@@ -4856,7 +4857,7 @@ static void session_enter(struct session *s, enum state state)
 	s->moved = 1;
 }
 
-/* Gives the session a slot in poll()'s array. What the epoll set still tells of it is not heeded. */
+/* Gives the session a slot in poll()'s array. What the epoll set still tells is not heeded. */
 static void session_wake(struct session *s)
 {
 	s->parked = 0;
@@ -5138,8 +5139,8 @@ static void session_event(struct session *s, unsigned ready)
 	}
 }
 
-/* A session that for park_ms was left with nothing but to read moves from poll()'s array to the epoll
- * set. */
+/* A session that for park_ms was left with nothing but to read moves from poll()'s array to the
+ * epoll set. */
 static void session_park(struct session *s)
 {
 	const struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
@@ -5148,9 +5149,10 @@ static void session_park(struct session *s)
 	link_drop(&s->park.link);
 	for (side = 0; side < 2; side++) {
 		/* poll's events have the same numbers as epoll's; also the end is told */
-		struct epoll_event ev = { .events = (uint32_t)p[side].events | EPOLLRDHUP | EPOLLET };
+		struct epoll_event ev = { .events = (uint32_t)p[side].events };
 		int op = s->armed[side] ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
 
+		ev.events |= (uint32_t)EPOLLRDHUP | (uint32_t)EPOLLET;
 		ev.data.u32 = (uint32_t)(s - sessions) * 2 + side;
 		if (epoll_fd < 0 || epoll_ctl(epoll_fd, op, p[side].fd, &ev) < 0)
 			return; /* it keeps its poll slot, and is in no danger */
@@ -5344,9 +5346,9 @@ static void sessions_poll(void)
 	}
 }
 
-/* Sessions of the epoll set that have something. Two descriptors share a session, so the second event
- * may find it awake, or gone; then poll tells of the same, and the set is told to be silent. After
- * an end there may be bytes and no further edge: poll sees to that, too. */
+/* Sessions of the epoll set that have something. Two descriptors share a session, so the second
+ * event may find it awake, or gone; then poll tells of the same, and the set is told to be silent.
+ * After an end there may be bytes and no further edge: poll sees to that, too. */
 static void sessions_epoll(void)
 {
 	struct epoll_event ev[64];
@@ -5359,8 +5361,9 @@ static void sessions_epoll(void)
 		if (s->state == FREE)
 			continue;
 		if (!s->parked) {
-			epoll_ctl(epoll_fd, EPOLL_CTL_DEL, side ? s->backend.fd : s->client.fd, NULL);
 			s->armed[side] = 0;
+			epoll_ctl(epoll_fd, EPOLL_CTL_DEL,
+				side ? s->backend.fd : s->client.fd, NULL);
 			continue;
 		}
 		if (events & ~(unsigned)EPOLLIN)
