@@ -97,7 +97,8 @@ static const int check_accept = 1;
 #define max_sessions    512
 #define max_busy        64
 
-/* Sessions of one address (IPv4 address or IPv6 /64), 0: no limit. */
+/* Sessions of one address (IPv4 address or IPv6 /64), 0: no limit. When buffers are scarce, an
+ * address that holds fewer of them goes first, whatever this is. */
 static const unsigned max_per_ip = 128;
 
 /* Bytes of a request or response head, 1024 to 16000; more is 431 (414 when the request line alone

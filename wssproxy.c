@@ -81,7 +81,7 @@
 enum {
 	HEAD_EXTRA = 512,       /* what request_render may add to a head */
 	HEAD_ROOM = head_max + HEAD_EXTRA,
-	/* fewer than record buffers: strangers, who need both, never hold all of those */
+	/* fewer than record buffers, from 4 on: strangers, who need both, never hold them all */
 	HEADS = max_busy - max_busy / 4,
 	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring */
 	BULK = 3 * 16384,       /* bytes in the clear that one recv brings of who sends bulk, */
@@ -99,6 +99,7 @@ enum {
 	TURN_BYTES = 16384,     /* then a session comes to rest, if others wait for buffers */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
 	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
+	WAITERS_LOOK = 512,     /* and waiting ones, to find the one to serve next */
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
 	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory */
 	LOG_LINE = 1024,
@@ -176,7 +177,7 @@ struct pool {
 	unsigned count, lent;
 	unsigned fresh;         /* from here on none was ever lent, so their pages are untouched */
 	void *free;             /* last in, first out: what is lent again is still in the cache */
-	struct link waiters;    /* sessions, first come, first served */
+	struct link waiters;    /* sessions, in the order in which they came */
 	void (*attach)(struct session *, void *item);   /* where sessions wait: gives one an item */
 };
 
@@ -186,6 +187,8 @@ struct source {
 	unsigned char key[9];   /* IPv4 address, or the first half of an IPv6 one; family */
 	unsigned sessions;
 	unsigned young;         /* those in HANDSHAKE or HEAD */
+	unsigned held;          /* buffers lent to them, */
+	unsigned heads;         /* and of these, head buffers */
 };
 
 /* A certificate chain and its key. */
@@ -2844,7 +2847,7 @@ static struct source *source_take(const struct address *a)
 		if (!o)
 			abort();
 		bucket = source_bucket(a, o->key);
-		o->sessions = o->young = 0;
+		o->sessions = o->young = o->held = o->heads = 0;
 		o->next = *bucket;
 		*bucket = o;
 	}
@@ -2897,6 +2900,7 @@ static void leg_attach(struct leg *l, struct buffers *b)
 static void records_attach(struct session *s, void *item)
 {
 	s->rec = item;
+	s->source->held++;
 	s->turn_from = s->rx + s->tx;
 	leg_attach(&s->client, &s->rec->side[0]);
 	if (tls_backends && s->backend.eng)
@@ -2906,35 +2910,62 @@ static void records_attach(struct session *s, void *item)
 static void head_attach(struct session *s, void *item)
 {
 	s->hd = item;
+	s->source->held++;
+	s->source->heads++;
 	memset(s->hd, 0, offsetof(struct head_buffer, bytes));
+}
+
+/* Whether it must wait though there be items: half of the head buffers is out of reach of the
+ * strangers of any one address. It waits for one that they return. */
+static int is_greedy(const struct session *s, const struct pool *p)
+{
+	return p == &heads_pool && s->young && s->source->heads >= (HEADS + 1) / 2;
 }
 
 /* 0: s waits for an item, and will be run when it has one. */
 static int session_borrow(struct session *s, struct pool *p)
 {
-	void *item = pool_lend(p);
-
-	/* one whose answer has come goes before strangers, who may be many and in no hurry */
-	int first = p == &heads_pool && s->state == RESPONSE;
+	void *item = is_greedy(s, p) ? NULL : pool_lend(p);
 
 	if (item)
 		p->attach(s, item);
 	else
-		link_append(first ? p->waiters.next : &p->waiters, &s->wait);
+		link_append(&p->waiters, &s->wait);
 	return item != NULL;
 }
 
-/* An item is free: for whoever has waited longest. */
+/* Who is served next; NULL: nobody. Those whose answer has come go before all; then those whose
+ * address holds the fewest buffers, so that none keeps the others out, however many its sessions;
+ * then those that have waited longest. */
+static struct session *waiter_next(const struct pool *p)
+{
+	const struct link *l = p->waiters.next;
+	struct session *best = NULL;
+	unsigned rank, least = UINT_MAX, looked;
+
+	for (looked = 0; l != &p->waiters && looked < WAITERS_LOOK; looked++, l = l->next) {
+		struct session *s = OWNER(l, struct session, wait);
+
+		rank = s->state == RESPONSE ? 0 : 1 + s->source->held;
+		if (rank >= least || is_greedy(s, p))
+			continue;
+		least = rank;
+		best = s;
+	}
+	return best;
+}
+
+/* An item is free: for one that waits, if any. */
 static void session_pass(struct pool *p, void *item)
 {
-	struct session *next = OWNER(p->waiters.next, struct session, wait);
+	struct session *next = waiter_next(p);
 
-	if (link_alone(&p->waiters)) {
+	if (!next) {
 		pool_return(p, item);
-	} else {
-		p->attach(next, item);
-		link_append(&runnable, &next->wait);
+		return;
 	}
+	p->attach(next, item);
+	link_append(&runnable, &next->wait);
 }
 
 static int head_borrow(struct session *s)
@@ -2970,6 +3001,7 @@ static void records_return(struct session *s)
 	if (!r)
 		return;
 	s->rec = NULL;
+	s->source->held--;
 	leg_detach(&s->client);
 	leg_detach(&s->backend);
 	session_pass(&records_pool, r);
@@ -2979,9 +3011,12 @@ static void head_return(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
 
+	if (!hd)
+		return;
 	s->hd = NULL;
-	if (hd)
-		session_pass(&heads_pool, hd);
+	s->source->held--;
+	s->source->heads--;
+	session_pass(&heads_pool, hd);
 }
 
 static struct note *note_take(struct session *s)

@@ -241,9 +241,11 @@ static void test_log_full(void)
 
 static struct session *session_make(unsigned i)
 {
+	static struct source nobody;
 	struct session *s = &sessions[i];
 
 	memset(s, 0, sizeof *s);
+	s->source = &nobody;
 	s->client.fd = s->backend.fd = s->slot = -1;
 	s->server = s->sticky = -1;
 	s->id = i;
@@ -423,6 +425,65 @@ static void test_pool(void)
 		CHECK(again == got[i]);
 	}
 	CHECK(pool_lend(&p) == NULL);
+}
+
+/* Buffers go to those first whose address holds the fewest, however late they come. */
+static void test_pool_fair(void)
+{
+	static struct source many, few, none;
+	struct session *s[max_busy + 4];
+	unsigned i;
+
+	tables_init();
+	for (i = 0; i < COUNT(s); i++) {
+		s[i] = session_make(i);
+		s[i]->plain = 1;
+		s[i]->state = RELAY;
+		s[i]->source = i == 0 || i == max_busy + 2 ? &few : i == max_busy + 3 ? &none : &many;
+		CHECK_INT(records_borrow(s[i]), i < max_busy);
+	}
+	CHECK_INT(many.held, max_busy - 1);
+	CHECK_INT(few.held, 1);
+	records_return(s[1]);
+	CHECK(s[max_busy + 3]->rec && none.held == 1);
+	records_return(s[0]);
+	CHECK(s[max_busy + 2]->rec && few.held == 1);
+	records_return(s[2]);
+	CHECK(s[max_busy]->rec && !s[max_busy + 1]->rec);       /* of equals, who has waited longest */
+	CHECK_INT(many.held, max_busy - 2);
+	CHECK_INT(head_borrow(s[max_busy]), 1);
+	CHECK_INT(many.held, max_busy - 1);
+	CHECK_INT(many.heads, 1);
+	head_return(s[max_busy]);
+	for (i = 0; i < COUNT(s); i++)
+		records_return(s[i]);
+	CHECK_INT(many.held + few.held + none.held, 0);
+}
+
+/* The strangers of one address leave half of the head buffers to others. */
+static void test_pool_greedy(void)
+{
+	static struct source many, few;
+	struct session *s[HEADS + 1];
+	const unsigned half = (HEADS + 1) / 2;
+	unsigned i;
+
+	tables_init();
+	for (i = 0; i < COUNT(s); i++) {
+		s[i] = session_make(i);
+		s[i]->state = HEAD;
+		s[i]->young = 1;
+		s[i]->source = i < HEADS ? &many : &few;
+	}
+	for (i = 0; i < HEADS; i++)
+		CHECK_INT(head_borrow(s[i]), i < half);
+	CHECK_INT(head_borrow(s[HEADS]), 1);
+	head_return(s[HEADS]);
+	CHECK(!s[half]->hd);
+	CHECK_INT(heads_pool.lent, half);
+	head_return(s[0]);
+	CHECK(s[half]->hd != NULL);
+	CHECK_INT(heads_pool.lent, half);
 }
 
 /* Who finds no buffer waits, and is served first come, first served. */

@@ -89,6 +89,8 @@ static const struct test tests[] = {
 	TEST(timers_next),
 	TEST(pool),
 	TEST(pool_waiters),
+	TEST(pool_fair),
+	TEST(pool_greedy),
 	TEST(address),
 	TEST(address_text),
 	TEST(address_parse),

@@ -239,14 +239,16 @@ def test_flood_of_rejects_does_not_fill_the_log(proxy, place):
 
 @pytest.fixture
 def without_reader(place):
-    """A proxy that logs into a small pipe that nobody reads; closes, if asked, its reading end."""
+    """A proxy that logs into a small pipe, or to a terminal, that nobody reads; closes, if asked, its
+    reading end."""
     processes = []
 
-    def start(close):
+    def start(close, terminal):
         here = place()
         config = {"listeners": [(here.host, here.port, WS)]}
-        read_end, write_end = os.pipe()
-        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 8192)
+        read_end, write_end = os.openpty() if terminal else os.pipe()
+        if not terminal:
+            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 8192)
         binary = build(config_text(whole_config([place()], config)))
         processes.append(subprocess.Popen([binary], stderr=write_end))
         os.close(write_end)
@@ -263,9 +265,10 @@ def without_reader(place):
         assert process.wait(PATIENCE) == 0
 
 
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
 @pytest.mark.parametrize("close", [True, False], ids=["reader-died", "reader-stuck"])
-def test_log_that_nobody_reads_stops_nothing(without_reader, close):
-    here = without_reader(close)
+def test_log_that_nobody_reads_stops_nothing(without_reader, close, terminal):
+    here = without_reader(close, terminal)
     for _ in range(200):
         with Stream(socket.create_connection((here.host, int(here.port)))) as client:
             client.send(GET)
