@@ -125,8 +125,9 @@ static const unsigned drain_ms     = 10000;
 static const int park              = 1;         /* 0: plain poll() for all */
 static const unsigned park_ms      = 100;
 
-/* Health: max_fails failures within fail_ms put a backend aside for fail_ms (0: never). check_ms:
- * a TCP connect to each backend that often, 0: off. */
+/* Health: max_fails failures within fail_ms put a backend aside for fail_ms (0: never, whatever
+ * check_ms finds). A failure is a connection that does not come about, or that ends without a byte
+ * of an answer. check_ms: a TCP connect to each backend that often, 0: off. */
 static const unsigned max_fails    = 1;
 static const unsigned fail_ms      = 10000;
 static const unsigned check_ms     = 0;

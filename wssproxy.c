@@ -1227,12 +1227,10 @@ static int would_block(int error)
 	return error == EAGAIN || error == EWOULDBLOCK || error == EINTR;
 }
 
-/* Errors that are our machine's, not the other side's: no descriptor, memory, port, or a full
- * backlog of a unix: socket. */
+/* Errors that are our machine's, not the other side's: no descriptor, no memory. */
 static int is_our_shortage(int error)
 {
-	return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM ||
-		error == EADDRNOTAVAIL || error == EAGAIN;
+	return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
 }
 
 static void socket_option(int fd, int level, int name, unsigned value)
@@ -2499,6 +2497,8 @@ static const char *connect_why(int error)
 	case ECONNRESET:
 	case EPIPE:             return "reset";
 	case ETIMEDOUT:         return "timeout";
+	case EAGAIN:            return "full";          /* backlog of a unix: socket */
+	case EADDRNOTAVAIL:
 	case EHOSTUNREACH:
 	case ENETUNREACH:
 	case EAFNOSUPPORT:      return "unreachable";
@@ -4481,10 +4481,8 @@ static enum state connect_step(struct session *s)
 		error = errno;
 	if (error == 0 && tls_backends && backends[s->server].tls != TLS_OFF)
 		return BACKEND_HANDSHAKE;
-	if (error == 0) {
-		server_good(&servers[s->server]);
+	if (error == 0)
 		return REQUEST;
-	}
 	connect_failed(s, connect_why(error));
 	return connect_next(s);
 }
@@ -4550,7 +4548,6 @@ static enum state backend_handshake_step(struct session *s)
 			leg_recv(s, l);
 		if (!s->broken && !l->eof && leg_handshake(s, l)) {
 			server_remember(v, l->eng, ring);
-			server_good(v);
 			return REQUEST;
 		}
 	}
@@ -4702,6 +4699,7 @@ static enum state response_done(struct session *s)
 
 	if (why != WHY_NONE)
 		return session_fail(s, why);
+	server_good(&servers[s->server]);
 	s->hd->u.response = r;
 	if (r.status < 200 && r.status != 101)
 		return interim_done(s);
@@ -4736,6 +4734,16 @@ static int response_upload(struct session *s)
 	return 0;
 }
 
+/* The backend ended before its answer's head did. One that says nothing at all has failed: what
+ * connects to it is somebody's proxy, or it dies of each request. The request may have been acted
+ * on, so it is not sent to another. */
+static enum state response_missing(struct session *s)
+{
+	if (s->hd->len == 0 && s->note->interim == 0 && s->up_left == 0)
+		server_failed(&servers[s->server], "no-answer");
+	return session_fail(s, WHY_BAD_RESPONSE);
+}
+
 /* Looks through what came for a whole head; reads when there is none. */
 static enum state response_step(struct session *s)
 {
@@ -4749,15 +4757,15 @@ static enum state response_step(struct session *s)
 	if (!head_borrow(s) || !records_borrow(s))
 		return RESPONSE;
 	hd = s->hd;
-	if (s->rec && !response_upload(s))
-		return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
+	if (!response_upload(s))
+		return s->by == BY_BACKEND ? response_missing(s) : FREE;
 	do {
-		if (s->rec && s->backend.eng)
+		if (s->backend.eng)
 			leg_fill(s, &s->backend);
 		n = s->broken ? 0 : backend_read(s, (unsigned char *)hd->bytes + hd->len,
 			head_max - hd->len);
 		if (s->broken || s->backend.eof)
-			return session_fail(s, WHY_BAD_RESPONSE);
+			return response_missing(s);
 		hd->len += n;
 		s->moved |= n > 0;
 		do {

@@ -132,6 +132,32 @@ def test_backend_is_put_aside_after_max_fails(proxy, place, python_server):
     p.log.wait("backend", name=dead.name, down=True)
 
 
+def test_backend_that_accepts_and_closes_is_put_aside(proxy, scripted, python_server):
+    """As the proxy of a container does whose server is down. Its request is not sent again."""
+    mute, alive = scripted(), python_server()
+    p = proxy(mute, alive, fail_ms=600000)
+    client = ask_only(p)
+    server = mute.accept()
+    server.read_head()
+    server.close()
+    assert client.read_head().status == 502
+    p.log.wait("backend", name=mute.place.name, down=True, why="no-answer")
+    assert chosen(p, 4) == [alive.name] * 4
+
+
+def test_backend_that_breaks_off_an_answer_is_not_put_aside(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, fail_ms=600000)
+    client = ask_only(p)
+    server = backend.accept()
+    server.read_head()
+    server.send(b"HTTP/1.1 ")
+    server.close()
+    assert client.read_head().status == 502
+    open_tunnel(p, backend)
+    assert not p.log.all("backend", down=True)
+
+
 def test_all_backends_down_gets_502(proxy, place):
     p = proxy(place(), place())
     assert ask(p, upgrade())[0].status == 502

@@ -529,6 +529,20 @@ def test_dead_unix_socket_is_said_so(proxy, unix):
     p.log.wait("backend", name=unix.name, down=True, why="refused")
 
 
+def test_failover_from_a_unix_backend_that_accepts_no_more(proxy, unix, backends, keeper):
+    among = backends(1)
+    unix.listener.listen(0)
+    with pytest.raises(BlockingIOError):
+        while True:
+            filler = keeper(socket.socket(socket.AF_UNIX))
+            filler.setblocking(False)
+            filler.connect(str(unix.path))
+    p = proxy(unix.entry(), *among, **PLAIN)
+    for _ in range(3):
+        open_tunnel(p, among[0])
+    p.log.wait("backend", name=unix.name, down=True, why="full")
+
+
 def test_failover_from_a_unix_backend(proxy, unix, backends):
     among = backends(1)
     p = proxy(unix.entry(), *among, **PLAIN)
