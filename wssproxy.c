@@ -3610,7 +3610,8 @@ static void tls_alert(int fd, int error)
  *
  * Each moves what it can at once and says whether anything moved; relay_pump repeats them until
  * every one waits on a descriptor, for decrypted bytes raise no event. A read that brings less
- * than there was room for has emptied the socket: poll will tell when there is more. */
+ * than there was room for has emptied the socket, or stopped at urgent data: poll will tell when
+ * there is more. */
 
 static enum party leg_party(const struct session *s, const struct leg *l)
 {
@@ -5191,11 +5192,12 @@ static void session_park(struct session *s)
 
 	link_drop(&s->park.link);
 	for (side = 0; side < 2; side++) {
-		/* poll's events have the same numbers as epoll's; also the end is told */
+		/* poll's events have the same numbers as epoll's; also told is the end, and urgent
+		 * data, at which reads stop short */
 		struct epoll_event ev = { .events = (uint32_t)p[side].events };
 		int op = s->armed[side] ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
 
-		ev.events |= (uint32_t)EPOLLRDHUP | (uint32_t)EPOLLET;
+		ev.events |= (uint32_t)EPOLLRDHUP | (uint32_t)EPOLLPRI | (uint32_t)EPOLLET;
 		ev.data.u32 = (uint32_t)(s - sessions) * 2 + side;
 		if (epoll_fd < 0 || epoll_ctl(epoll_fd, op, p[side].fd, &ev) < 0)
 			return; /* it keeps its poll slot, and is in no danger */

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import random
+import signal
+import socket
 from http import HTTPStatus
 
 import pytest
@@ -320,6 +322,21 @@ def test_session_at_rest_wakes_for_either_side(proxy, scripted, kind):
         eventually(lambda: p.parked() == 2)
         server.send(b"from the backend")
         assert client.read(16) == b"from the backend"
+
+
+def test_urgent_data_holds_nothing_back(proxy, scripted):
+    """Reads stop at it though there is more behind; the byte itself is lost, as it always was."""
+    backend = scripted()
+    p = proxy(backend, listeners=[("127.0.0.1", "0", WS)], park_ms=50)
+    client, server = open_tunnel(p, backend)
+    for source, sink in ((client, server), (server, client)):
+        eventually(lambda: p.parked() == 2)
+        p.signal(signal.SIGSTOP)
+        source.send(b"one")
+        source.sock.send(b"!", socket.MSG_OOB)
+        source.send(b"two")
+        p.signal(signal.SIGCONT)
+        assert sink.read(6) == b"onetwo"
 
 
 def test_sessions_are_not_parked_with_park_0(proxy, scripted):
