@@ -581,8 +581,8 @@ static int log_connect(void)
 	return connect(log_fd, (struct sockaddr *)&sun, sizeof sun);
 }
 
-/* Ends the loop's wait for a slow reader of the log before it begins: a line that can't be written
- * at once is counted and dropped. A pipe with POLLOUT takes PIPE_BUF bytes without blocking. */
+/* The loop does not wait for a slow reader of the log: a line that can't be written at once is
+ * counted and dropped. A pipe with POLLOUT takes PIPE_BUF bytes without blocking. */
 static void log_write(const char *line, size_t len)
 {
 	struct pollfd p = { .fd = log_fd, .events = POLLOUT };
@@ -628,11 +628,18 @@ static void log_escape(char *out, size_t size, const char *in, size_t len)
 	out[t.len] = '\0';
 }
 
-/* Where the log goes. The daemon's socket is opened before chroot; without it, stderr serves. */
+/* Where the log goes. The daemon's socket is opened before chroot; without it, stderr serves. A
+ * terminal or console that is slow, or was stopped, takes less than POLLOUT says: it is opened
+ * again, for a description of its own that does not block. */
 static void log_open(void)
 {
-	if (log_to != SYSLOG)
+	if (log_to != SYSLOG) {
+		int fd = isatty(STDERR_FILENO) ?
+			open("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) : -1;
+
+		log_fd = fd >= 0 ? fd : STDERR_FILENO;
 		return;
+	}
 	log_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	log_syslog = log_fd >= 0 && log_connect() == 0;
 	if (log_syslog)
