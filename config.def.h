@@ -25,7 +25,8 @@ static const struct cert certs[] = {
  *   .max_conns      sessions at a time, 0: no limit
  *   .tls            TLS_OFF, TLS_VERIFY, TLS_PIN, TLS_NOVERIFY
  *   .sni            name to send and to verify, NULL: host
- *   .ca             PEM: trust anchors (TLS_VERIFY), the one certificate to accept (TLS_PIN)
+ *   .ca             PEM: trust anchors (TLS_VERIFY; 256 in all, a file that several name counts
+ *                   once), the one certificate to accept (TLS_PIN)
  *   .cert, .key     PEM: client certificate chain and key */
 static const struct backend backends[] = {
 	{ .host = "127.0.0.1", .port = "3000" },
@@ -136,7 +137,8 @@ static const unsigned check_ms     = 0;
 static const unsigned resolve_ms   = 5000;
 
 /* Dead peers, on both sides: TCP keepalive (first probe, interval, probes; keepalive_s = 0: off),
- * and how long sent bytes may stay unacknowledged (0: the system's 15 minutes or so). */
+ * and how long sent bytes may stay unacknowledged (0: the system's 15 minutes or so). Linux counts
+ * bytes that the peer is too slow to take as well: who takes nothing for so long is reset. */
 static const unsigned keepalive_s          = 60;
 static const unsigned keepalive_interval_s = 15;
 static const unsigned keepalive_probes     = 4;

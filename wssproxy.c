@@ -1173,7 +1173,14 @@ static int trust_load(struct keyring *ring, struct trust *t, const char *entry, 
 	const char *path, int one)
 {
 	const char *what;
+	unsigned k;
 
+	for (k = 0; k < i; k++)         /* backends often share a bundle */
+		if (t == &ring->backend_ca[i] && path && backends[k].ca &&
+		    strcmp(path, backends[k].ca) == 0 && backends[k].tls == backends[i].tls) {
+			*t = ring->backend_ca[k];
+			return 1;
+		}
 	t->first = ring->anchors;
 	what = path ? pem_file(ring, path, anchors_parse) : "a PEM file is needed";
 	t->count = ring->anchors - t->first;

@@ -232,6 +232,14 @@ def test_backend_that_ends_in_the_handshake(proxy, scripted):
     p.log.wait("backend", name=backend.name, down=True, why="tls-eof")
 
 
+def test_backends_share_a_bundle_of_many_anchors(proxy, scripted, tmp_path):
+    """Each of them would fit alone, but not both."""
+    bundle = tmp_path / "bundle.pem"
+    bundle.write_text(Path(pem("ca")).read_text() * 200)
+    backends = [scripted() for _ in range(3)]
+    proxy(*[{**verified(backend), "ca": str(bundle)} for backend in backends], **TLS)
+
+
 def test_backend_that_resets_in_the_handshake(proxy, scripted):
     backend = scripted()
     p = proxy(verified(backend), **TLS)
