@@ -106,13 +106,14 @@ static const unsigned max_per_ip = 128;
  * is longer), or 502. */
 #define head_max        8192
 
-/* How long each phase of a session may take, all in all; 0 is not allowed but for idle_ms. */
+/* How long each phase of a session may take, all in all or (*) without a byte of application data;
+ * 0 is not allowed but for idle_ms. */
 static const unsigned handshake_ms = 10000;     /* TLS with the client */
 static const unsigned head_ms      = 10000;     /* the request head: 408 */
 static const unsigned connect_ms   = 3000;      /* one connect to a backend: the next one */
-static const unsigned response_ms  = 30000;     /* the response head: 504 */
-static const unsigned idle_ms      = 3600000;   /* a tunnel without a byte, 0: for ever */
-static const unsigned linger_ms    = 5000;      /* after one side ended, for the other to end */
+static const unsigned response_ms  = 30000;     /* * a request's body and its answer's head: 504 */
+static const unsigned idle_ms      = 3600000;   /* * a tunnel, a plain answer; 0: for ever */
+static const unsigned linger_ms    = 5000;      /* * after one side ended, for the other to end */
 
 /* When buffers are scarce, a session that holds one for so long and moves less than 16 KB meanwhile
  * is closed. */
@@ -145,7 +146,8 @@ static const unsigned keepalive_probes     = 4;
 static const unsigned user_timeout_ms      = 60000;
 
 /* After start: become this user and group (names or numbers, NULL: stay), and see no files but
- * those under this directory (NULL: none). On SIGHUP, certificates are read as that user, in there.
+ * those under this directory (NULL: none). On SIGHUP, certificates are read as that user, in there;
+ * a syslog daemon that starts again is found again only if there is a dev/log.
  * Whoever it is, capabilities are given up: root itself then reads only what root's mode bits let
  * it. */
 static const char *const user       = NULL;

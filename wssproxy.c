@@ -27,8 +27,7 @@
  *
  * A step moves what it can without blocking and returns the state to be in; FREE ends the session.
  * session_run alone changes states; no step closes its own session. What to poll for is derived
- * from state and buffers by session_watch after each run and kept nowhere else. Nothing in the loop
- * walks all sessions.
+ * from state and buffers by session_wishes after each run. Nothing in the loop walks all sessions.
  *
  * To understand everything else, start reading main(). */
 #include <sys/epoll.h>
@@ -803,7 +802,8 @@ static socklen_t address_write(const struct address *a, struct sockaddr_storage 
 
 #define ADDRESS_TEXT (INET6_ADDRSTRLEN + 8)
 
-/* As RFC 5952 has it: "::" for the first of the longest runs of zeros, if that is more than one. */
+/* As RFC 5952 has it: "::" for the first of the longest runs of zeros, if that is more than one.
+ * musl's inet_ntop would do, but brings printf. */
 static void text_ip6(struct text *t, const unsigned char ip[16])
 {
 	unsigned i, run = 0, longest = 1, from = 8;
@@ -3553,8 +3553,7 @@ static int tls_dial(struct session *s)
 			return 0;
 		u->made = 1;
 	}
-	s->backend.buf = &s->rec->side[tls_backends];
-	leg_attach(&s->backend, s->backend.buf);
+	leg_attach(&s->backend, &s->rec->side[tls_backends]);
 	leg_start(s, &s->backend, eng);
 	if (backends[i].tls == TLS_VERIFY) {
 		verifier_chain(v, eng, keyring, &keyring->backend_ca[i]);
@@ -4613,7 +4612,7 @@ static enum state request_step(struct session *s)
 	}
 	if (n < 0)
 		return session_fail(s, WHY_BAD_RESPONSE);
-	s->moved = 1;
+	s->moved |= n > 0;
 	hd->off += (size_t)n;
 	if (hd->off < hd->len || leg_pending(&s->backend, &len))
 		return REQUEST;
