@@ -161,6 +161,18 @@ def test_stalled_handshake_gives_its_buffer_up(proxy, scripted):
     p.log.wait_ending("stall", status="-")
 
 
+def test_strangers_of_one_address_leave_buffers_to_others(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_busy=4, stall_ms=60000, handshake_ms=60000)
+    lurkers = [tcp(p, source="127.0.0.2") for _ in range(20)]
+    for lurker in lurkers:
+        lurker.send(client_hello()[:1])
+    eventually(lambda: p.totals()["heads"] == "2")
+    for _ in range(3):
+        open_tunnel(p, backend, source="127.0.0.3")
+    assert p.totals()["heads"] == "2"
+
+
 def test_sessions_wait_for_a_buffer_and_get_it(proxy, scripted):
     """Ten clients in the middle of a request, two buffers."""
     backend = scripted()
