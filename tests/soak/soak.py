@@ -49,7 +49,8 @@ def slice_of(number, size):
 # ---- the proxy's log, as it comes ----
 
 class Follower(Log):
-    """Keeps of each session no more than is needed, for there will be many."""
+    """Keeps of each session no more than is needed, for there will be many, and nothing of those
+    for pages, which may come from the port of a tunnel that has just ended."""
 
     def __init__(self):
         super().__init__()
@@ -63,10 +64,13 @@ class Follower(Log):
         with self.news:
             self.counts[line.event] += 1
             if line.event == "open":
-                self.client_of[line["id"]] = line["client"]
-                self.sessions[line["client"]] = [line, None]
+                if line["path"] == "/chat":
+                    self.client_of[line["id"]] = line["client"]
+                    self.sessions[line["client"]] = [line, None]
             elif line.event == "close":
-                self.sessions[self.client_of.pop(line["id"])][1] = line
+                client = self.client_of.pop(line["id"], None)
+                if client in self.sessions:
+                    self.sessions[client][1] = line
             elif line.event == "reject":
                 self.counts["reject " + line.fields.get("why", "suppressed")] += 1
             elif line.event == "stats":
