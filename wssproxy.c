@@ -5306,6 +5306,12 @@ static void listeners_watch(void)
 		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
 }
 
+/* Whether somebody waits for an item because all are lent. */
+static int pool_wanted(const struct pool *p)
+{
+	return pool_empty(p) && !link_alone(&p->waiters);
+}
+
 /* Milliseconds until the next timer, -1: none. */
 static int timers_next(void)
 {
@@ -5315,8 +5321,7 @@ static int timers_next(void)
 	for (i = 0; i < QUEUES; i++) {
 		const struct timer *t = OWNER(queues[i].list.next, struct timer, link);
 
-		if (i == Q_STALL && link_alone(&records_pool.waiters) &&
-		    link_alone(&heads_pool.waiters))
+		if (i == Q_STALL && !pool_wanted(&records_pool) && !pool_wanted(&heads_pool))
 			continue;
 		if (!link_alone(&queues[i].list) && t->due < due)
 			due = t->due;
@@ -5333,8 +5338,8 @@ static int timers_next(void)
 static void stallers_close(void)
 {
 	struct link *list = &queues[Q_STALL].list, *l, *next;
-	int want_records = !link_alone(&records_pool.waiters);
-	int want_heads = !link_alone(&heads_pool.waiters);
+	int want_records = pool_wanted(&records_pool);
+	int want_heads = pool_wanted(&heads_pool);
 
 	for (l = list->next; l != list && (want_records || want_heads); l = next) {
 		struct session *s = OWNER(l, struct session, stall.link);

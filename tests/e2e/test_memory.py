@@ -195,7 +195,8 @@ def test_every_slot_and_buffer_in_use_stays_below_the_ceiling(proxy, scripted, k
     p = proxy(backend, **config)
     ceiling, busy = memory_told(whole_config([backend], config))
     before = p.memory_kb()
-    clients = [connect(p, kind) for _ in range(6)]      # more can't be about to ask
+    # more can't be about to ask, nor more than three of one address
+    clients = [connect(p, kind, source=f"127.0.0.{2 + n % 2}") for n in range(6)]
     long_head = upgrade(Filler="x" * 7800)
     for client in clients:
         client.send(long_head[:-1])

@@ -401,7 +401,7 @@ class Soak:
             if n == CONFIG["max_busy"] * 3 // 4:        # no more can be about to ask
                 for client in busy:
                     ask(client)
-            busy.append(connect(self.proxy))
+            busy.append(connect(self.proxy, source=f"127.0.0.{2 + n % 2}"))    # no more of one
             busy[n].send(upgrade(X="x" * 7500)[:-1])
         for client in busy[CONFIG["max_busy"] * 3 // 4:]:
             ask(client)
