@@ -94,7 +94,8 @@ static const int check_accept = 1;
  * 4.5 KB (5 KB until its answer), a busy one 62 KB more: record buffers (50 KB) while a byte is on
  * its way, and a head buffer (12 KB) while a head is. No memory is taken after start; wssproxy -t
  * prints the sum. When all buffers are lent, sessions wait for one; see stall_ms. A quarter of the
- * record buffers is never lent to clients that have yet to ask. */
+ * record buffers is never lent to clients that have yet to ask, and half of the head buffers never
+ * to those of any one address. */
 #define max_sessions    512
 #define max_busy        64
 
