@@ -300,8 +300,10 @@ async def full_disk(machine, port):
     """A log on a file system without room loses lines, and nothing else."""
     code, output = await in_thread(machine.shell, (
         "mkdir -p /tmp/log; mount -t tmpfs -o size=8k log /tmp/log; mount -o remount,rw / && sed -i /respawn.*wssproxy/d /etc/inittab && kill -HUP 1;"
-        " sleep 2; kill -9 $(started); sleep 1;"
-        " (/usr/local/sbin/wssproxy 2>/tmp/log/log </dev/null >/dev/null &) ; sleep 2; df /tmp/log"), 40)
+        # init takes a signal and acts on it before it looks after its children again
+        " while grep -q 'Pnd:.*[13579bdf]$' /proc/1/status; do :; done;"
+        " kill -9 $(started); while pidof wssproxy; do :; done;"
+        " (/usr/local/sbin/wssproxy 2>/tmp/log/log </dev/null >/dev/null &)"), 40)
     await until_echo(port, 60)
     await in_thread(machine.shell, "dd if=/dev/zero of=/tmp/log/fill bs=1k; true")
     for _ in range(5):
