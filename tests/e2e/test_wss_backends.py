@@ -252,15 +252,28 @@ def test_backend_that_resets_in_the_handshake(proxy, scripted):
     p.log.wait("backend", name=backend.name, down=True)
 
 
+def handshake_by_hand(p, backend):
+    """A client that has asked, its backend's end, and TLS for that, which moves no bytes itself."""
+    client = connect(p)
+    client.send(request())
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = server_context().wrap_bio(incoming, outgoing, server_side=True)
+    return client, backend.accept(), tls, incoming, outgoing
+
+
+def reset_behind(p, server, data):
+    """The proxy sees both at once."""
+    p.signal(signal.SIGSTOP)
+    server.send(data)
+    server.reset()
+    p.signal(signal.SIGCONT)
+
+
 def test_backend_that_resets_when_the_handshake_is_done(proxy, scripted):
     """Its last words and the reset are there before the request is written."""
     backend = scripted()
     p = proxy(verified(backend), **TLS)
-    client = connect(p)
-    client.send(request())
-    server = backend.accept()
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = server_context().wrap_bio(incoming, outgoing, server_side=True)
+    client, server, tls, incoming, outgoing = handshake_by_hand(p, backend)
     while True:
         incoming.write(server.receive())
         try:
@@ -268,10 +281,7 @@ def test_backend_that_resets_when_the_handshake_is_done(proxy, scripted):
             break
         except ssl.SSLWantReadError:
             server.send(outgoing.read())
-    p.signal(signal.SIGSTOP)
-    server.send(outgoing.read())
-    server.reset()
-    p.signal(signal.SIGCONT)
+    reset_behind(p, server, outgoing.read())
     assert client.read_head().status == 502
 
 
@@ -279,19 +289,12 @@ def test_backend_that_resets_amid_the_handshake(proxy, scripted):
     """What it sent behind its flight is there while the answer to that meets the reset."""
     backend = scripted()
     p = proxy(verified(backend), handshake_ms=60000, **TLS)
-    client = connect(p)
-    client.send(request())
-    server = backend.accept()
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = server_context().wrap_bio(incoming, outgoing, server_side=True)
+    client, server, tls, incoming, outgoing = handshake_by_hand(p, backend)
     incoming.write(server.receive())
     with pytest.raises(ssl.SSLWantReadError):
         tls.do_handshake()
     warning = b"\x15\x03\x03\x00\x02\x01\x5a"
-    p.signal(signal.SIGSTOP)
-    server.send(outgoing.read() + warning * 3)
-    server.reset()
-    p.signal(signal.SIGCONT)
+    reset_behind(p, server, outgoing.read() + warning * 3)
     assert client.read_head().status == 502
 
 
