@@ -738,6 +738,12 @@ static int pool_empty(const struct pool *p)
 	return p->lent == p->count;
 }
 
+/* Whether somebody waits for an item because all are lent. */
+static int pool_wanted(const struct pool *p)
+{
+	return pool_empty(p) && !link_alone(&p->waiters);
+}
+
 /* An item, NULL when all are lent. */
 static void *pool_lend(struct pool *p)
 {
@@ -1173,14 +1179,7 @@ static int trust_load(struct keyring *ring, struct trust *t, const char *entry, 
 	const char *path, int one)
 {
 	const char *what;
-	unsigned k;
 
-	for (k = 0; k < i; k++)         /* backends often share a bundle */
-		if (t == &ring->backend_ca[i] && path && backends[k].ca &&
-		    strcmp(path, backends[k].ca) == 0 && backends[k].tls == backends[i].tls) {
-			*t = ring->backend_ca[k];
-			return 1;
-		}
 	t->first = ring->anchors;
 	what = path ? pem_file(ring, path, anchors_parse) : "a PEM file is needed";
 	t->count = ring->anchors - t->first;
@@ -1189,9 +1188,20 @@ static int trust_load(struct keyring *ring, struct trust *t, const char *entry, 
 	return what ? fault_set(entry, i, path, what) : 1;
 }
 
+/* The first backend that trusts the same file in the same way, for they often share a bundle. */
+static unsigned trust_first(unsigned i)
+{
+	unsigned k = 0;
+
+	while (k < i && !(backends[i].ca && backends[k].ca && backends[k].tls == backends[i].tls &&
+	    strcmp(backends[k].ca, backends[i].ca) == 0))
+		k++;
+	return k;
+}
+
 static int keyring_load_backends(struct keyring *ring)
 {
-	unsigned i;
+	unsigned i, first;
 
 	for (i = 0; i < BACKENDS; i++) {
 		const struct backend *b = &backends[i];
@@ -1200,8 +1210,12 @@ static int keyring_load_backends(struct keyring *ring)
 		if ((b->cert || b->key) &&
 		    !identity_load(&ring->client_id[i], "backends", i, b->cert, b->key))
 			return 0;
-		if ((b->tls == TLS_VERIFY || b->tls == TLS_PIN) &&
-		    !trust_load(ring, &ring->backend_ca[i], "backends", i, b->ca,
+		if (b->tls != TLS_VERIFY && b->tls != TLS_PIN)
+			continue;
+		first = trust_first(i);
+		if (first < i)
+			ring->backend_ca[i] = ring->backend_ca[first];
+		else if (!trust_load(ring, &ring->backend_ca[i], "backends", i, b->ca,
 		    b->tls == TLS_PIN))
 			return 0;
 	}
@@ -3819,21 +3833,23 @@ static int leg_between(const struct leg *l)
  * had its turn ends the record that it is in and begins none. Who is slow at it meets stall_ms. */
 static int leg_yields(const struct session *s, const struct leg *l)
 {
-	return l->eng && !link_alone(&records_pool.waiters) &&
+	return l->eng && pool_wanted(&records_pool) &&
 		s->rx + s->tx - s->turn_from >= TURN_BYTES;
+}
+
+/* Whether it has come to the end of its record, and is not read. */
+static int leg_holds_back(const struct session *s, const struct leg *l)
+{
+	return leg_yields(s, l) && leg_between(l);
 }
 
 /* Chooses the place to read ahead into, when all before was taken. A side that twice in a row has
  * filled its room sends bulk: it is read into a spare set of buffers as long as they abound, and
- * one call brings several records. */
+ * one call brings several records. session_settle gives that back when it is empty. */
 static void leg_place(struct session *s, struct leg *l)
 {
-	int abound = records_pool.lent <= records_pool.count / 2;
-
 	l->at = l->end = 0;
-	if (l->spare && (l->filled < 2 || !abound))
-		spare_return(l);
-	else if (!l->spare && l->filled == 2 && abound && !s->hd)
+	if (!l->spare && !s->hd && l->filled == 2 && records_pool.lent <= records_pool.count / 2)
 		l->spare = pool_lend(&records_pool);
 	l->ahead = l->spare ? l->spare->bulk : l->buf ? l->buf->ahead : NULL;
 }
@@ -3908,8 +3924,7 @@ static int leg_fill(struct session *s, struct leg *l)
 	size_t len;
 	int error, moved = 0;
 
-	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len) &&
-	    !(leg_yields(s, l) && leg_between(l)))
+	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len) && !leg_holds_back(s, l))
 		moved = leg_recv(s, l);
 	if (!l->eng)
 		return moved;
@@ -5021,8 +5036,7 @@ static short leg_events(const struct session *s, const struct leg *l)
 
 	if (l->buf)
 		in = in && l->at == l->end && ((state & BR_SSL_RECVREC) ||
-			(l->fin && !(state & BR_SSL_RECVAPP))) &&
-			!(leg_yields(s, l) && leg_between(l));
+			(l->fin && !(state & BR_SSL_RECVAPP))) && !leg_holds_back(s, l);
 	return (short)((in ? POLLIN : 0) | (!l->fin && leg_pending(l, &len) ? POLLOUT : 0));
 }
 
@@ -5304,12 +5318,6 @@ static void listeners_watch(void)
 
 	for (i = 0; i < LISTENERS; i++)
 		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
-}
-
-/* Whether somebody waits for an item because all are lent. */
-static int pool_wanted(const struct pool *p)
-{
-	return pool_empty(p) && !link_alone(&p->waiters);
 }
 
 /* Milliseconds until the next timer, -1: none. */
