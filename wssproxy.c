@@ -12,11 +12,13 @@
  * straight out of the input buffer and comes from it straight into the output buffer. While it
  * waits there, the engine takes no further record, so the client is not read: backpressure needs
  * no code. A client in the clear (listener kind WS) uses the same buffers without an engine.
+ * Records are read ahead of it, and bulk into a spare set of buffers: a copy for fewer calls.
  *
  * A session is one slot of a static table. It owns its two descriptors and its TLS context, and
  * borrows, from static pools, a head buffer (while a head is on its way) and record buffers (while
- * a byte is). A session at rest owns nothing but its slot and, before its answer, a note of what
- * was asked. One that neither side has stopped for park_ms waits in an epoll set, not in poll()'s
+ * a byte is). When these are scarce, sessions take turns, and those whose address holds least go
+ * first. A session at rest owns nothing but its slot and, before its answer, a note of what was
+ * asked. One that neither side has stopped for park_ms waits in an epoll set, not in poll()'s
  * array, which so costs nothing for those that rest, nor for those that talk and never block.
  *
  * A session is in one state; states[] says how to step it, and what it ends with when its time
