@@ -2753,12 +2753,25 @@ static void resolver_end(void)
 			resolver_answer(&r);
 }
 
+/* Whether an answer is one: the resolver reads what comes from outside, so it is not trusted. */
+static int resolved_valid(const struct resolved *r)
+{
+	unsigned i;
+
+	if (r->index >= BACKENDS || !servers[r->index].by_name || r->count > ADDRESSES_MAX)
+		return 0;
+	for (i = 0; i < r->count; i++)
+		if (r->address[i].family != AF_INET && r->address[i].family != AF_INET6)
+			return 0;
+	return 1;
+}
+
 static void resolver_event(void)
 {
 	struct resolved r;
 	ssize_t n = recv(fds[FD_RESOLVER].fd, &r, sizeof r, 0);
 
-	if (n == sizeof r && r.index < BACKENDS)
+	if (n == sizeof r && resolved_valid(&r))
 		resolver_answer(&r);
 	else if (n >= 0 || !would_block(errno))
 		resolver_end();

@@ -1762,6 +1762,39 @@ static void test_answer_take(void)
 	CHECK(!s->backend.eof && s->why == WHY_NONE);
 }
 
+/* It reads what comes from outside: what is no answer to a question of ours is its end. */
+static void test_resolver_is_not_trusted(void)
+{
+	const struct resolved good = { .index = NAMED, .count = ADDRESSES_MAX,
+		.address = { { .family = AF_INET }, { .family = AF_INET6 }, { .family = AF_INET },
+			{ .family = AF_INET } } };
+	struct resolved bad[5];
+	unsigned i;
+	int pair[2];
+
+	servers_up();
+	CHECK(resolved_valid(&good));
+	for (i = 0; i < LENGTH(bad); i++)
+		bad[i] = good;
+	bad[0].index = BACKENDS;
+	bad[1].index = A;                       /* which is no name */
+	bad[2].count = ADDRESSES_MAX + 1;
+	bad[3].count = 255;
+	bad[4].address[3].family = AF_UNIX;
+	for (i = 0; i < LENGTH(bad); i++) {
+		servers_up();
+		log_open_pipe();
+		CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair) == 0);
+		fds[FD_RESOLVER].fd = pair[0];
+		CHECK(send(pair[1], &bad[i], sizeof bad[i], 0) == sizeof bad[i]);
+		resolver_event();
+		CHECK(strstr(log_read(), "resolver died") != NULL);
+		CHECK_INT(fds[FD_RESOLVER].fd, -1);
+		CHECK(servers[NAMED].addresses <= ADDRESSES_MAX);
+		close(pair[1]);
+	}
+}
+
 /* What the resolver says: addresses replace the old ones, their absence does not, and whoever waited
  * for the first answer goes on. */
 static void test_resolver_answer(void)
@@ -1793,6 +1826,7 @@ static void test_resolver_answer(void)
 	r.count = 2;
 	r.address[0] = address_of("192.0.2.50", "3000");
 	r.address[1] = address_of("2001:db8::50", "3000");
+	CHECK(resolved_valid(&r));
 	resolver_answer(&r);
 	CHECK_INT(v->addresses, 2);
 	CHECK_INT(v->address[1].family, AF_INET6);

@@ -122,6 +122,7 @@ static const struct test tests[] = {
 	TEST(relay_full),
 	TEST(stallers),
 	TEST(answer_take),
+	TEST(resolver_is_not_trusted),
 	TEST(resolver_answer),
 	TEST(lending),
 	TEST(suites),
