@@ -415,6 +415,7 @@ static struct pollfd fds[FD_SESSIONS + 2 * max_sessions];
 static struct session *awake[max_sessions];
 static unsigned awake_len;
 static unsigned crowds;         /* sources with more than one young session */
+static int held_back;           /* 1: a leg is not polled, for those who wait for records */
 static int epoll_fd = -1, log_fd = STDERR_FILENO;
 static int log_syslog;          /* 1: log_fd is the socket of the syslog daemon */
 static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
@@ -5051,7 +5052,11 @@ static short leg_events(const struct session *s, const struct leg *l)
 
 	if (l->buf)
 		in = in && l->at == l->end && ((state & BR_SSL_RECVREC) ||
-			(l->fin && !(state & BR_SSL_RECVAPP))) && !leg_holds_back(s, l);
+			(l->fin && !(state & BR_SSL_RECVAPP)));
+	if (l->buf && in && leg_holds_back(s, l)) {
+		held_back = 1;
+		in = 0;
+	}
 	return (short)((in ? POLLIN : 0) | (!l->fin && leg_pending(l, &len) ? POLLOUT : 0));
 }
 
@@ -5100,6 +5105,19 @@ static void session_watch(struct session *s)
 	p[0].fd = wish[0] ? s->client.fd : -1;
 	p[1].events = wish[1];
 	p[1].fd = wish[1] ? s->backend.fd : -1;
+}
+
+/* Once nobody waits for record buffers, who held back for them is read again: one that rests gave
+ * its own back, so these hold some and are in the queue of stalls. */
+static void holders_watch(void)
+{
+	struct link *list = &queues[Q_STALL].list, *l;
+
+	if (!held_back || pool_wanted(&records_pool))
+		return;
+	held_back = 0;
+	for (l = list->next; l != list; l = l->next)
+		session_watch(OWNER(l, struct session, stall.link));
 }
 
 /* Whether a session that stays as it is may leave poll()'s array: it waits for either side. */
@@ -5595,6 +5613,7 @@ static void loop(void)
 		int n;
 
 		listeners_watch();
+		holders_watch();
 		n = poll(fds, FD_SESSIONS + 2 * awake_len, ms);
 		clock_read();
 		if (n > 0) {

@@ -518,10 +518,12 @@ static int is_waiting(const struct session *s, const struct link *list)
 }
 
 /* While the proxy sleeps: each session waits for a buffer or a name, or something is asked of poll, or
- * of the epoll set and is not there. */
+ * of the epoll set and is not there; and what is asked of poll is what the session wishes now, though
+ * others have come and gone since it was run. */
 static void sleepers_must(void)
 {
 	unsigned i, holders = 0, waiters = 0;
+	short wish[2];
 
 	for (i = 0; i < max_sessions; i++) {
 		const struct session *s = &sessions[i];
@@ -540,6 +542,8 @@ static void sleepers_must(void)
 		} else {
 			memcpy(p, &fds[FD_SESSIONS + 2 * s->slot], sizeof p);
 			MUST(p[0].fd >= 0 || p[1].fd >= 0);
+			session_wishes(s, wish);
+			MUST(p[0].events == wish[0] && p[1].events == wish[1]);
 			holders += s->rec || s->hd;
 		}
 	}
