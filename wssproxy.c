@@ -2987,16 +2987,33 @@ static struct session *waiter_next(const struct pool *p)
 	struct session *best = NULL;
 	unsigned rank, least = UINT_MAX, looked;
 
-	for (looked = 0; l != &p->waiters && looked < WAITERS_LOOK; looked++, l = l->next) {
+	for (looked = 0; l != &p->waiters && looked < WAITERS_LOOK; l = l->next) {
 		struct session *s = OWNER(l, struct session, wait);
 
 		rank = s->state == RESPONSE ? 0 : 1 + s->source->held;
-		if (rank >= least || is_greedy(s, p))
+		if (is_greedy(s, p))
+			continue;       /* at most two addresses can be, with max_per_ip each */
+		looked++;
+		if (rank >= least)
 			continue;
 		least = rank;
 		best = s;
 	}
 	return best;
+}
+
+/* Whether somebody waits who could have the head buffer that s holds. */
+static int head_wanted(const struct session *s)
+{
+	const struct link *l = heads_pool.waiters.next;
+
+	for (; l != &heads_pool.waiters; l = l->next) {
+		const struct session *other = OWNER(l, struct session, wait);
+
+		if (!is_greedy(other, &heads_pool) || other->source == s->source)
+			return 1;
+	}
+	return 0;
 }
 
 /* An item is free: for one that waits, if any. */
@@ -5388,7 +5405,8 @@ static void stallers_close(void)
 		next = l->next;
 		if (s->stall.due > now)
 			return;
-		if (link_alone(&s->wait) && ((want_records && s->rec) || (want_heads && s->hd))) {
+		if (link_alone(&s->wait) && ((want_records && s->rec) ||
+		    (want_heads && s->hd && head_wanted(s)))) {
 			if (s->state == RESPONSE) {
 				session_run(s, EXPIRED);        /* it still gets an answer */
 				return;

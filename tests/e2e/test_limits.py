@@ -15,7 +15,8 @@ import pytest
 import pki
 from conftest import whole_config
 from harness import PATIENCE, SANITIZE, WS, WSS, build, config_text, eventually
-from peers import ask, client_hello, connect, open_tunnel, switching, tcp, upgrade
+from more import TLS_NOVERIFY, ScriptedTls
+from peers import ask, client_hello, connect, open_tunnel, pattern, switching, tcp, upgrade
 
 
 def idle_cpu(p, seconds=0.5):
@@ -171,6 +172,78 @@ def test_strangers_of_one_address_leave_buffers_to_others(proxy, scripted):
     for _ in range(3):
         open_tunnel(p, backend, source="127.0.0.3")
     assert p.totals()["heads"] == "2"
+
+
+def test_stranger_is_served_though_a_crowd_waits_before_it(proxy, scripted):
+    """One address has what it may have, and hundreds of it wait for more."""
+    backend = scripted()
+    p = proxy(backend, max_busy=4, max_sessions=1200, max_per_ip=0, stall_ms=60000, handshake_ms=60000)
+
+    def lurk(address):
+        lurker = tcp(p, source=address)
+        lurker.send(client_hello()[:1])
+        return lurker
+
+    crowd = [lurk("127.0.0.2") for _ in range(2)]
+    last = lurk("127.0.0.3")
+    eventually(lambda: p.totals()["heads"] == "3")      # all
+    crowd += [lurk("127.0.0.2") for _ in range(600)]
+    eventually(lambda: p.totals()["sessions"] == "603")
+    victim = tcp(p, source="127.0.0.4")
+    victim.send(client_hello())
+    eventually(lambda: p.totals()["sessions"] == "604")
+    last.close()
+    assert victim.read(1) == b"\x16"
+    assert len(crowd) == 602
+
+
+def test_nobody_is_closed_for_one_who_may_not_have_the_buffer(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, max_busy=4, stall_ms=300, handshake_ms=60000)
+    slow = tcp(p, source="127.0.0.3")
+    slow.send(client_hello()[:1])
+    greedy = [tcp(p, source="127.0.0.2") for _ in range(3)]
+    for one in greedy:
+        one.send(client_hello()[:1])
+    eventually(lambda: p.totals()["heads"] == "3")
+    threading.Event().wait(0.9)
+    slow.send(client_hello()[1:])
+    assert slow.read(1) == b"\x16"
+    closed = [line["client"].rpartition(":")[0] for line in p.log.all("reject")]
+    assert set(closed) <= {"127.0.0.2"}     # it closes its own
+
+
+def test_who_held_back_goes_on_when_nobody_waits(proxy, scripted):
+    """A tunnel whose client has half a record on its way cannot rest. What its backend sends is held
+    back for somebody who waits for buffers, but no longer than that."""
+    backend = ScriptedTls(scripted())
+    p = proxy(backend.entry(tls=TLS_NOVERIFY), tls_backends=1, max_busy=2, stall_ms=60000, handshake_ms=60000)
+
+    def is_busy(n):
+        eventually(lambda: p.totals()["records"] == str(n))
+
+    client, server = open_tunnel(p, backend)
+    other, far = open_tunnel(p, backend)
+    first, second = client.records(b"on its way"), other.records(b"another")
+    client.sock.sendall(first[:-4])
+    is_busy(1)
+    server.send(pattern(40000, 3))      # so it has had its turn
+    assert client.read(40000) == pattern(40000, 3)
+    other.sock.sendall(second[:-4])
+    is_busy(2)
+    waiting = tcp(p)
+    waiting.send(client_hello())
+    eventually(lambda: p.totals()["sessions"] == "3")
+    server.send(pattern(100000, 4))
+    for _ in range(2):
+        p.totals()                      # it has seen them
+    other.sock.sendall(second[-4:])
+    assert far.read(7) == b"another"
+    assert waiting.read(1) == b"\x16"
+    waiting.close()
+    assert client.read(100000) == pattern(100000, 4)
+    client.sock.sendall(first[-4:])
+    assert server.read(10) == b"on its way"
 
 
 def test_sessions_wait_for_a_buffer_and_get_it(proxy, scripted):
