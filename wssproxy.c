@@ -809,6 +809,12 @@ static socklen_t address_write(const struct address *a, struct sockaddr_storage 
 	return sizeof *in6;
 }
 
+/* Whether it is a socket's path, not an address or a name. */
+static int is_unix(const struct backend *b)
+{
+	return strncmp(b->host, "unix:", 5) == 0;
+}
+
 #define ADDRESS_TEXT (INET6_ADDRSTRLEN + 8)
 
 /* As RFC 5952 has it: "::" for the first of the longest runs of zeros, if that is more than one.
@@ -1489,14 +1495,16 @@ enum { LOAD = 0x20, EQUAL = 0x15, ABOVE = 0x35, AND = 0x54, RETURN = 0x06 };
 #define FILTER_START { LOAD, 0, 0, 4 }, { EQUAL, 1, 0, FILTER_MACHINE }, { RETURN, 0, 0, KILL }, \
 	{ LOAD, 0, 0, 0 }
 #define ON(name, verdict) { EQUAL, 0, 1, SYS_##name }, { RETURN, 0, 0, verdict }
-/* If those bits of the argument (an int) have that value. */
-#define LET_IF(name, argument, mask, value) { EQUAL, 0, 5, SYS_##name }, \
+/* What becomes of it by those bits of an argument (an int): if they have that value, or unless. */
+#define IF(call, argument, mask, value, yes, no, verdict) { EQUAL, 0, 5, call }, \
 	{ LOAD, 0, 0, 16 + 8 * (argument) + (FILTER_LITTLE ? 0 : 4) }, \
 	{ AND, 0, 0, (uint32_t)(mask) }, \
-	{ EQUAL, 0, 1, value }, { RETURN, 0, 0, LET }, { LOAD, 0, 0, 0 }
+	{ EQUAL, yes, no, value }, { RETURN, 0, 0, verdict }, { LOAD, 0, 0, 0 }
+#define LET_IF(name, argument, mask, value) IF(SYS_##name, argument, mask, value, 0, 1, LET)
+#define KILL_UNLESS(name, argument, mask, value) IF(SYS_##name, argument, mask, value, 1, 0, KILL)
 #define READING (O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | O_LARGEFILE)
 
-static const struct filter_op loop_calls[] = {
+static struct filter_op loop_calls[] = {
 	FILTER_START,
 	ON(read, LET), ON(write, LET), ON(recvfrom, LET), ON(sendto, LET),
 #ifdef SYS_send
@@ -1522,8 +1530,9 @@ static const struct filter_op loop_calls[] = {
 #endif
 	ON(accept4, LET), ON(connect, LET), ON(close, LET), ON(shutdown, LET),
 	ON(getsockopt, LET), ON(setsockopt, LET), ON(getrandom, LET), ON(getpid, LET),
+	KILL_UNLESS(socket, 1, ~(SOCK_CLOEXEC | SOCK_NONBLOCK), SOCK_STREAM),
+	KILL_UNLESS(socket, 2, -1, 0),
 	LET_IF(socket, 0, -1, AF_INET), LET_IF(socket, 0, -1, AF_INET6),
-	LET_IF(socket, 0, -1, AF_UNIX),
 #ifdef __i386__
 	ON(socketcall, LET),            /* all of the above; its arguments are out of reach */
 #endif
@@ -1546,6 +1555,7 @@ static const struct filter_op loop_calls[] = {
 	ON(statx, LET),
 #endif
 	ON(exit_group, LET),
+	LET_IF(socket, 0, -1, AF_UNIX), /* last: see filter_loop */
 	{ RETURN, 0, 0, KILL },
 };
 
@@ -1562,6 +1572,10 @@ static const struct filter_op resolver_calls[] = {
 	ON(execveat, FAIL),
 #endif
 	ON(ptrace, FAIL), ON(process_vm_readv, FAIL), ON(process_vm_writev, FAIL),
+	LET_IF(prlimit64, 0, -1, 0), ON(prlimit64, FAIL),
+#ifdef SYS_io_uring_setup
+	ON(io_uring_setup, FAIL),       /* its calls are seen by no filter */
+#endif
 	ON(kill, FAIL), ON(tkill, FAIL), ON(tgkill, FAIL),
 	ON(rt_sigqueueinfo, FAIL), ON(rt_tgsigqueueinfo, FAIL),
 #ifdef SYS_pidfd_send_signal
@@ -1571,7 +1585,8 @@ static const struct filter_op resolver_calls[] = {
 	{ RETURN, 0, 0, LET },
 };
 #else
-static const struct filter_op loop_calls[1], resolver_calls[1];
+static const struct filter_op resolver_calls[1];
+static struct filter_op loop_calls[8];
 #endif
 
 /* For good. no_new_privs is set. Whether the kernel took it. */
@@ -1582,6 +1597,20 @@ static int filter_set(const struct filter_op *ops, size_t n)
 	};
 
 	return prctl(PR_SET_SECCOMP, 2 /* SECCOMP_MODE_FILTER */, &program, 0, 0) == 0;
+}
+
+/* That of the loop. Sockets of other daemons are out of its reach, unless a backend is one:
+ * without, the verdict comes in place of what lets AF_UNIX through, six operations earlier. */
+static int filter_loop(void)
+{
+	const size_t n = LENGTH(loop_calls);
+	unsigned i;
+
+	for (i = 0; i < BACKENDS && !is_unix(&backends[i]); i++)
+		;
+	if (i == BACKENDS)
+		loop_calls[n - 7] = loop_calls[n - 1];
+	return filter_set(loop_calls, n);
 }
 
 /* Every session needs two descriptors. */
@@ -2783,8 +2812,7 @@ static const char *backend_sni(const struct backend *b)
 {
 	struct address a;
 
-	return b->sni ? b->sni : address_parse(&a, b->host, "1") ||
-		strncmp(b->host, "unix:", 5) == 0 ? NULL : b->host;
+	return b->sni ? b->sni : address_parse(&a, b->host, "1") || is_unix(b) ? NULL : b->host;
 }
 
 /* What STICKY_COOKIE calls a backend: the same after a restart and in any order of the list, and no
@@ -5898,7 +5926,7 @@ int main(int argc, char *argv[])
 	epoll_fd = fds[FD_EPOLL].fd = park ? epoll_create1(EPOLL_CLOEXEC) : -1;
 	become_do(&become, chroot_dir);
 	certs_foretell();
-	if (seccomp && !filter_set(loop_calls, LENGTH(loop_calls)))
+	if (seccomp && !filter_loop())
 		log_line(LOG_WARNING, "warning seccomp: this kernel or machine has no filter: "
 			"none is set");
 	if (check_ms > 0)

@@ -48,6 +48,11 @@ static long foreign(void)
 	CALL("unlink", syscall(SYS_unlinkat, AT_FDCWD, getenv("INTRUDER"), 0)) \
 	CALL("netlink", syscall(SYS_socket, AF_NETLINK, SOCK_RAW, 0)) \
 	CALL("packet", syscall(SYS_socket, AF_PACKET, SOCK_RAW, 0)) \
+	CALL("udp", syscall(SYS_socket, AF_INET, SOCK_DGRAM, 0)) \
+	CALL("sctp", syscall(SYS_socket, AF_INET, SOCK_STREAM, 132)) \
+	CALL("unix", syscall(SYS_socket, AF_UNIX, SOCK_STREAM, 0)) \
+	CALL("prlimit", syscall(SYS_prlimit64, getppid(), 0, NULL, NULL)) \
+	CALL("io_uring", syscall(SYS_io_uring_setup, 0, NULL)) \
 	CALL("raw", syscall(SYS_socket, AF_INET, SOCK_RAW, 1)) \
 	CALL("bind", syscall(SYS_bind, -1, here, 16)) \
 	CALL("listen", syscall(SYS_listen, -1, 1)) \

@@ -70,7 +70,7 @@ def handshake(p):
 # ---- the filter ----
 
 CALLS = ["execve", "fork", "ptrace", "kill", "mmap", "mprotect", "open-to-write", "open-and-create",
-         "open-and-truncate", "unlink", "netlink", "packet", "bind", "listen", "sendmsg", "setuid",
+         "open-and-truncate", "unlink", "netlink", "packet", "udp", "sctp", "unix", "bind", "listen", "sendmsg", "setuid",
          "chroot", "foreign"]
 
 
@@ -97,7 +97,8 @@ def test_files_may_be_read(intruded, place):
 
 
 @filtered
-@pytest.mark.parametrize("name", ["execve", "ptrace", "kill", "tkill", "tgkill", "listen"])
+@pytest.mark.parametrize("name", ["execve", "ptrace", "kill", "tkill", "tgkill", "listen", "prlimit",
+                                  "io_uring"])
 def test_call_that_no_resolver_makes_fails(intruded, place, name):
     here = place()
     p, call = intruded({"host": "name.test", "port": here.port}, resolve_ms=100)
