@@ -102,7 +102,8 @@ enum {
 	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
 	WAITERS_LOOK = 512,     /* and waiting ones, to find the one to serve next */
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
-	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory */
+	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory, */
+	POLL_PAUSE_MS = 50,     /* and poll */
 	LOG_LINE = 1024,
 	LISTENERS = LENGTH(listeners),
 	CERTS = LENGTH(certs),
@@ -5376,7 +5377,7 @@ static void listener_event(unsigned i)
 		fd = accept4(fds[FD_LISTEN + i].fd, (struct sockaddr *)&ss, &len,
 			SOCK_NONBLOCK | SOCK_CLOEXEC);
 		if (fd < 0) {
-			if (!would_block(errno) && is_our_shortage(errno)) {
+			if (is_our_shortage(errno)) {
 				log_line(LOG_WARNING, "accept paused ms=%d why=\"%s\"",
 					ACCEPT_PAUSE_MS, strerror(errno));
 				accept_after = now + ACCEPT_PAUSE_MS;
@@ -5553,6 +5554,7 @@ static void signals_init(void)
 	for (i = 0; i < LENGTH(taken); i++)
 		sigaddset(&set, taken[i]);
 	signal(SIGPIPE, SIG_IGN);
+	signal(SIGXFSZ, SIG_IGN);       /* a log that is as long as it may get */
 	signal(SIGCHLD, SIG_IGN);       /* the resolver's end is seen on its socket */
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	fds[FD_SIGNAL].fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
@@ -5661,6 +5663,11 @@ static void loop(void)
 		listeners_watch();
 		holders_watch();
 		n = poll(fds, FD_SESSIONS + 2 * awake_len, ms);
+		if (n < 0 && errno != EINTR) {
+			/* no memory, or somebody has lowered our limit of descriptors */
+			poll(NULL, 0, POLL_PAUSE_MS);
+			signals_take();
+		}
 		clock_read();
 		if (n > 0) {
 			if (fds[FD_SIGNAL].revents)

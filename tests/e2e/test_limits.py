@@ -354,6 +354,20 @@ def test_exhausted_descriptors_stop_the_listener_not_the_sessions(proxy, scripte
     assert waiting.read_head().status == 101
 
 
+def test_limit_below_what_it_has_is_survived(proxy, scripted):
+    """poll() fails then; signals are heard, and all goes on when the limit is lifted."""
+    backend = scripted()
+    p = proxy(backend)
+    client, server = open_tunnel(p, backend)
+    limit = resource.prlimit(p.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, (1, limit[1]))
+    p.totals()
+    assert idle_cpu(p) < 0.1
+    resource.prlimit(p.pid, resource.RLIMIT_NOFILE, limit)
+    client.send(b"alive")
+    assert server.read(5) == b"alive"
+
+
 def test_no_descriptor_for_the_backend(proxy, scripted):
     """Only the client's fits: it gets an answer, and the next client is served. (poll() takes no
     more entries than that limit either: the epoll set's descriptor is the room it needs here.)"""

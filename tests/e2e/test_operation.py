@@ -14,7 +14,7 @@ import pytest
 
 import pki
 from conftest import certificate, whole_config
-from harness import (PATIENCE, SYSLOG, WS, WSS, BuildFailed, Log, build, config_text, eventually,
+from harness import (PATIENCE, RUN, SYSLOG, WS, WSS, BuildFailed, Log, build, config_text, eventually,
                      run_once)
 from peers import (Stream, ask, client_context, client_hello, connect, head, open_tunnel, tcp,
                    upgrade)
@@ -273,6 +273,32 @@ def test_log_that_nobody_reads_stops_nothing(without_reader, close, terminal):
         with Stream(socket.create_connection((here.host, int(here.port)))) as client:
             client.send(GET)
             assert client.read_head().status == 426
+
+
+def test_log_that_may_not_grow_stops_nothing(place, tmp_path):
+    """SIGXFSZ would end it."""
+    here = place()
+    config = whole_config([place()], {"listeners": [(here.host, here.port, WS)]})
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen([*RUN, build(config_text(config))], stderr=log, preexec_fn=lambda:
+                                   resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)))
+    try:
+        eventually(lambda: is_open(here))
+        for _ in range(30):
+            with Stream(socket.create_connection((here.host, int(here.port)))) as client:
+                client.send(GET)
+                assert client.read_head().status == 426
+    finally:
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    assert (tmp_path / "log").stat().st_size == 1000
+
+
+def is_open(here):
+    with contextlib.suppress(ConnectionRefusedError):
+        socket.create_connection((here.host, int(here.port))).close()
+        return True
+    return False
 
 
 # ---- SIGHUP ----
