@@ -885,7 +885,7 @@ static int address_parse(struct address *a, const char *host, const char *port)
 	uint64_t n;
 
 	memset(a, 0, sizeof *a);
-	if (!port || !number_text(port, &n) || n > 65535)
+	if (!host || !port || !number_text(port, &n) || n > 65535)
 		return 0;
 	a->port = (uint16_t)n;
 	a->family = AF_INET;
@@ -950,7 +950,7 @@ static const char *pem_walk(char *text, size_t len, void *owner,
 			error = take(owner, br_pem_decoder_name(&dc), d.p, d.len);
 			break;
 		case BR_PEM_ERROR:
-			error = "not valid PEM";
+			error = "not valid PEM, or encrypted: decrypt it (openssl pkey)";
 		}
 	}
 	wipe(&dc, sizeof dc);           /* may hold bytes of a key */
@@ -1330,7 +1330,7 @@ static struct address listener_address(unsigned i)
 
 	if (!address_parse(&a, l->address, l->port))
 		die("config.h: listeners[%u]: \"%s\", \"%s\": give an IPv4 or IPv6 literal and a "
-			"decimal port", i, l->address, l->port);
+			"decimal port", i, text_or(l->address), text_or(l->port));
 	return a;
 }
 
@@ -2842,15 +2842,18 @@ static void server_place(unsigned i)
 
 	if (!b->host || !*b->host)
 		die("config.h: backends[%u]: host is missing", i);
-	if (strncmp(b->host, "unix:", 5) == 0) {
-		if (strlen(b->host + 5) >= sizeof ((struct sockaddr_un *)0)->sun_path)
-			die("config.h: backends[%u]: %s: path too long", i, b->host);
+	if (b->path && b->path[0] && b->path[0] != '/')
+		die("config.h: backends[%u]: .path \"%s\": begin it with /", i, b->path);
+	if (is_unix(b)) {
+		if (!b->host[5] ||
+		    strlen(b->host + 5) >= sizeof ((struct sockaddr_un *)0)->sun_path)
+			die("config.h: backends[%u]: %s: path missing or too long", i, b->host);
 		v->address[0].family = AF_UNIX;
 		v->addresses = 1;
 		string_format(v->name, sizeof v->name, "%s", b->host);
 		return;
 	}
-	if (!b->port || !address_parse(&v->address[0], "0.0.0.0", b->port))
+	if (!address_parse(&v->address[0], "0.0.0.0", b->port) || v->address[0].port == 0)
 		die("config.h: backends[%u]: port \"%s\": give a decimal number", i,
 			text_or(b->port));
 	v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
@@ -5779,6 +5782,24 @@ static void chroot_check(const char *dir)
 			what);
 }
 
+/* What would be written to heads as it is, or never be found in one. */
+static void texts_check(void)
+{
+	unsigned i;
+
+	for (i = 0; cookie_name[i]; i++)
+		if (!is_token_char((unsigned char)cookie_name[i]))
+			die("config.h: cookie_name \"%s\": letters, digits, - and _ only",
+				cookie_name);
+	for (i = 0; i < LENGTH(origins); i++) {
+		const char *o = origins[i];
+
+		if (o && (!*o || o[strlen(o) - 1] == '/'))
+			die("config.h: origins[%u] \"%s\": scheme, host and port, no path: "
+				"https://a.example", i, o);
+	}
+}
+
 /* What the compiler can't know. Dies with the entry's name. */
 static void config_check(void)
 {
@@ -5792,6 +5813,7 @@ static void config_check(void)
 		die("config.h: idle_ms: must be above head_ms, or 0");
 	for (i = 0; i < LISTENERS; i++)
 		(void)listener_address(i);
+	texts_check();
 	if (chroot_dir)
 		chroot_check(chroot_dir);
 }

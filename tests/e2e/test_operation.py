@@ -110,6 +110,9 @@ def test_port_in_use_is_named(place):
     ({"chroot_dir": "/no/such/dir"}, "/no/such/dir"),
     ({"chroot_dir": "/dev/null"}, "Not a directory"),
     ({"chroot_dir": "."}, "absolute"),
+    ({"listeners": [(None, "443", WSS)]}, "NULL"),
+    ({"cookie_name": "a; b"}, "a; b"),
+    ({"origins": ["https://a.example/", None]}, "a.example/"),
 ])
 def test_bad_entry_is_named(place, config, named):
     """At start, and by the check."""
@@ -118,6 +121,19 @@ def test_bad_entry_is_named(place, config, named):
         assert result.returncode == 1
         assert result.stderr.startswith(f"wssproxy: config.h: {[*config][0]}")
         assert named in result.stderr
+
+
+@pytest.mark.parametrize("backend, named", [
+    ({"host": "127.0.0.1", "port": "0"}, 'port "0"'),
+    ({"host": "127.0.0.1", "port": None}, 'port "NULL"'),
+    ({"host": "127.0.0.1", "port": "80", "path": "chat"}, '"chat"'),
+    ({"host": "unix:"}, "unix:"),
+])
+def test_bad_backend_is_named(place, backend, named):
+    result = run_once(whole_config([place(), backend], {}), "-t")
+    assert result.returncode == 1
+    assert result.stderr.startswith("wssproxy: config.h: backends[1]")
+    assert named in result.stderr
 
 
 @pytest.mark.parametrize("entry, value", [
