@@ -73,7 +73,8 @@ static const uint16_t ciphers[] = {
  * full one. */
 #define session_cache   128
 
-/* PEM file: clients must show a certificate signed by one of these; NULL: none is asked for. */
+/* PEM file: clients must show a certificate signed by one of these, at most 16 (with tls_backends
+ * 256, those of .ca included); NULL: none is asked for. */
 static const char *const client_ca = NULL;
 
 /* Requests that are no WebSocket upgrade: FORWARD (one a connection) or REFUSE (426). */
@@ -146,9 +147,10 @@ static const unsigned keepalive_interval_s = 15;
 static const unsigned keepalive_probes     = 4;
 static const unsigned user_timeout_ms      = 60000;
 
-/* After start: become this user and group (names or numbers, NULL: stay), and see no files but
- * those under this directory (NULL: none). On SIGHUP, certificates are read as that user, in there;
- * a syslog daemon that starts again is found again only if there is a dev/log.
+/* After start: become this user and group (names or numbers; NULL: stay, which for root the log
+ * warns of), and see no files but those under this directory (NULL: none). On SIGHUP, certificates
+ * are read as that user, in there; a syslog daemon that starts again is found again only if there
+ * is a dev/log.
  * Whoever it is, capabilities are given up: root itself then reads only what root's mode bits let
  * it. */
 static const char *const user       = NULL;

@@ -1198,6 +1198,11 @@ static int trust_load(struct keyring *ring, struct trust *t, const char *entry, 
 	return what ? fault_set(entry, i, path, what) : 1;
 }
 
+static int trust_used(const struct backend *b)
+{
+	return b->tls == TLS_VERIFY || b->tls == TLS_PIN;
+}
+
 /* The first backend that trusts the same file in the same way, for they often share a bundle. */
 static unsigned trust_first(unsigned i)
 {
@@ -1220,7 +1225,7 @@ static int keyring_load_backends(struct keyring *ring)
 		if ((b->cert || b->key) &&
 		    !identity_load(&ring->client_id[i], "backends", i, b->cert, b->key))
 			return 0;
-		if (b->tls != TLS_VERIFY && b->tls != TLS_PIN)
+		if (!trust_used(b))
 			continue;
 		first = trust_first(i);
 		if (first < i)
@@ -1440,19 +1445,27 @@ static void become_do(const struct become *b, const char *root)
 	core_forbid();          /* which a change of user may have undone */
 }
 
-/* What SIGHUP will not find, or may not read, is said now, not when the certificate has expired. */
-static void certs_foretell(void)
+static void file_foretell(const char *entry, unsigned i, const char *path)
 {
-	unsigned i, n;
+	if (path && access(path, R_OK) < 0)
+		log_line(LOG_WARNING, "warning %s[%u]: %s: %s for user and chroot_dir: SIGHUP will "
+			"fail", entry, i, path, strerror(errno));
+}
+
+/* What SIGHUP will not find, or may not read, is said now, not when the certificate has expired. */
+static void files_foretell(void)
+{
+	unsigned i;
 
 	for (i = 0; i < CERTS; i++) {
-		const char *const path[] = { certs[i].chain, certs[i].key };
-
-		for (n = 0; n < LENGTH(path); n++)
-			if (access(path[n], R_OK) < 0)
-				log_line(LOG_WARNING, "warning certs[%u]: %s: %s for user and "
-					"chroot_dir: SIGHUP will fail", i, path[n],
-					strerror(errno));
+		file_foretell("certs", i, certs[i].chain);
+		file_foretell("certs", i, certs[i].key);
+	}
+	file_foretell("client_ca", 0, client_ca);
+	for (i = 0; i < BACKENDS; i++) {
+		file_foretell("backends", i, trust_used(&backends[i]) ? backends[i].ca : NULL);
+		file_foretell("backends", i, backends[i].cert);
+		file_foretell("backends", i, backends[i].key);
 	}
 }
 
@@ -5913,6 +5926,20 @@ static void entropy_wait(void)
 		die("getrandom: %s: a kernel of 3.17 or later is needed", strerror(errno));
 }
 
+/* What works, but should be meant so. */
+static void warnings_print(void)
+{
+	unsigned i;
+
+	for (i = 0; i < BACKENDS; i++)
+		if (backends[i].tls == TLS_NOVERIFY)
+			log_line(LOG_WARNING, "warning backend=%s TLS_NOVERIFY: anyone who can "
+				"reach its address can pass for it", servers[i].name);
+	if (balance == STICKY_COOKIE && !cookie_secret[0])
+		log_line(LOG_WARNING, "warning cookie_secret is empty: anyone can compute which "
+			"backend a cookie stands for");
+}
+
 int main(int argc, char *argv[])
 {
 	struct become become;
@@ -5936,25 +5963,25 @@ int main(int argc, char *argv[])
 		certs_init();
 		return check_print();
 	}
+	log_open();
+	entropy_wait();
 	signals_init();
 	descriptors_raise();
 	if (resolve_names)
 		resolver_start(&become);
-	log_open();
 	certs_init();
-	entropy_wait();
 	lending_test();
-	for (i = 0; i < BACKENDS; i++)
-		if (backends[i].tls == TLS_NOVERIFY)
-			log_line(LOG_WARNING, "warning backend=%s TLS_NOVERIFY: anyone who can "
-				"reach its address can pass for it", servers[i].name);
+	warnings_print();
 	log_line(LOG_NOTICE, "start version=%s sessions=%u busy=%u memory=%uKB", VERSION,
 		(unsigned)max_sessions, (unsigned)max_busy, memory_kb());
 	for (i = 0; i < LISTENERS; i++)
 		listener_open(i);
 	epoll_fd = fds[FD_EPOLL].fd = park ? epoll_create1(EPOLL_CLOEXEC) : -1;
 	become_do(&become, chroot_dir);
-	certs_foretell();
+	if (!user && getuid() == 0)
+		log_line(LOG_WARNING, "warning user: it stays root, without capabilities: name "
+			"another in config.h");
+	files_foretell();
 	if (seccomp && !filter_loop())
 		log_line(LOG_WARNING, "warning seccomp: this kernel or machine has no filter: "
 			"none is set");

@@ -14,7 +14,7 @@ import pytest
 import pki
 from conftest import whole_config
 from harness import E2E, RUN, SANITIZE, WSS, eventually, run_once
-from more import STICKY_COOKIE
+from more import STICKY_COOKIE, TLS_PIN
 from peers import ask, client_context, connect, head, open_tunnel
 from test_names import children_of
 
@@ -119,7 +119,7 @@ def test_kernel_knows_of_the_filter(proxy, place):
         status = status_of(pid)
         assert status["NoNewPrivs"] == ["1"]
         assert status["Seccomp"] == ["2"]
-    assert "warning" not in p.log.text
+    assert "warning seccomp" not in p.log.text
 
 
 @filtered
@@ -135,9 +135,8 @@ def test_kernel_without_filters_is_said_once(proxy, scripted, live_files):
     """Played by a filter of the parent's that fails prctl(PR_SET_SECCOMP)."""
     backend = scripted()
     p = proxy(backend, popen={"preexec_fn": refuse_filters})
-    assert p.log.wait("warning").text.startswith("warning seccomp")
     open_tunnel(p, backend)
-    assert len(p.log.all("warning")) == 1
+    assert p.log.text.count("\nwarning seccomp") == 1
 
 
 def refuse_filters():
@@ -215,6 +214,33 @@ def test_file_that_sighup_could_not_read_is_named_at_start(proxy, place, live_fi
     p = proxy(place(), certs=[(None, pki.DIR / "ec256.pem", key)], user="nobody")
     assert str(key) in p.log.wait_text("^warning certs").text
     serves(p)
+
+
+@as_root
+def test_files_of_backends_that_sighup_could_not_read_are_named_at_start(proxy, place, live_files):
+    key = live_files / "key.pem"
+    ca = live_files / "ca.pem"
+    shutil.copy(pki.DIR / "ec256.key", key)
+    shutil.copy(pki.DIR / "ec256.pem", ca)
+    ca.chmod(0o600)
+    p = proxy(place().entry(tls=TLS_PIN, ca=ca, cert=pki.DIR / "ec256.pem", key=key), tls_backends=1,
+              client_ca=ca, user="nobody")
+    for text in (f"backends[0]: {ca}", f"backends[0]: {key}", f"client_ca[0]: {ca}"):
+        p.log.wait_text("^" + re.escape(f"warning {text}: Permission denied"))
+
+
+@as_root
+@pytest.mark.parametrize("user, warned", [(None, True), ("root", False), ("nobody", False)])
+def test_root_that_was_not_asked_for_is_warned_about(proxy, place, user, warned):
+    p = proxy(place(), user=user)
+    serves(p)
+    assert ("\nwarning user" in p.log.text) == warned
+
+
+@pytest.mark.parametrize("secret", ["", "of the tests"])
+def test_cookie_without_a_secret_is_warned_about(proxy, place, secret):
+    p = proxy(place(), balance=STICKY_COOKIE, cookie_secret=secret)
+    assert ("warning cookie_secret" in p.log.text) == (not secret)
 
 
 # ---- secrets ----
