@@ -72,12 +72,12 @@ dist:
 clean:
 	rm -rf $(OUT) $(OUT).flags $(DIST) $(DIST).tar.gz tests/build
 
-# The demo, and the tests: `check` runs all but what takes longer in emulators (check-cross) or needs
-# a whole one (check-device), and installs what they need.
+# The demo, and the tests: `check` runs all but what takes longer in emulators (check-cross,
+# check-valgrind) or needs a whole one (check-device), and installs what they need.
 demo:
 	@CC='$(CC)' MAKE='$(MAKE)' PORT='$(PORT)' sh tests/demo/run
 
-check check-unit check-e2e check-soak check-cross check-device check-warnings lint:
+check check-unit check-e2e check-valgrind check-soak check-cross check-device check-warnings lint:
 	@CC='$(CC)' MAKE='$(MAKE)' sh tests/check $@
 
 # Targets of libFuzzer, for SECONDS each.
@@ -94,5 +94,5 @@ bench:
 
 FORCE:
 
-.PHONY: all install uninstall dist clean demo check check-unit check-e2e check-soak check-cross \
-	check-device check-warnings lint fuzz soak bench FORCE
+.PHONY: all install uninstall dist clean demo check check-unit check-e2e check-valgrind check-soak \
+	check-cross check-device check-warnings lint fuzz soak bench FORCE

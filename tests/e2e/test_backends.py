@@ -306,7 +306,7 @@ def own_resolver(tmp_path):
     conf = tmp_path / "resolv.conf"
     conf.write_text(f"nameserver {NameServer.ADDRESS}\noptions timeout:1 attempts:1\n")
     return ["unshare", "-m", "sh", "-c",
-            f'mount --bind {conf} "$(realpath /etc/resolv.conf)" && exec "$0"']
+            f'mount --bind {conf} "$(realpath /etc/resolv.conf)" && exec "$0" "$@"']
 
 
 def test_silent_resolver_stops_nobody(proxy, python_server, own_resolver, keeper):

@@ -14,7 +14,7 @@ import pytest
 
 import pki
 from conftest import whole_config
-from harness import PATIENCE, SANITIZE, WS, WSS, build, config_text, eventually
+from harness import PATIENCE, RUN, SANITIZE, WS, WSS, build, config_text, eventually
 from more import TLS_NOVERIFY, ScriptedTls
 from peers import ask, client_hello, connect, open_tunnel, pattern, switching, tcp, upgrade
 
@@ -398,9 +398,10 @@ def anyones(place):
     shutil.rmtree(path)
 
 
+@pytest.mark.skipif(bool(RUN), reason="valgrind has limits of its own")
 def test_soft_limit_of_descriptors_is_raised(proxy, place):
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    low = ["sh", "-c", 'ulimit -S -n 64 && exec "$0"']
+    low = ["sh", "-c", 'ulimit -S -n 64 && exec "$0" "$@"']
     p = proxy(place(), popen={"wrapper": low})
     assert 1024 < resource.prlimit(p.pid, resource.RLIMIT_NOFILE)[0] <= hard
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from conftest import whole_config
-from harness import SANITIZE, WS, WSS, build, config_text, eventually, run_once
+from harness import INSTRUMENTED, SANITIZE, WS, WSS, build, config_text, eventually, run_once
 from peers import (accept_of, client_context, connect, head, open_tunnel, switching, tcp,
                    upgrade)
 
@@ -186,7 +186,7 @@ def test_ceiling_is_that_of_all_tables(place, tls_backends):
     assert ceiling * 1024 <= data + bss < ceiling * 1024 + 16384
 
 
-@pytest.mark.skipif(SANITIZE, reason="sanitizers have memory of their own")
+@pytest.mark.skipif(INSTRUMENTED, reason="these tools have memory of their own")
 @pytest.mark.parametrize("kind", [WSS, WS])
 def test_every_slot_and_buffer_in_use_stays_below_the_ceiling(proxy, scripted, kind):
     """Of 8 sessions: as long a head as there can be, then both ways full."""

@@ -206,16 +206,19 @@ def many_at_once(p, n):
     p.log.wait_ending("eof", nth=n)
 
 
+PATIENT = {"handshake_ms": 60000, "head_ms": 60000, "stall_ms": 60000}
+
+
 def test_200_clients_at_once(proxy, python_server):
-    many_at_once(proxy(python_server(compression=None)), 200)
+    many_at_once(proxy(python_server(compression=None), **PATIENT), 200)
 
 
 def test_200_clients_at_once_with_few_buffers(proxy, python_server):
-    many_at_once(proxy(python_server(compression=None), max_busy=8), 200)
+    many_at_once(proxy(python_server(compression=None), max_busy=8, **PATIENT), 200)
 
 
 def test_200_clients_at_once_without_park(proxy, python_server):
-    many_at_once(proxy(python_server(compression=None), park=0), 200)
+    many_at_once(proxy(python_server(compression=None), park=0, **PATIENT), 200)
 
 
 # ---- bytes ----

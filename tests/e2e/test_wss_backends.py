@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 
 from conftest import whole_config
-from harness import FORWARD, PATIENCE, WS, C, eventually, run_once
+from harness import FORWARD, PATIENCE, RUN, WS, C, eventually, run_once
 from more import (TLS_NOVERIFY, TLS_PIN, TLS_VERIFY, Nginx, NodeHttps, OpensslServer, ScriptedTls,
                   answer, curl, identity, key_of, memory_peak_kb, memory_peak_reset, pem, request,
                   server_context)
 from peers import ask, connect, pattern, play, switching, upgrade, ws
 
 TLS = {"tls_backends": 1, "http": FORWARD}
+
+slow = pytest.mark.skipif(bool(RUN), reason="takes too long in there")
 
 
 def verified(place, **more):
@@ -871,6 +873,7 @@ def steady():
     return run
 
 
+@slow
 def test_download_of_1_gib_grows_no_memory(proxy, nginx, tmp_path, steady):
     (tmp_path / "files").mkdir()
     for size in (1 << 20, GIB):
