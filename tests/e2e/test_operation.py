@@ -596,27 +596,40 @@ def test_it_leaves_no_core_with_keys(proxy, place):
 
 # ---- syslog ----
 
-@as_root
-def test_syslog(proxy, scripted):
-    if Path("/dev/log").exists():
-        pytest.skip("/dev/log is taken")
+@contextlib.contextmanager
+def syslog_daemon():
     log = Log()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sink:
         sink.bind("/dev/log")
         try:
             threading.Thread(target=read_syslog, args=(sink, log), daemon=True).start()
-            backend = scripted()
-            p = proxy(backend, log_to=SYSLOG, ready=False)
-            p.wait_ready(log)
-            open_tunnel(p, backend)
-            log.wait("open")
-            p.signal(signal.SIGTERM)
-            log.wait("stop")
-            p.signal(signal.SIGTERM)
-            assert p.wait_exit() == 0
+            yield log
         finally:
             os.unlink("/dev/log")
             sink.shutdown(socket.SHUT_RDWR)
+
+
+@as_root
+def test_syslog(proxy, scripted):
+    """Also when the daemon is started again, which gives it another socket."""
+    if Path("/dev/log").exists():
+        pytest.skip("/dev/log is taken")
+    backend = scripted()
+    with syslog_daemon() as log:
+        p = proxy(backend, log_to=SYSLOG, ready=False)
+        p.wait_ready(log)
+        open_tunnel(p, backend)
+        log.wait("open")
+    open_tunnel(p, backend)
+    with syslog_daemon() as log:
+        open_tunnel(p, backend)
+        assert log.wait("open")["id"] == "3"
+        p.signal(signal.SIGUSR1)
+        assert log.wait_text("^stats sessions").fields["log-lost"] == "1"
+        p.signal(signal.SIGTERM)
+        log.wait("stop")
+        p.signal(signal.SIGTERM)
+        assert p.wait_exit() == 0
 
 
 def read_syslog(sink, log):
