@@ -153,7 +153,7 @@ static size_t down_must(const struct peer *c, const struct asked *a, const struc
 	const struct answer *n)
 {
 	static const char cookie[] = "Set-Cookie: wssproxy=";
-	const char *p = c->got.data;
+	const char *p = c->got.data, *end;
 	size_t len = c->got.len, size, got;
 	struct response r;
 	enum why why;
@@ -161,6 +161,13 @@ static size_t down_must(const struct peer *c, const struct asked *a, const struc
 	do {
 		memset(&r, 0, sizeof r);
 		why = response_parse(&r, p, len);
+		if (why == WHY_BAD_RESPONSE && r.head.nfields == HEAD_FIELDS) {
+			/* the proxy's own lines came on top of as many as it takes */
+			end = memmem(p, len, "\r\n\r\n", 4);
+			MUST(end != NULL);
+			size = (size_t)(end + 4 - p);
+			break;
+		}
 		MUST(why == WHY_NONE || why == WHY_MORE);
 		if (why == WHY_MORE)
 			return 0;
