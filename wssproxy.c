@@ -100,7 +100,8 @@ enum {
 	TURN_BYTES = 16384,     /* then a session comes to rest, if others wait for buffers */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
 	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
-	WAITERS_LOOK = 512,     /* and waiting ones, to find the one to serve next */
+	WAITERS_LOOK = 512,     /* and waiting ones, to find the one to serve next, */
+	CROWD_LOOK = 4096,      /* besides those that may not have what is free */
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
 	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory, */
 	POLL_PAUSE_MS = 50,     /* and poll */
@@ -742,10 +743,10 @@ static int pool_empty(const struct pool *p)
 	return p->lent == p->count;
 }
 
-/* Whether somebody waits for an item because all are lent. */
+/* Whether somebody waits for an item: all are lent, or what is left is not for those who wait. */
 static int pool_wanted(const struct pool *p)
 {
-	return pool_empty(p) && !link_alone(&p->waiters);
+	return !link_alone(&p->waiters);
 }
 
 /* An item, NULL when all are lent. */
@@ -3030,15 +3031,17 @@ static struct session *waiter_next(const struct pool *p)
 {
 	const struct link *l = p->waiters.next;
 	struct session *best = NULL;
-	unsigned rank, least = UINT_MAX, looked;
+	unsigned rank, least = UINT_MAX, looked = 0, crowd = 0;
 
-	for (looked = 0; l != &p->waiters && looked < WAITERS_LOOK; l = l->next) {
+	for (; l != &p->waiters && looked < WAITERS_LOOK && crowd < CROWD_LOOK; l = l->next) {
 		struct session *s = OWNER(l, struct session, wait);
 
-		rank = s->state == RESPONSE ? 0 : 1 + s->source->held;
-		if (is_greedy(s, p))
-			continue;       /* at most two addresses can be, with max_per_ip each */
+		if (is_greedy(s, p)) {
+			crowd++;        /* of two addresses at most, with max_per_ip each */
+			continue;
+		}
 		looked++;
+		rank = s->state == RESPONSE ? 0 : 1 + s->source->held;
 		if (rank >= least)
 			continue;
 		least = rank;
@@ -3051,8 +3054,9 @@ static struct session *waiter_next(const struct pool *p)
 static int head_wanted(const struct session *s)
 {
 	const struct link *l = heads_pool.waiters.next;
+	unsigned looked = 0;
 
-	for (; l != &heads_pool.waiters; l = l->next) {
+	for (; l != &heads_pool.waiters && looked < CROWD_LOOK; looked++, l = l->next) {
 		const struct session *other = OWNER(l, struct session, wait);
 
 		if (!is_greedy(other, &heads_pool) || other->source == s->source)

@@ -114,7 +114,7 @@ def test_heads_byte_by_byte(besiege):
                     pass
             threading.Event().wait(0.1)
             crowd = [client for client in crowd if not is_over(client)]
-    p = besiege(attack, head_ms=700)
+    p = besiege(attack, head_ms=700, stall_ms=60000)
     assert len(p.log.all("reject", status="408")) == 24
 
 

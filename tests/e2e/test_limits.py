@@ -197,6 +197,19 @@ def test_stranger_is_served_though_a_crowd_waits_before_it(proxy, scripted):
     assert len(crowd) == 602
 
 
+def test_crowd_of_one_address_is_served_when_one_of_it_stalls(proxy, scripted):
+    """Others' buffers are free all the time."""
+    backend = scripted()
+    p = proxy(backend, max_busy=4, stall_ms=300, handshake_ms=60000)
+    lurkers = [tcp(p, source="127.0.0.2") for _ in range(2)]
+    for lurker in lurkers:
+        lurker.send(client_hello()[:1])
+    eventually(lambda: p.totals()["heads"] == "2")
+    victim = tcp(p, source="127.0.0.2")
+    victim.send(client_hello())
+    assert victim.read(1) == b"\x16"
+
+
 def test_nobody_is_closed_for_one_who_may_not_have_the_buffer(proxy, scripted):
     backend = scripted()
     p = proxy(backend, max_busy=4, stall_ms=300, handshake_ms=60000)
