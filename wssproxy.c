@@ -5699,10 +5699,10 @@ static void loop(void)
 				resolver_event();
 			checks_poll();
 		}
-		if (reload_due)
-			reload();
 		timers_run();
 		sessions_turn();
+		if (reload_due)
+			reload();       /* a handshake that it waited for may have ended */
 		for (i = 0; n > 0 && i < LISTENERS; i++)
 			if (fds[FD_LISTEN + i].revents & POLLIN)
 				listener_event(i);
