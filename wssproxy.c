@@ -2868,7 +2868,7 @@ static void server_place(unsigned i)
 		return;
 	}
 	if (!address_parse(&v->address[0], "0.0.0.0", b->port) || v->address[0].port == 0)
-		die("config.h: backends[%u]: port \"%s\": give a decimal number", i,
+		die("config.h: backends[%u]: port \"%s\": give 1 to 65535", i,
 			text_or(b->port));
 	v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
 	v->by_name = !v->addresses;
@@ -5799,6 +5799,20 @@ static void chroot_check(const char *dir)
 			what);
 }
 
+/* Whether browsers could send it: scheme, host and port in lower case, no path (RFC 6454 6.1). */
+static int origin_valid(const char *o)
+{
+	const char *host = strstr(o, "://");
+
+	if (strcmp(o, "same") == 0 || strcmp(o, "null") == 0)
+		return 1;
+	if (!host || strchr(host + 3, '/'))
+		return 0;
+	while (*o && *o == lower(*o))
+		o++;
+	return !*o;
+}
+
 /* What would be written to heads as it is, or never be found in one. */
 static void texts_check(void)
 {
@@ -5806,14 +5820,14 @@ static void texts_check(void)
 
 	for (i = 0; cookie_name[i]; i++)
 		if (!is_token_char((unsigned char)cookie_name[i]))
-			die("config.h: cookie_name \"%s\": letters, digits, - and _ only",
-				cookie_name);
+			die("config.h: cookie_name \"%s\": no token (RFC 6265 4.1.1): letters, "
+				"digits, - and _ will do", cookie_name);
 	for (i = 0; i < LENGTH(origins); i++) {
 		const char *o = origins[i];
 
-		if (o && (!*o || o[strlen(o) - 1] == '/'))
-			die("config.h: origins[%u] \"%s\": scheme, host and port, no path: "
-				"https://a.example", i, o);
+		if (o && !origin_valid(o))
+			die("config.h: origins[%u] \"%s\": give it as browsers do, in lower case, "
+				"without a path: https://a.example", i, o);
 	}
 }
 
@@ -5881,11 +5895,11 @@ static int version_print(void)
 	for (o = br_get_config(); o->name; o++)
 		print(out, "BearSSL %s = %d", o->name, (int)o->value);
 	for (i = 0; i < LISTENERS; i++)
-		print(out, "listeners[%u] = %s %s %s", i, listeners[i].address, listeners[i].port,
-			kinds[listeners[i].kind]);
+		print(out, "listeners[%u] = %s %s %s", i, text_or(listeners[i].address),
+			text_or(listeners[i].port), kinds[listeners[i].kind]);
 	for (i = 0; i < CERTS; i++)
 		print(out, "certs[%u] = %s %s %s", i, text_or(certs[i].name),
-			certs[i].chain, certs[i].key);
+			text_or(certs[i].chain), text_or(certs[i].key));
 	for (i = 0; i < BACKENDS; i++) {
 		const struct backend *b = &backends[i];
 

@@ -115,6 +115,8 @@ def test_port_in_use_is_named(place):
     ({"listeners": [(None, "443", WSS)]}, "NULL"),
     ({"cookie_name": "a; b"}, "a; b"),
     ({"origins": ["https://a.example/", None]}, "a.example/"),
+    ({"origins": ["same", "https://A.example", None]}, "A.example"),
+    ({"origins": ["a.example", None]}, "a.example"),
 ])
 def test_bad_entry_is_named(place, config, named):
     """At start, and by the check."""
