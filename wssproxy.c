@@ -1463,6 +1463,8 @@ static void files_foretell(void)
 		file_foretell("certs", i, certs[i].key);
 	}
 	file_foretell("client_ca", 0, client_ca);
+	if (!tls_backends)
+		return;         /* theirs are not read */
 	for (i = 0; i < BACKENDS; i++) {
 		file_foretell("backends", i, trust_used(&backends[i]) ? backends[i].ca : NULL);
 		file_foretell("backends", i, backends[i].cert);
