@@ -78,10 +78,14 @@ def test_chain_is_sent_whole_and_in_file_order(proxy, place):
 def test_gnutls_verifies_the_chain_and_gets_an_answer(proxy, place):
     p = proxy(place(), certs=[(None, pki.DIR / "chain.pem", pki.DIR / "leaf.key")])
     host, port = p.address()
+    request, ours = os.pipe()           # stays open: gnutls-cli leaves at its end
+    os.write(ours, GET)
     result = subprocess.run(
         ["gnutls-cli", "--x509cafile", pki.DIR / "root.pem", "--sni-hostname", "localhost",
          "--verify-hostname", "localhost", "--port", str(port), host],
-        input=GET, capture_output=True, timeout=PATIENCE)
+        stdin=request, capture_output=True, timeout=PATIENCE)
+    os.close(request)
+    os.close(ours)
     assert b"The certificate is trusted" in result.stdout, result.stdout
     assert b"HTTP/1.1 426 " in result.stdout
 
@@ -294,7 +298,7 @@ def test_endless_warnings_before_the_handshake(proxy, place):
 def test_handshakes_do_not_stall_a_tunnel(proxy, scripted):
     """RSA-4096 makes each handshake long: between two of them a tunnel must get its turn."""
     backend = scripted()
-    p = proxy(backend, certs=[certificate("rsa4096")], session_cache=0)
+    p = proxy(backend, certs=[certificate("rsa4096")], session_cache=0, handshake_ms=600000)
     context = client_context(None)
     client, server = open_tunnel(p, backend, context=context)
     crowd = [threading.Thread(target=lambda: connect(p, context=context)) for _ in range(30)]
