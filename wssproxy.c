@@ -29,7 +29,8 @@
  *
  * A step moves what it can without blocking and returns the state to be in; FREE ends the session.
  * session_run alone changes states; no step closes its own session. What to poll for is derived
- * from state and buffers by session_wishes after each run. Nothing in the loop walks all sessions.
+ * from state and buffers by session_wishes after each run, and for who held back for others when
+ * none of them waits any more. Nothing in the loop walks all sessions.
  *
  * To understand everything else, start reading main(). */
 #include <sys/epoll.h>

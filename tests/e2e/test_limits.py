@@ -162,16 +162,27 @@ def test_stalled_handshake_gives_its_buffer_up(proxy, scripted):
     p.log.wait_ending("stall", status="-")
 
 
+def lurk(p, address, count):
+    """Clients that hold a head buffer with a byte, or wait for one."""
+    lurkers = [tcp(p, source=address) for _ in range(count)]
+    for lurker in lurkers:
+        lurker.send(client_hello()[:1])
+    return lurkers
+
+
+def heads_are(p, count):
+    eventually(lambda: p.totals()["heads"] == str(count))
+
+
 def test_strangers_of_one_address_leave_buffers_to_others(proxy, scripted):
     backend = scripted()
     p = proxy(backend, max_busy=4, stall_ms=60000, handshake_ms=60000)
-    lurkers = [tcp(p, source="127.0.0.2") for _ in range(20)]
-    for lurker in lurkers:
-        lurker.send(client_hello()[:1])
-    eventually(lambda: p.totals()["heads"] == "2")
+    lurkers = lurk(p, "127.0.0.2", 20)
+    heads_are(p, 2)
     for _ in range(3):
         open_tunnel(p, backend, source="127.0.0.3")
     assert p.totals()["heads"] == "2"
+    assert len(lurkers) == 20
 
 
 def test_stranger_is_served_though_a_crowd_waits_before_it(proxy, scripted):
@@ -179,15 +190,10 @@ def test_stranger_is_served_though_a_crowd_waits_before_it(proxy, scripted):
     backend = scripted()
     p = proxy(backend, max_busy=4, max_sessions=1200, max_per_ip=0, stall_ms=60000, handshake_ms=60000)
 
-    def lurk(address):
-        lurker = tcp(p, source=address)
-        lurker.send(client_hello()[:1])
-        return lurker
-
-    crowd = [lurk("127.0.0.2") for _ in range(2)]
-    last = lurk("127.0.0.3")
-    eventually(lambda: p.totals()["heads"] == "3")      # all
-    crowd += [lurk("127.0.0.2") for _ in range(600)]
+    crowd = lurk(p, "127.0.0.2", 2)
+    [last] = lurk(p, "127.0.0.3", 1)
+    heads_are(p, 3)                     # all
+    crowd += lurk(p, "127.0.0.2", 600)
     eventually(lambda: p.totals()["sessions"] == "603")
     victim = tcp(p, source="127.0.0.4")
     victim.send(client_hello())
@@ -201,29 +207,26 @@ def test_crowd_of_one_address_is_served_when_one_of_it_stalls(proxy, scripted):
     """Others' buffers are free all the time."""
     backend = scripted()
     p = proxy(backend, max_busy=4, stall_ms=300, handshake_ms=60000)
-    lurkers = [tcp(p, source="127.0.0.2") for _ in range(2)]
-    for lurker in lurkers:
-        lurker.send(client_hello()[:1])
-    eventually(lambda: p.totals()["heads"] == "2")
+    lurkers = lurk(p, "127.0.0.2", 2)
+    heads_are(p, 2)
     victim = tcp(p, source="127.0.0.2")
     victim.send(client_hello())
     assert victim.read(1) == b"\x16"
+    assert len(lurkers) == 2
 
 
 def test_nobody_is_closed_for_one_who_may_not_have_the_buffer(proxy, scripted):
     backend = scripted()
     p = proxy(backend, max_busy=4, stall_ms=300, handshake_ms=60000)
-    slow = tcp(p, source="127.0.0.3")
-    slow.send(client_hello()[:1])
-    greedy = [tcp(p, source="127.0.0.2") for _ in range(3)]
-    for one in greedy:
-        one.send(client_hello()[:1])
-    eventually(lambda: p.totals()["heads"] == "3")
+    [slow] = lurk(p, "127.0.0.3", 1)
+    greedy = lurk(p, "127.0.0.2", 3)
+    heads_are(p, 3)
     threading.Event().wait(0.9)
     slow.send(client_hello()[1:])
     assert slow.read(1) == b"\x16"
     closed = [line["client"].rpartition(":")[0] for line in p.log.all("reject")]
     assert set(closed) <= {"127.0.0.2"}     # it closes its own
+    assert len(greedy) == 3
 
 
 def test_who_held_back_goes_on_when_nobody_waits(proxy, scripted):
