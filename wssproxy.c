@@ -271,8 +271,8 @@ struct head_buffer {
 		struct request request;         /* in HEAD */
 		struct response response;       /* in RESPONSE */
 	} u;
-	uint8_t name_known;     /* 1: name_hash is that of the server name in the ClientHello */
-	unsigned char name_hash[br_sha256_SIZE];
+	uint8_t resumable;      /* 1: as far as its ClientHello says; */
+	unsigned char name_hash[br_sha256_SIZE];        /* of the server name in there */
 	char bytes[HEAD_ROOM];
 };
 
@@ -3346,14 +3346,26 @@ static int random_bytes(void *buf, size_t len, unsigned flags)
 	return n == (ssize_t)len;
 }
 
-/* Skips a vector of a ClientHello, whose length has that many bytes. NULL: past the end. */
-static const unsigned char *hello_skip(const unsigned char *p, const unsigned char *end, int bytes)
+#define HTTP11 "http/1.1"
+static const char *protocols[] = { HTTP11 };    /* of ALPN */
+
+struct bytes {
+	const unsigned char *p, *end;
+};
+
+/* Takes a vector off the front, whose length has that many bytes. Once one runs past the end, it
+ * and all that follow are { NULL, NULL }, and so is what they were to come from. */
+static struct bytes vector_take(struct bytes *from, int bytes)
 {
+	struct bytes v = *from;
 	size_t len = 0;
 
-	while (p && bytes-- > 0)
-		p = p < end ? (len = len << 8 | *p, p + 1) : NULL;
-	return p && len <= (size_t)(end - p) ? p + len : NULL;
+	while (v.p && bytes-- > 0)
+		v.p = v.p < v.end ? (len = len << 8 | *v.p, v.p + 1) : NULL;
+	if (!v.p || len > (size_t)(v.end - v.p))
+		return *from = (struct bytes){ NULL, NULL };
+	v.end = from->p = v.p + len;
+	return v;
 }
 
 /* Whether the first record is there to its end. What is no TLS, or too large, is: no more bytes
@@ -3365,32 +3377,74 @@ static int record_whole(const unsigned char *p, size_t len)
 	return (len > 0 && p[0] != 22) || need > READ_AHEAD || len >= need;
 }
 
-/* The server name in the first record of a handshake (RFC 5246 7.4.1.2, RFC 6066 3), empty if it
- * has none. BearSSL looks a session up before it reads that far, so this must. 0: not known. */
-static int hello_name(const unsigned char *p, size_t len, const unsigned char **name,
-	size_t *name_len)
-{
-	const unsigned char *end, *next;
-	size_t body = len < 5 ? 0 : (size_t)(p[3] << 8 | p[4]);
+/* What a ClientHello says that a session must not be resumed in spite of. */
+struct hello {
+	struct bytes name;      /* its server name; empty: none */
+	int alpn;               /* 1: it lists protocols, and ours is among them */
+};
 
-	*name = (const unsigned char *)"";
-	*name_len = 0;
-	if (len < 5 + 4 + 34 || len < 5 + body ||
-	    (size_t)(p[6] << 16 | p[7] << 8 | p[8]) + 4 != body)
+/* RFC 6066 3: a list of one name, of the one type there is. */
+static int hello_name(struct bytes v, struct hello *h)
+{
+	struct bytes list = vector_take(&v, 2);
+
+	if (!list.p || list.p == list.end || *list.p++ != 0)
 		return 0;
-	end = p + 5 + body;
-	p = hello_skip(p + 5 + 4 + 34, end, 1);         /* behind the session ID */
-	p = hello_skip(p, end, 2);                      /* cipher suites */
-	p = hello_skip(p, end, 1);                      /* compression methods */
-	for (p = p && end - p > 2 ? p + 2 : end; end - p > 4; p = next) {
-		if ((next = hello_skip(p + 2, end, 2)) == NULL)
+	h->name = vector_take(&list, 2);
+	return list.p && list.p == list.end && v.p == v.end;
+}
+
+/* RFC 7301 3.1: a list of names, none of them empty. */
+static int hello_alpn(struct bytes v, struct hello *h)
+{
+	struct bytes list = vector_take(&v, 2), name;
+	const size_t len = sizeof HTTP11 - 1;
+
+	while (list.p && list.p < list.end) {
+		name = vector_take(&list, 1);
+		if (name.p == name.end)
 			return 0;
-		if (p[0] == 0 && p[1] == 0 && next - p > 9 && p[6] == 0) {
-			*name_len = (size_t)(next - p - 9);
-			*name = p + 9;
-		}
+		h->alpn |= (size_t)(name.end - name.p) == len && memcmp(name.p, HTTP11, len) == 0;
 	}
-	return 1;
+	return list.p && v.p == v.end && h->alpn;
+}
+
+/* Reads the first record of a handshake (RFC 5246 7.4.1.2). BearSSL looks a session up before it
+ * has come to the extensions, and if there is one, nothing that they say is checked: of a list of
+ * protocols without ours its answer would even be read from far behind our table. So whoever asks
+ * to resume is read here first, and strictly. 0: not known, or not to be resumed: in doubt a full
+ * handshake is the answer, in which BearSSL does check. */
+static int hello_read(struct bytes b, struct hello *h)
+{
+	struct bytes record, hello, list, v;
+	int names = 0, alpns = 0, type, good = 1;
+
+	*h = (struct hello){ .name = { b.end, b.end } };
+	if (b.end - b.p < 5 + 4 + 34 || b.p[0] != 22 || b.p[5] != 1)
+		return 0;
+	b.p += 3;
+	record = vector_take(&b, 2);
+	if (record.p == record.end)
+		return 0;
+	record.p++;
+	hello = vector_take(&record, 3);
+	if (record.p != record.end || hello.end - hello.p < 34)
+		return 0;
+	hello.p += 34;
+	vector_take(&hello, 1);                         /* session ID */
+	vector_take(&hello, 2);                         /* cipher suites */
+	vector_take(&hello, 1);                         /* compression methods */
+	list = hello.p < hello.end ? vector_take(&hello, 2) : hello;
+	while (good && list.end - list.p >= 2) {
+		type = list.p[0] << 8 | list.p[1];
+		list.p += 2;
+		v = vector_take(&list, 2);
+		if (v.p && type == 0)
+			good = names++ == 0 && hello_name(v, h);
+		else if (v.p && type == 16)
+			good = alpns++ == 0 && hello_alpn(v, h);
+	}
+	return good && list.p && list.p == list.end && hello.p == hello.end;
 }
 
 /* The session cache: BearSSL's, with the server name mixed into the session ID, for a session must
@@ -3411,7 +3465,7 @@ static void cache_save(const br_ssl_session_cache_class **ctx, br_ssl_server_con
 
 	(void)ctx;
 	cache_key(s, &p);
-	if (s->hd->name_known)
+	if (s->hd->resumable)
 		cache.vtable->save(&cache.vtable, cc, &p);
 	wipe(&p, sizeof p);
 }
@@ -3424,7 +3478,7 @@ static int cache_load(const br_ssl_session_cache_class **ctx, br_ssl_server_cont
 
 	(void)ctx;
 	cache_key(s, params);
-	found = s->hd->name_known && cache.vtable->load(&cache.vtable, cc, params);
+	found = s->hd->resumable && cache.vtable->load(&cache.vtable, cc, params);
 	cache_key(s, params);
 	return found;
 }
@@ -3434,23 +3488,26 @@ static const br_ssl_session_cache_class named_cache_class = {
 };
 static const br_ssl_session_cache_class *named_cache = &named_cache_class;
 
-/* Notes the server name of a ClientHello that is about to be fed. */
-static void hello_note(struct head_buffer *hd, const struct leg *l)
+/* Notes what a ClientHello that is about to be fed says. Where it certainly lists no protocols,
+ * the engine has none either, so that no other reading of it can make it answer one. */
+static void hello_note(struct session *s)
 {
-	const unsigned char *name;
+	struct head_buffer *hd = s->hd;
+	const struct leg *l = &s->client;
+	struct hello h;
 	br_sha256_context c;
-	size_t len;
 
-	hd->name_known = (uint8_t)hello_name(l->ahead + l->at, l->end - l->at, &name, &len);
+	hd->resumable = (uint8_t)hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end },
+		&h);
+	br_ssl_engine_set_protocol_names(l->eng, protocols, !hd->resumable || h.alpn);
 	br_sha256_init(&c);
-	br_sha256_update(&c, name, len);
+	br_sha256_update(&c, h.name.p, (size_t)(h.name.end - h.name.p));
 	br_sha256_out(&c, hd->name_hash);
 }
 
 /* What engines of both sides have in common. */
 static int engine_make(br_ssl_engine_context *eng)
 {
-	static const char *protocols[] = { "http/1.1" };
 	unsigned char seed[32];
 	int i;
 
@@ -3553,7 +3610,7 @@ static int tls_start(struct session *s)
 	if (!s->tls_made && !tls_make(s))
 		return 0;
 	leg_start(s, &s->client, &s->tls.eng);
-	hello_note(s->hd, &s->client);
+	hello_note(s);
 	s->policy.vtable = &policy_class;
 	br_ssl_server_set_policy(&s->tls, &s->policy.vtable);
 	if (client_ca)

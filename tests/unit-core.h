@@ -528,12 +528,12 @@ static void test_pool_waiters(void)
 		CHECK_INT(head_borrow(s[i]), 1);
 	h = s[1]->hd;
 	h->len = h->off = 5;
-	h->name_known = 1;
+	h->resumable = 1;
 	h->u.request.head.at = 7;
 	CHECK_INT(head_borrow(s[HEADS]), 0);
 	head_return(s[1]);
 	CHECK(s[1]->hd == NULL && s[HEADS]->hd == h);
-	CHECK(h->len == 0 && h->off == 0 && h->name_known == 0 && h->u.request.head.at == 0);
+	CHECK(h->len == 0 && h->off == 0 && h->resumable == 0 && h->u.request.head.at == 0);
 
 	CHECK_INT(head_borrow(s[0]) + head_borrow(s[HEADS + 1]) + head_borrow(s[1]), 1);
 	s[HEADS + 2]->state = RESPONSE;                 /* goes before those two */

@@ -131,6 +131,7 @@ static const struct test tests[] = {
 	TEST(tls_names),
 	TEST(tls_refused),
 	TEST(hello_short),
+	TEST(hello_resumes),
 	TEST(tls_closed_full),
 	TEST(tls_stuck),
 	TEST(tls_ended_amid_message),

@@ -8,15 +8,16 @@
 /* ---- ClientHello ---- */
 
 static char seen[sizeof ((br_ssl_engine_context *)0)->server_name];
-static int was_seen;
+static int was_seen, listed;    /* the choice was made; our protocol is offered */
 
-/* BearSSL has read the whole ClientHello: notes the server name that it found, and refuses. */
+/* BearSSL has read the whole ClientHello: notes what it found, and refuses. */
 static int note_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
 	(void)ctx;
 	(void)choices;
 	snprintf(seen, sizeof seen, "%s", br_ssl_engine_get_server_name(&cc->eng));
+	listed = cc->eng.selected_protocol == 1;
 	was_seen = 1;
 	return 0;
 }
@@ -48,25 +49,28 @@ static void bearssl_read(const unsigned char *p, size_t len)
 	}
 }
 
-/* The name that the session cache is told is the one that the certificate is chosen by. BearSSL keeps
- * none that is longer than its buffer or holds a NUL. */
+/* Of a hello that may resume, BearSSL reads what we do: the name that the certificate is chosen by (it
+ * keeps none that is longer than its buffer or holds a NUL), and whether our protocol is listed. */
 static void hello_must(const unsigned char *p, size_t len)
 {
-	const unsigned char *name;
+	struct hello h;
 	size_t name_len, n, record;
 	int known;
 
 	for (n = 0; n < len; n++)
 		MUST(!record_whole(p, n) || record_whole(p, n + 1));
-	known = hello_name(p, len, &name, &name_len);
-	MUST(name_len == 0 || (name > p && name + name_len <= p + len));
-	MUST(known || name_len == 0 || len >= 5);
+	known = hello_read((struct bytes){ p, p + len }, &h);
+	name_len = (size_t)(h.name.end - h.name.p);
+	MUST(name_len == 0 || (h.name.p > p && h.name.end <= p + len));
 	if (!known)
 		return;
 	record = 5 + (size_t)(p[3] << 8 | p[4]);
 	bearssl_read(p, record < len ? record : len);
-	if (was_seen && name_len < sizeof seen && !memchr(name, 0, name_len))
-		MUST(strlen(seen) == name_len && memcmp(seen, name, name_len) == 0);
+	if (!was_seen)
+		return;
+	if (name_len < sizeof seen && !memchr(h.name.p, 0, name_len))
+		MUST(strlen(seen) == name_len && memcmp(seen, h.name.p, name_len) == 0);
+	MUST(listed == h.alpn);
 }
 
 /* ---- the rest ---- */
