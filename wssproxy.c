@@ -34,6 +34,7 @@
  *
  * To understand everything else, start reading main(). */
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/resource.h>
@@ -1505,10 +1506,11 @@ struct filter_op {              /* struct sock_filter */
 	uint32_t k;
 };
 
-#ifdef FILTER_MACHINE
 enum { LOAD = 0x20, EQUAL = 0x15, ABOVE = 0x35, AND = 0x54, RETURN = 0x06 };
 #define KILL 0x80000000         /* before Linux 4.14: the thread, of which there is one */
 #define LET 0x7fff0000
+#define LET_UNIX (LET | 1)      /* the same to the kernel; see filter_loop */
+#ifdef FILTER_MACHINE
 #define FAIL (0x00050000 | EPERM)
 #define FILTER_START { LOAD, 0, 0, 4 }, { EQUAL, 1, 0, FILTER_MACHINE }, { RETURN, 0, 0, KILL }, \
 	{ LOAD, 0, 0, 0 }
@@ -1551,6 +1553,8 @@ static struct filter_op loop_calls[] = {
 	KILL_UNLESS(socket, 1, ~(SOCK_CLOEXEC | SOCK_NONBLOCK), SOCK_STREAM),
 	KILL_UNLESS(socket, 2, -1, 0),
 	LET_IF(socket, 0, -1, AF_INET), LET_IF(socket, 0, -1, AF_INET6),
+	IF(SYS_socket, 0, -1, AF_UNIX, 0, 1, LET_UNIX),
+	LET_IF(ioctl, 1, -1, TIOCOUTQ),
 #ifdef __i386__
 	ON(socketcall, LET),            /* all of the above; its arguments are out of reach */
 #endif
@@ -1573,7 +1577,6 @@ static struct filter_op loop_calls[] = {
 	ON(statx, LET),
 #endif
 	ON(exit_group, LET),
-	LET_IF(socket, 0, -1, AF_UNIX), /* last: see filter_loop */
 	{ RETURN, 0, 0, KILL },
 };
 
@@ -1617,18 +1620,18 @@ static int filter_set(const struct filter_op *ops, size_t n)
 	return prctl(PR_SET_SECCOMP, 2 /* SECCOMP_MODE_FILTER */, &program, 0, 0) == 0;
 }
 
-/* That of the loop. Sockets of other daemons are out of its reach, unless a backend is one:
- * without, the verdict comes in place of what lets AF_UNIX through, six operations earlier. */
+/* That of the loop. Sockets of other daemons are out of its reach, unless a backend is one. */
 static int filter_loop(void)
 {
-	const size_t n = LENGTH(loop_calls);
 	unsigned i;
 
 	for (i = 0; i < BACKENDS && !is_unix(&backends[i]); i++)
 		;
 	if (i == BACKENDS)
-		loop_calls[n - 7] = loop_calls[n - 1];
-	return filter_set(loop_calls, n);
+		for (i = 0; i < LENGTH(loop_calls); i++)
+			if (loop_calls[i].code == RETURN && loop_calls[i].k == LET_UNIX)
+				loop_calls[i].k = KILL;
+	return filter_set(loop_calls, LENGTH(loop_calls));
 }
 
 /* Every session needs two descriptors. */
