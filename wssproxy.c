@@ -97,6 +97,7 @@ enum {
 	ANCHOR_BYTES = ANCHORS_MAX * 512,       /* their names and keys, in all */
 	ADDRESSES_MAX = 4,      /* of one backend's name */
 	INTERIM_MAX = 8,        /* 1xx answers before the final one */
+	OPTIONS_MAX = 32,       /* of Connection: each is looked for among all fields */
 	FIRST_RECORD = 1400,    /* bytes of the first record after a rest: they fit one segment */
 	STALL_BYTES = 16384,    /* within stall_ms: what a buffer holds; less is no progress */
 	TURN_BYTES = 16384,     /* then a session comes to rest, if others wait for buffers */
@@ -1954,7 +1955,8 @@ static enum why response_parse(struct response *r, const char *buf, size_t len)
 struct facts {
 	struct span value[NAMES];       /* the last one's */
 	unsigned count[NAMES];
-	int upgrade;            /* Connection has it */
+	int upgrade;            /* Connection has it, */
+	unsigned options;       /* and so many in all */
 	int websocket;          /* Upgrade has it */
 	int bad_framing;        /* Content-Length is no number, or two differ, or with a coding */
 	uint64_t length;
@@ -1969,9 +1971,11 @@ static void facts_read(struct facts *f, const struct head *h, const char *buf)
 	for (i = 0; i < h->nfields; i++) {
 		const unsigned is = h->field[i].is;
 		const struct span value = h->field[i].value;
+		struct span rest = value, option;
 
 		if (is == NAME_CONNECTION) {
-			f->upgrade |= list_has(buf, value, "upgrade");
+			for (; list_next(buf, &rest, &option); f->options++)
+				f->upgrade |= span_is(buf, option, "upgrade");
 		} else if (is == NAME_UPGRADE) {
 			f->websocket |= list_has(buf, value, "websocket");
 		} else if (is == NAME_LENGTH) {
@@ -2135,6 +2139,8 @@ static enum why request_check(struct request *r, const char *buf)
 		return WHY_HOST;
 	if ((why = target_parse(r, buf)) != WHY_NONE)
 		return why;
+	if (f.options > OPTIONS_MAX)
+		return WHY_CONNECTION;
 	if (f.bad_framing)
 		return WHY_FRAMING;
 	r->length = f.length;
@@ -2156,7 +2162,7 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
 	r->status = (unsigned)(code[0] - '0') * 100 + (unsigned)(code[1] - '0') * 10 +
 		(unsigned)(code[2] - '0');
 	r->length = f.length;
-	if (f.bad_framing)
+	if (f.bad_framing || f.options > OPTIONS_MAX)
 		return WHY_BAD_RESPONSE;
 	if (r->status == 101) {
 		r->framing = BODY_TUNNEL;

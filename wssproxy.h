@@ -79,6 +79,7 @@ enum log_to {
 	WHY(TARGET, 400, "target")                 /* not origin-form, absolute-form or "*" */ \
 	WHY(FIELD, 400, "field")                   /* a line that breaks RFC 9112 5 */ \
 	WHY(HOST, 400, "host")                     /* none, several or a malformed Host */ \
+	WHY(CONNECTION, 400, "connection")         /* lists more than 32 options */ \
 	WHY(FRAMING, 400, "framing")               /* Content-Length no number, twofold, or TE */ \
 	WHY(UPGRADE_BODY, 400, "upgrade-body")     /* an upgrade request that announces a body */ \
 	WHY(KEY, 400, "bad-key")                   /* not once 16 bytes in base64 */ \
