@@ -108,6 +108,7 @@ enum {
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
 	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory, */
 	POLL_PAUSE_MS = 50,     /* and poll */
+	FULL_PAUSE_MS = 10000,  /* between two lines `full` */
 	LOG_LINE = 1024,
 	LISTENERS = LENGTH(listeners),
 	CERTS = LENGTH(certs),
@@ -428,8 +429,10 @@ static uint64_t accept_after;   /* listeners rest until then */
 static uint64_t drain_until;    /* 0: not draining */
 static uint32_t last_id;
 static struct {
-	unsigned long long opened, rejected, rx, tx, log_lost;
+	unsigned long long opened, rejected, rx, tx, log_lost, full;
 } totals;
+static int full_said;           /* the last line was `full`, not `room` */
+static uint64_t full_after;     /* the next `full` may be said */
 static struct {                 /* within a second; the timer runs while there are any */
 	struct timer timer;
 	unsigned count;
@@ -5478,11 +5481,27 @@ static void listener_event(unsigned i)
 	}
 }
 
+/* Says when the table gets full, and when it no longer is. */
+static void full_tell(void)
+{
+	int full = pool_empty(&session_pool);
+
+	if (full == full_said || (full && now < full_after))
+		return;
+	full_said = full;
+	full_after = now + FULL_PAUSE_MS;
+	totals.full += (unsigned)full;
+	log_line(full ? LOG_WARNING : LOG_NOTICE, "%s sessions=%u", full ? "full" : "room",
+		session_pool.lent);
+}
+
 /* Listeners are polled only while a connection could be taken. */
 static void listeners_watch(void)
 {
 	int can = accept_after <= now && (!pool_empty(&session_pool) || crowds > 0);
 	unsigned i;
+
+	full_tell();
 
 	for (i = 0; i < LISTENERS; i++)
 		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
@@ -5506,6 +5525,8 @@ static int timers_next(void)
 		due = accept_after;
 	if (drain_until && drain_until < due)
 		due = drain_until;
+	if (!full_said && pool_empty(&session_pool) && full_after < due)
+		due = full_after;
 	return due == UINT64_MAX ? -1 : due <= now ? 0 : due - now > INT_MAX ? INT_MAX :
 		(int)(due - now);
 }
@@ -5682,9 +5703,9 @@ static void stats(void)
 	unsigned i;
 
 	log_line(LOG_INFO, "stats sessions=%u awake=%u records=%u heads=%u opened=%llu "
-		"rejected=%llu rx=%llu tx=%llu log-lost=%llu", session_pool.lent, awake_len,
-		records_pool.lent, heads_pool.lent, totals.opened, totals.rejected, totals.rx,
-		totals.tx, totals.log_lost);
+		"rejected=%llu full=%llu rx=%llu tx=%llu log-lost=%llu", session_pool.lent,
+		awake_len, records_pool.lent, heads_pool.lent, totals.opened, totals.rejected,
+		totals.full, totals.rx, totals.tx, totals.log_lost);
 	for (i = 0; i < BACKENDS; i++) {
 		const struct server *v = &servers[i];
 
