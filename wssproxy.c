@@ -5264,7 +5264,7 @@ static int session_may_park(const struct session *s)
 	const struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
 
 	return s->state >= RESPONSE && s->state <= EXCHANGE && !s->rec && !s->hd &&
-		p[0].fd >= 0 && p[1].fd >= 0;
+		p[0].events && p[1].events;
 }
 
 /* Whether a parked session that was run can stay: it wishes what the set tells, which tells each
@@ -5607,29 +5607,39 @@ static void sessions_poll(void)
 	}
 }
 
-/* Sessions of the epoll set that have something. Two descriptors share a session, so the second
- * event may find it awake, or gone; then poll tells of the same, and the set is told to be silent.
- * After an end there may be bytes and no further edge: poll sees to that, too. */
+/* A session of the epoll set has something. Two descriptors share it, so the second event may find
+ * it awake, or gone; the set is told to be silent then. After an end there may be bytes and no
+ * further edge: poll sees to that. An urgent byte is nobody's, and is told of at each return to the
+ * set until it is taken. */
+static void session_unpark(struct session *s, unsigned side, unsigned events)
+{
+	int fd = side ? s->backend.fd : s->client.fd;
+
+	if (s->state == FREE || fd < 0)
+		return;
+	if (events & EPOLLPRI)
+		recv(fd, scratch, 1, MSG_OOB);
+	if (!s->parked) {
+		s->armed[side] = 0;
+		epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+	} else if (events & ~(unsigned)EPOLLIN) {
+		session_wake(s);
+	}
+	session_run(s, side ? ready_of(0, events) : ready_of(events, 0));
+}
+
+/* All that the set has to tell, but no end of it: timers run behind, and may be those of sessions
+ * whose bytes are there. */
 static void sessions_epoll(void)
 {
 	struct epoll_event ev[64];
-	int i, n = epoll_wait(epoll_fd, ev, LENGTH(ev), 0);
+	int i, n = LENGTH(ev), most;
 
-	for (i = 0; i < n; i++) {
-		struct session *s = &sessions[ev[i].data.u32 / 2];
-		unsigned side = ev[i].data.u32 % 2, events = ev[i].events;
-
-		if (s->state == FREE)
-			continue;
-		if (!s->parked) {
-			s->armed[side] = 0;
-			epoll_ctl(epoll_fd, EPOLL_CTL_DEL,
-				side ? s->backend.fd : s->client.fd, NULL);
-			continue;
-		}
-		if (events & ~(unsigned)EPOLLIN)
-			session_wake(s);
-		session_run(s, side ? ready_of(0, events) : ready_of(events, 0));
+	for (most = 2 * max_sessions; most > 0 && n == LENGTH(ev); most -= n) {
+		n = epoll_wait(epoll_fd, ev, LENGTH(ev), 0);
+		for (i = 0; i < n; i++)
+			session_unpark(&sessions[ev[i].data.u32 / 2], ev[i].data.u32 % 2,
+				ev[i].events);
 	}
 }
 

@@ -1,5 +1,6 @@
 """http = FORWARD: requests that are no WebSocket upgrade, one a connection."""
 
+import signal
 import threading
 import time
 
@@ -20,7 +21,8 @@ def backend(scripted):
 @pytest.fixture
 def forwarding(proxy, backend):
     """A proxy that forwards to `backend`; all tests that need no more share one binary."""
-    return lambda **config: proxy(backend, http=FORWARD, listeners=BOTH, **config)
+    return lambda *backends, **config: proxy(*(backends or [backend]), http=FORWARD,
+                                             listeners=BOTH, **config)
 
 
 # ---- the request ----
@@ -681,6 +683,32 @@ def test_silent_backend_gets_504_though_all_buffers_are_taken(forwarding, backen
     sitting.sock.sendall(record[8:])
     assert server.read(7) == b"at last"
     assert client.read_head().status == 504
+
+
+def test_answers_that_came_during_a_pause_are_no_timeouts(forwarding, backend):
+    """The process was stopped, or starved: what has come goes before what is due, however much."""
+    p = forwarding(max_per_ip=0, park_ms=50, response_ms=2000)
+    polls = [asked(p, backend, WS) for _ in range(100)]
+    eventually(lambda: p.parked() == 2 * len(polls))
+    p.signal(signal.SIGSTOP)
+    threading.Event().wait(2.2)         # all are due by now
+    for _, server in polls:
+        server.send(answer(body=b"late"))
+    p.signal(signal.SIGCONT)
+    assert [client.read_head().status for client, _ in polls] == [200] * len(polls)
+
+
+def test_place_at_the_backend_is_free_once_its_answer_is_whole(forwarding, backend):
+    """However long the client keeps its end open, or takes to read."""
+    p = forwarding(backend.entry(max_conns=1), linger_ms=60000)
+    clients = []
+    for body in b"x", bytes(500000), b"y":
+        client, server = asked(p, backend, WS)
+        clients.append(client)
+        server.send(answer(body=body))
+        assert client.read_head().status == 200
+        assert server.read_to_end() == b""
+    assert clients[1].read_to_end() == bytes(500000)
 
 
 @pytest.mark.parametrize("park_ms", [50, 60000])
