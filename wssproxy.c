@@ -305,6 +305,8 @@ struct leg {
 	_Bool started;                  /* since it rested, plaintext was put into it */
 	uint8_t reads;                  /* left in this run */
 	uint8_t filled;                 /* reads in a row, up to 2, that filled their room */
+	_Bool reset;                    /* a send said so, and no later call will */
+	int unsent;                     /* bytes in its socket's queue when last looked at */
 	uint8_t eof;                    /* all that it sent was taken, and no more comes */
 	uint8_t fin;                    /* it was told the same: close_notify and FIN are out */
 };
@@ -312,7 +314,7 @@ struct leg {
 /* What poll found for a session. */
 enum {
 	CLIENT_IN   = 1,
-	CLIENT_GONE = 2,        /* FIN or RST, while nobody reads it */
+	CLIENT_GONE = 2,        /* FIN or RST */
 	CLIENT_RESET = 4,       /* RST */
 	BACKEND_IN  = 8,
 	BACKEND_OUT = 16,
@@ -1310,6 +1312,14 @@ static void socket_abort(int fd)
 	struct linger l = { .l_onoff = 1, .l_linger = 0 };
 
 	setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof l);
+}
+
+/* Bytes in a socket's queue that its peer has yet to acknowledge. */
+static int socket_unsent(int fd)
+{
+	int n;
+
+	return ioctl(fd, TIOCOUTQ, &n) == 0 ? n : 0;
 }
 
 /* A listening socket for an address, -1 and errno. */
@@ -3814,17 +3824,6 @@ static void session_broke(struct session *s, const struct leg *l, enum why why)
 	s->broken = 1;
 }
 
-/* A side ended in order. To an answer without a length that is its end; one with a length came
- * short. */
-static void leg_ended(struct session *s, struct leg *l)
-{
-	enum framing framing = l == &s->backend ? s->framing : BODY_TUNNEL;
-
-	session_end(s, leg_party(s, l), framing == BODY_TUNNEL ? WHY_EOF :
-		framing == BODY_EOF ? WHY_DONE : WHY_SHORT);
-	l->eof = 1;
-}
-
 /* What the last socket call of a leg means for the session: nothing, or its end. */
 static void leg_error(struct session *s, const struct leg *l)
 {
@@ -3836,6 +3835,19 @@ static void leg_error(struct session *s, const struct leg *l)
 static int leg_closed(const struct leg *l)
 {
 	return l->eng && br_ssl_engine_current_state(l->eng) == BR_SSL_CLOSED;
+}
+
+/* A side ended in order. To an answer without a length that is its end, if TLS says so as well (RFC
+ * 9112 9.8); one with a length came short. */
+static void leg_ended(struct session *s, struct leg *l)
+{
+	enum framing framing = l == &s->backend ? s->framing : BODY_TUNNEL;
+
+	session_end(s, leg_party(s, l), framing == BODY_TUNNEL ? WHY_EOF :
+		framing == BODY_EOF && (!l->eng || leg_closed(l)) ? WHY_DONE : WHY_SHORT);
+	if (framing == BODY_EOF && s->why == WHY_SHORT)
+		s->broken = 1;  /* or its end would look like one */
+	l->eof = 1;
 }
 
 /* Whether the leg takes nothing any more: its engine is done with, or its side has ended amid a
@@ -3909,13 +3921,20 @@ static void leg_sent(struct leg *l, size_t len)
 		l->buf->out_at = l->buf->out_end = 0;
 }
 
-/* The backend takes no more, but what it sent before may still be there to read. */
-static void backend_deaf(struct session *s)
+/* A send has failed. A backend that takes no more may have sent something before that is still
+ * there to read; if it was reset, that call took the error, and behind those bytes recv tells of an
+ * end in order. (EPIPE: it was one.) */
+static void leg_unsent(struct session *s, struct leg *l)
 {
+	if (l == &s->client || (errno != EPIPE && errno != ECONNRESET)) {
+		leg_error(s, l);
+		return;
+	}
+	l->reset = errno == ECONNRESET;
 	if (s->state == RELAY)
-		session_end(s, BY_BACKEND, WHY_RESET);
+		session_end(s, BY_BACKEND, l->reset ? WHY_RESET : WHY_EOF);
 	s->up_left = 0;
-	s->backend.fin = s->backend.in = 1;
+	l->fin = l->in = 1;
 }
 
 /* send(), with a hint when more follows at once, that the kernel fills its segments and wakes the
@@ -3949,11 +3968,8 @@ static int leg_send(struct session *s, struct leg *l)
 		if (n > 0) {
 			leg_sent(l, (size_t)n);
 			moved = 1;
-		} else if (l == &s->backend && (errno == EPIPE || errno == ECONNRESET)) {
-			backend_deaf(s);
-			return moved;
 		} else if (n < 0) {
-			leg_error(s, l);
+			leg_unsent(s, l);
 		}
 	}
 	return moved;
@@ -3967,6 +3983,10 @@ static size_t leg_read(struct session *s, struct leg *l, unsigned char *p, size_
 	l->filled = n < (ssize_t)room ? 0 : l->filled < 2 ? l->filled + 1 : 2;
 	if (n < (ssize_t)room || --l->reads == 0)
 		l->in = 0;
+	if (n == 0 && l->reset) {
+		errno = ECONNRESET;
+		n = -1;
+	}
 	if (n == 0)
 		leg_ended(s, l);
 	else if (n < 0)
@@ -4128,14 +4148,9 @@ static size_t backend_write(struct session *s, const unsigned char *p, size_t le
 	if (l->full)
 		return 0;
 	n = leg_write(l, p, len);
-	if (n >= 0)
-		return (size_t)n;
-	if (errno == EPIPE || errno == ECONNRESET) {
-		backend_deaf(s);
-	} else {
-		leg_error(s, l);
-	}
-	return 0;
+	if (n < 0)
+		leg_unsent(s, l);
+	return n > 0 ? (size_t)n : 0;
 }
 
 /* Whether a whole record of application data was read ahead behind the one that is being taken. */
@@ -4983,12 +4998,35 @@ static int relay_down_over(const struct session *s)
 	return s->framing != BODY_TUNNEL || s->backend.fin || relay_up_over(s);
 }
 
+/* Whether a slow side still takes what was sent to it before the end: closing would lose that. */
+static int leg_drains(struct leg *l)
+{
+	const int before = l->unsent;
+
+	l->unsent = before > 0 ? socket_unsent(l->fd) : 0;
+	return l->unsent < before;
+}
+
+/* The answer is over, or will never be: its backend is free for others, whatever its client takes
+ * its time for. */
+static void answer_leave(struct session *s)
+{
+	leg_finish(s, &s->backend);
+	s->broken = 0;          /* its trouble no longer matters */
+	server_leave(s);
+	s->up_left = 0;
+	s->backend.eof = s->backend.fin = 1;
+}
+
 /* Tunnels, plain answers, our own, and their endings. */
 static enum state relay_step(struct session *s)
 {
 	struct leg *c = &s->client, *b = &s->backend;
 
-	if (s->ready & EXPIRED) {
+	if ((s->ready & EXPIRED) && (leg_drains(c) | leg_drains(b))) {
+		timer_start(&queues[s->state], &s->timer);
+		s->ready &= (uint8_t)~EXPIRED;
+	} else if (s->ready & EXPIRED) {
 		session_end(s, BY_PROXY, WHY_IDLE);
 		if (s->state != RELAY)
 			return FREE;
@@ -5004,6 +5042,8 @@ static enum state relay_step(struct session *s)
 		if (!records_borrow(s))
 			return s->ready & EXPIRED ? DRAIN : s->state;
 		relay_pump(s);
+		if (!s->broken && s->state == EXCHANGE && b->eof && b->fd >= 0)
+			answer_leave(s);
 		if (!s->broken && c->eof && !b->fin && relay_up_over(s)) {
 			/* an engine that was closed takes nothing more: the answer would be cut */
 			if (s->state == EXCHANGE && b->eng && !b->eof && !leg_closed(c))
@@ -5048,12 +5088,14 @@ static const struct {
 
 /* ---- sessions: opened, run, watched, closed ---- */
 
-/* Whether a backend is sought or asked: a client that has nothing to say then is watched for its
- * end only. One whose body goes up meanwhile is read. */
-static int is_asking(const struct session *s)
+/* Whether a client that ends now has gone away: while it waits for a buffer or its turn, or a
+ * backend is sought or asked. Nothing is computed for it any more. One whose body goes up meanwhile
+ * is read, and its end found behind that. */
+static int is_watched(const struct session *s)
 {
-	return s->state >= CONNECT && s->state <= RESPONSE &&
-		!(s->state == RESPONSE && s->up_left > 0);
+	if (s->state < CONNECT)
+		return !link_alone(&s->wait);
+	return s->state <= RESPONSE && !(s->state == RESPONSE && s->up_left > 0);
 }
 
 static int is_young(const struct session *s)
@@ -5078,6 +5120,10 @@ static void session_age(struct session *s, int young)
 static void session_enter(struct session *s, enum state state)
 {
 	s->state = (uint8_t)state;
+	if (state == REPLY || state == DRAIN) {
+		s->client.unsent = socket_unsent(s->client.fd);
+		s->backend.unsent = socket_unsent(s->backend.fd);
+	}
 	session_age(s, is_young(s));
 	timer_start(&queues[state], &s->timer);
 	s->moved = 1;
@@ -5120,6 +5166,9 @@ static void log_close_session(const struct session *s)
 /* The one end of every session. A reset of one side resets the other. */
 static void session_close(struct session *s)
 {
+	uint64_t unsent = (uint64_t)socket_unsent(s->client.fd);
+
+	s->tx -= unsent < s->tx ? unsent : s->tx;
 	if (s->opened)
 		log_close_session(s);
 	else if (!s->rejected)
@@ -5200,7 +5249,7 @@ static short leg_events(const struct session *s, const struct leg *l)
 
 static short client_events(const struct session *s)
 {
-	if (is_asking(s))
+	if (is_watched(s))
 		return POLLRDHUP;
 	if (s->state == HANDSHAKE && !s->client.eng)
 		return POLLIN;
@@ -5228,11 +5277,18 @@ static void session_wishes(const struct session *s, short wish[2])
 {
 	int waits = !link_alone(&s->wait);
 
-	wish[0] = waits && !is_asking(s) ? 0 : client_events(s);
+	wish[0] = waits && !is_watched(s) ? 0 : client_events(s);
 	wish[1] = waits || s->backend.fd < 0 ? 0 : backend_events(s);
 }
 
-/* Tells poll. A descriptor without a wish is left out: poll would report its hang-up for ever. */
+/* Whether a hang-up of the client is a reset: neither side has told the other the end. */
+static int client_open(const struct session *s)
+{
+	return !s->client.eof && !s->client.fin;
+}
+
+/* Tells poll. A descriptor without a wish is left out, for poll would report its hang-up for ever;
+ * but not a client's whose reset ends the session. */
 static void session_watch(struct session *s)
 {
 	struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
@@ -5240,7 +5296,7 @@ static void session_watch(struct session *s)
 
 	session_wishes(s, wish);
 	p[0].events = wish[0];
-	p[0].fd = wish[0] ? s->client.fd : -1;
+	p[0].fd = wish[0] || client_open(s) ? s->client.fd : -1;
 	p[1].events = wish[1];
 	p[1].fd = wish[1] ? s->backend.fd : -1;
 }
@@ -5312,10 +5368,23 @@ static void session_settle(struct session *s)
 		timer_start(&queues[Q_PARK], &s->park);
 }
 
+/* The client's connection is dead; for what, its socket tells. */
+static enum state client_lost(struct session *s)
+{
+	int error = 0;
+	socklen_t len = sizeof error;
+
+	getsockopt(s->client.fd, SOL_SOCKET, SO_ERROR, &error, &len);
+	errno = error ? error : ECONNRESET;
+	leg_error(s, &s->client);
+	return FREE;
+}
+
 /* Runs a session: steps it until its state stays, then settles it. The one place where states
  * change and sessions end. `ready` is what poll found. */
 static void session_run(struct session *s, unsigned ready)
 {
+	const int watched = is_watched(s);
 	enum state next;
 
 	link_drop(&s->wait);
@@ -5326,9 +5395,10 @@ static void session_run(struct session *s, unsigned ready)
 	s->client.more = s->backend.more = 0;
 	s->client.reads = s->backend.reads = READS;
 	s->moved = s->fed = 0;
-	if ((ready & CLIENT_GONE) && is_asking(s)) {
-		session_end(s, BY_CLIENT, ready & CLIENT_RESET ? WHY_RESET : WHY_EOF);
-		s->broken = (ready & CLIENT_RESET) != 0;
+	if ((ready & CLIENT_RESET) && s->state <= RESPONSE) {
+		next = client_lost(s);
+	} else if ((ready & CLIENT_GONE) && watched) {
+		session_end(s, BY_CLIENT, WHY_EOF);
 		next = FREE;
 	} else if ((ready & EXPIRED) && states[s->state].expired) {
 		next = session_fail(s, states[s->state].expired);
@@ -5340,6 +5410,8 @@ static void session_run(struct session *s, unsigned ready)
 		s->ready &= (uint8_t)~EXPIRED;
 		next = states[next].step(s);
 	}
+	if (next != FREE && (ready & CLIENT_RESET) && s->client.in && client_open(s))
+		next = client_lost(s);  /* it is not read, for the backend takes nothing */
 	if (next == FREE)
 		session_close(s);
 	else
@@ -5372,8 +5444,8 @@ static void session_open(int fd, const struct address *peer, enum listener_kind 
 /* A session can go on: a handshake waits for its turn, everything else runs. */
 static void session_event(struct session *s, unsigned ready)
 {
-	if ((s->state == HANDSHAKE || (s->state == BACKEND_HANDSHAKE && !(ready & CLIENT_GONE))) &&
-	    link_alone(&s->wait)) {
+	if ((s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE) && link_alone(&s->wait) &&
+	    !(ready & CLIENT_GONE)) {
 		link_append(&turns, &s->wait);
 		session_watch(s);
 	} else {
@@ -5585,7 +5657,7 @@ static unsigned ready_of(unsigned client, unsigned backend)
 {
 	return (client & (POLLIN | POLLHUP | POLLERR) ? CLIENT_IN : 0) |
 		(client & (POLLRDHUP | POLLHUP | POLLERR) ? CLIENT_GONE : 0) |
-		(client & POLLERR ? CLIENT_RESET : 0) |
+		(client & (POLLHUP | POLLERR) ? CLIENT_RESET : 0) |
 		(backend & (POLLIN | POLLHUP | POLLERR) ? BACKEND_IN : 0) |
 		(backend & (POLLOUT | POLLHUP | POLLERR) ? BACKEND_OUT : 0);
 }

@@ -282,6 +282,13 @@ class ScriptedTls:
         return TlsServerStream(self.scripted.listener.accept()[0], self.context)
 
 
+def idle_cpu(p, seconds=0.5):
+    """CPU seconds that it burns while nothing happens."""
+    before = p.cpu_seconds()
+    threading.Event().wait(seconds)
+    return p.cpu_seconds() - before
+
+
 # ---- requests that are no upgrade ----
 
 def request(target="/", method="GET", body=None, version="HTTP/1.1", extra=(), **fields):

@@ -1,14 +1,16 @@
 """How sessions end: what was sent arrives first, and each end sees the ending that it should."""
 
 import os
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
 from gnutls import FATAL, INTERNAL_ERROR, USER_CANCELED, WARNING, GnutlsClient
-from harness import WS, WSS, eventually
-from peers import open_tunnel, pattern, switching, tcp, upgrade
+from harness import FORWARD, WS, WSS, eventually
+from more import answer, idle_cpu, request
+from peers import connect, open_tunnel, pattern, switching, tcp, upgrade
 
 BULK = pattern(2 << 20)
 KINDS = pytest.mark.parametrize("kind", [WSS, WS])
@@ -140,7 +142,129 @@ def test_backend_that_never_closes_is_cut_after_linger_ms(tunnel, kind):
             server.send(bytes(1000))
 
 
+# ---- a side that is slow to take the end ----
+
+@pytest.fixture
+def slow_ends(proxy, scripted):
+    """A tunnel between ends for which their kernels take little ahead of need."""
+    def start(kind, **config):
+        backend = scripted()
+        p = proxy(backend, listeners=[("127.0.0.1", "0", kind)], **config)
+        client, server = open_tunnel(p, backend)
+        for end in client, server:
+            end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        return p, client, server
+    return start
+
+
+def take_slowly(stream, n):
+    """In many times linger_ms; and says something now and then, to which a closed socket would
+    answer with a reset, by which the rest would be lost."""
+    taken, pace = b"", threading.Event()
+    while len(taken) < n:
+        pace.wait(0.02)
+        more = stream.receive()
+        assert more, f"ended after {len(taken)} of {n} bytes"
+        taken += more
+        stream.send(b"p")
+    return taken
+
+
+@KINDS
+def test_slow_client_gets_the_tail_of_what_was_sent(slow_ends, kind):
+    p, client, server = slow_ends(kind, linger_ms=300)
+    sender = threading.Thread(target=lambda: (server.send(BULK), server.close()))
+    sender.start()
+    assert take_slowly(client, len(BULK)) == BULK
+    assert client.read_to_end() == b""
+    sender.join()
+    client.close()
+    assert p.log.wait("close", by="backend", why="eof")["tx"] == str(len(BULK))
+
+
+@KINDS
+def test_slow_backend_gets_the_tail_of_what_was_sent(slow_ends, kind):
+    p, client, server = slow_ends(kind, linger_ms=300)
+    sender = threading.Thread(target=lambda: (client.send(BULK), client.half_close()))
+    sender.start()
+    assert take_slowly(server, len(BULK)) == BULK
+    assert server.read_to_end() == b""
+    sender.join()
+    server.close()
+    p.log.wait("close", by="client", why="eof")
+
+
+@KINDS
+def test_client_that_takes_nothing_is_cut_and_not_counted_as_served(slow_ends, kind):
+    p, client, server = slow_ends(kind, linger_ms=300)
+    server.send(BULK)
+    server.close()
+    assert int(p.log.wait("close", by="backend", why="eof")["tx"]) < len(BULK)
+
+
 # ---- resets ----
+
+def upload_until_it_stops(client):
+    """As much as the ends' kernels take while nobody reads."""
+    client.sock.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        while True:
+            client.send(bytes(100000))
+
+
+@KINDS
+def test_reset_is_seen_while_the_backend_takes_nothing(proxy, scripted, kind):
+    backend = scripted()
+    p = proxy(backend, listeners=[("127.0.0.1", "0", kind)])
+    p.totals()      # its loop runs
+    before = p.descriptors()
+    tunnels = [open_tunnel(p, backend) for _ in range(5)]
+    for client, _ in tunnels:
+        upload_until_it_stops(client)
+    assert idle_cpu(p) < 0.1
+    for client, _ in tunnels:
+        client.reset()
+    eventually(lambda: p.descriptors() == before)
+    for n, (_, server) in enumerate(tunnels):
+        p.log.wait("close", nth=n + 1, by="client", why="reset")
+        with pytest.raises(ConnectionResetError):
+            server.read_to_end()
+
+
+@KINDS
+def test_end_is_not_taken_for_a_reset_while_the_backend_takes_nothing(tunnel, kind):
+    """A client that has sent its last and ended is heard to its end."""
+    p, client, server = tunnel(kind)
+    sender = threading.Thread(target=lambda: (client.send(BULK * 8), client.close()))
+    sender.start()
+    eventually(lambda: p.totals()["records"] != "0")
+    assert idle_cpu(p) < 0.1
+    assert server.read_to_end() == BULK * 8
+    sender.join()
+    server.close()
+    p.log.wait("close", by="client", why="eof")
+
+
+@KINDS
+@pytest.mark.parametrize("what", ["tunnel", "answer"])
+def test_reset_that_a_send_meets_is_a_reset(proxy, scripted, kind, what):
+    """It takes the error with it: recv then tells of an end in order, which would make what was cut
+    off look whole."""
+    backend = scripted()
+    p = proxy(backend, listeners=[("127.0.0.1", "0", kind)], http=FORWARD)
+    client = connect(p)
+    client.send(upgrade() if what == "tunnel" else request(method="POST", Content_Length="4000000"))
+    server = backend.accept()
+    server.read_head()
+    server.send((switching() if what == "tunnel" else answer()) + b"the first half")
+    assert client.read_until(b"half").endswith(b"the first half")
+    client.send(BULK)
+    server.read(300000)
+    server.reset()
+    with pytest.raises(ConnectionResetError):
+        client.read_to_end()
+    p.log.wait("close", by="backend", why="reset")
+
 
 @KINDS
 def test_reset_of_the_client_resets_the_backend(tunnel, kind):
@@ -290,6 +414,21 @@ def test_session_that_talks_is_not_idle(tunnel, talker):
         silence.wait(0.1)
         speak.send(b".")
         assert listen.read(1) == b"."
+
+
+@KINDS
+def test_urgent_byte_wakes_a_session_at_rest_once(tunnel, kind):
+    """It is nobody's, and must not be told of again at each return to the epoll set."""
+    p, client, server = tunnel(kind, park_ms=50)
+    pace = threading.Event()
+
+    def rests():
+        """For several times park_ms on end."""
+        return not any(pace.wait(0.01) or p.parked() < 2 for _ in range(30))
+    for end in client, server:
+        eventually(rests)
+        end.sock.send(b"!", socket.MSG_OOB)
+    eventually(rests)
 
 
 def test_idle_0_is_for_ever(tunnel):

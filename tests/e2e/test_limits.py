@@ -15,15 +15,8 @@ import pytest
 import pki
 from conftest import whole_config
 from harness import PATIENCE, RUN, SANITIZE, WS, WSS, build, config_text, eventually
-from more import TLS_NOVERIFY, ScriptedTls
+from more import TLS_NOVERIFY, ScriptedTls, answer, idle_cpu, request
 from peers import ask, client_hello, connect, open_tunnel, pattern, switching, tcp, upgrade
-
-
-def idle_cpu(p, seconds=0.5):
-    """CPU seconds that it burns while nothing happens."""
-    before = p.cpu_seconds()
-    threading.Event().wait(seconds)
-    return p.cpu_seconds() - before
 
 
 # ---- max_per_ip ----
@@ -77,6 +70,44 @@ def test_full_table_makes_clients_wait_for_a_place(proxy, scripted):
     server.read_head()
     server.send(switching())
     assert waiting.read_head().status == 101
+
+
+def test_full_table_is_told(proxy, scripted):
+    """Once when it begins and once when it ends, however often places change hands meanwhile."""
+    backend = scripted()
+    p = proxy(backend, listeners=PLAIN, max_sessions=4, max_busy=4)
+    tunnels = [open_tunnel(p, backend) for _ in range(4)]
+    p.log.wait("full", sessions="4")
+    assert not p.log.all("room")
+    for n in range(3):
+        for end in tunnels.pop():
+            end.close()
+        p.log.wait("close", nth=n + 1)
+        tunnels.append(open_tunnel(p, backend))
+    assert p.totals()["full"] == "1"
+    assert len(p.log.all("full")) == 1 and len(p.log.all("room")) <= 1
+    for end in tunnels.pop():
+        end.close()
+    p.log.wait("room")
+
+
+def test_waiting_client_that_leaves_is_not_waited_for(proxy, scripted):
+    """Its end is seen while others have the buffers that it needs."""
+    backend = scripted()
+    p = proxy(backend, listeners=PLAIN, max_busy=1, stall_ms=60000)
+    sitting = connect(p)
+    sitting.send(upgrade()[:20])
+    eventually(lambda: p.totals()["heads"] == "1")
+    waiting = [connect(p) for _ in range(6)]
+    for client in waiting:
+        client.send(upgrade())
+    eventually(lambda: p.totals()["awake"] == "7")
+    waiting[0].close()
+    waiting[1].reset()
+    waiting[2].half_close()
+    p.log.wait_ending("eof", nth=2)
+    p.log.wait_ending("reset")
+    assert p.totals()["sessions"] == "4" and backend.untouched()
 
 
 def test_full_table_does_not_touch_tunnels(proxy, scripted):

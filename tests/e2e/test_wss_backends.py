@@ -765,6 +765,30 @@ def test_end_of_the_backend_without_close_notify_is_an_end_all_the_same(proxy, s
     assert client.read_to_end() == b"last words"
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_answer_without_a_length_ends_with_close_notify(proxy, scripted_tls, whole):
+    """RFC 9112 9.8: a bare FIN may be anyone's, so such an answer was cut off."""
+    backend = scripted_tls()
+    p = proxy(verified(backend), **TLS)
+    client = connect(p)
+    client.send(request())
+    server = backend.accept()
+    server.read_head()
+    server.send(answer() + b"some of it")
+    assert client.read_until(b"some of it")
+    if whole:
+        server.close_notify()
+    server.half_close()
+    if whole:
+        assert client.read_to_end() == b"" and client.saw_close_notify
+    else:
+        with pytest.raises(ConnectionResetError):
+            client.read_to_end()
+        assert not client.saw_close_notify
+    client.close()
+    p.log.wait("close", by="backend", why="done" if whole else "short")
+
+
 def test_end_of_the_client_is_a_close_notify_for_the_backend(proxy, scripted_tls):
     backend = scripted_tls()
     p = proxy(verified(backend), **TLS)
