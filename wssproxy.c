@@ -29,8 +29,7 @@
  *
  * A step moves what it can without blocking and returns the state to be in; FREE ends the session.
  * session_run alone changes states; no step closes its own session. What to poll for is derived
- * from state and buffers by session_wishes after each run, and for who held back for others when
- * none of them waits any more. Nothing in the loop walks all sessions.
+ * from state and buffers by session_wishes after each run. Nothing in the loop walks all sessions.
  *
  * To understand everything else, start reading main(). */
 #include <sys/epoll.h>
@@ -100,7 +99,6 @@ enum {
 	OPTIONS_MAX = 32,       /* of Connection: each is looked for among all fields */
 	FIRST_RECORD = 1400,    /* bytes of the first record after a rest: they fit one segment */
 	STALL_BYTES = 16384,    /* within stall_ms: what a buffer holds; less is no progress */
-	TURN_BYTES = 16384,     /* then a session comes to rest, if others wait for buffers */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
 	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
 	WAITERS_LOOK = 512,     /* and waiting ones, to find the one to serve next, */
@@ -348,8 +346,7 @@ struct session {
 	uint64_t down_left;     /* of BODY_LENGTH */
 	struct chunked chunked;
 	uint64_t rx, tx;        /* application bytes from and for the client */
-	uint64_t stall_from;    /* their sum when the timer `stall` was started, */
-	uint64_t turn_from;     /* and when it got its record buffers */
+	uint64_t stall_from;    /* their sum when the timer `stall` was started */
 	uint64_t born;          /* ms */
 	struct leg client, backend;
 	struct address peer;
@@ -423,7 +420,6 @@ static struct pollfd fds[FD_SESSIONS + 2 * max_sessions];
 static struct session *awake[max_sessions];
 static unsigned awake_len;
 static unsigned crowds;         /* sources with more than one young session */
-static int held_back;           /* 1: a leg is not polled, for those who wait for records */
 static int epoll_fd = -1, log_fd = STDERR_FILENO;
 static int log_syslog;          /* 1: log_fd is the socket of the syslog daemon */
 static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
@@ -3016,7 +3012,6 @@ static void records_attach(struct session *s, void *item)
 {
 	s->rec = item;
 	s->source->held++;
-	s->turn_from = s->rx + s->tx;
 	leg_attach(&s->client, &s->rec->side[0]);
 	if (tls_backends && s->backend.eng)
 		leg_attach(&s->backend, &s->rec->side[tls_backends]);
@@ -4003,18 +3998,12 @@ static int leg_between(const struct leg *l)
 }
 
 /* Sessions that wait for record buffers take turns with those that have them. In the clear, who
- * empties a buffer comes to rest by itself, but records are read ahead beyond their ends: who has
- * had its turn ends the record that it is in and begins none. Who is slow at it meets stall_ms. */
-static int leg_yields(const struct session *s, const struct leg *l)
+ * empties a buffer comes to rest by itself, but records are read ahead beyond their ends: while
+ * others wait, a run ends the record that it is in and begins one at most, so that nothing of the
+ * next keeps its buffers from them. Who is slow at it meets stall_ms. */
+static int leg_yields(const struct leg *l)
 {
-	return l->eng && pool_wanted(&records_pool) &&
-		s->rx + s->tx - s->turn_from >= TURN_BYTES;
-}
-
-/* Whether it has come to the end of its record, and is not read. */
-static int leg_holds_back(const struct session *s, const struct leg *l)
-{
-	return leg_yields(s, l) && leg_between(l);
+	return l->eng && pool_wanted(&records_pool);
 }
 
 /* Chooses the place to read ahead into, when all before was taken. A side that twice in a row has
@@ -4036,8 +4025,8 @@ static int leg_recv(struct session *s, struct leg *l)
 	if (l->at == l->end)
 		leg_place(s, l);
 	room = (l->spare ? sizeof l->spare->bulk : sizeof l->buf->ahead) - l->end;
-	if (leg_yields(s, l) && br_ssl_engine_recvrec_buf(l->eng, &rest))
-		room = rest;    /* nothing of the next record */
+	if (leg_yields(l) && br_ssl_engine_recvrec_buf(l->eng, &rest))
+		room = rest;
 	n = leg_read(s, l, l->ahead + l->end, room);
 	l->end += n;
 	return n > 0;
@@ -4098,7 +4087,8 @@ static int leg_fill(struct session *s, struct leg *l)
 	size_t len;
 	int error, moved = 0;
 
-	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len) && !leg_holds_back(s, l))
+	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len) &&
+	    !(leg_yields(l) && l->reads < READS && leg_between(l)))
 		moved = leg_recv(s, l);
 	if (!l->eng)
 		return moved;
@@ -5231,7 +5221,7 @@ static int head_rests(const struct session *s)
 
 /* What to poll a leg for. One with buffers reads when all before was taken; an engine that was
  * closed, or that nobody listens to, may want no more records, but its end is awaited. */
-static short leg_events(const struct session *s, const struct leg *l)
+static short leg_events(const struct leg *l)
 {
 	unsigned state = l->eng ? br_ssl_engine_current_state(l->eng) : BR_SSL_RECVREC;
 	size_t len;
@@ -5240,10 +5230,6 @@ static short leg_events(const struct session *s, const struct leg *l)
 	if (l->buf)
 		in = in && l->at == l->end && ((state & BR_SSL_RECVREC) ||
 			(l->fin && !(state & BR_SSL_RECVAPP)));
-	if (l->buf && in && leg_holds_back(s, l)) {
-		held_back = 1;
-		in = 0;
-	}
 	return (short)((in ? POLLIN : 0) | (!l->fin && leg_pending(l, &len) ? POLLOUT : 0));
 }
 
@@ -5253,7 +5239,7 @@ static short client_events(const struct session *s)
 		return POLLRDHUP;
 	if (s->state == HANDSHAKE && !s->client.eng)
 		return POLLIN;
-	return leg_events(s, &s->client);
+	return leg_events(&s->client);
 }
 
 static short backend_events(const struct session *s)
@@ -5264,7 +5250,7 @@ static short backend_events(const struct session *s)
 	if (s->state == CONNECT || s->state == REQUEST)
 		return POLLOUT;
 	if (s->backend.eng)
-		return leg_events(s, &s->backend);
+		return leg_events(&s->backend);
 	in = !s->backend.eof && (s->state == RESPONSE || s->client.fin || !s->rec ||
 		(!s->hd && leg_room(&s->client, &len)));
 	out = !s->backend.fin && s->up_left > 0 && leg_readable(&s->client, &len);
@@ -5299,19 +5285,6 @@ static void session_watch(struct session *s)
 	p[0].fd = wish[0] || client_open(s) ? s->client.fd : -1;
 	p[1].events = wish[1];
 	p[1].fd = wish[1] ? s->backend.fd : -1;
-}
-
-/* Once nobody waits for record buffers, who held back for them is read again: one that rests gave
- * its own back, so these hold some and are in the queue of stalls. */
-static void holders_watch(void)
-{
-	struct link *list = &queues[Q_STALL].list, *l;
-
-	if (!held_back || pool_wanted(&records_pool))
-		return;
-	held_back = 0;
-	for (l = list->next; l != list; l = l->next)
-		session_watch(OWNER(l, struct session, stall.link));
 }
 
 /* Whether a session that stays as it is may leave poll()'s array: it waits for either side. */
@@ -5853,7 +5826,6 @@ static void loop(void)
 		int n;
 
 		listeners_watch();
-		holders_watch();
 		n = poll(fds, FD_SESSIONS + 2 * awake_len, ms);
 		if (n < 0 && errno != EINTR) {
 			/* no memory, or somebody has lowered our limit of descriptors */
