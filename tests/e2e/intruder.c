@@ -1,6 +1,7 @@
 /* Preloaded: somebody who runs code in the process. Once the file named by INTRUDER is there, the next
  * call of getrandom (the first TLS handshake has one) or getaddrinfo (the resolver) makes the system call
- * that the file names instead, and if it comes back, says on stderr with what. */
+ * that the file names instead, and if it comes back, says on stderr with what. With -DALONE: a program
+ * that makes the call at once, to see what this kernel does of it where nobody forbids it. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -86,6 +87,13 @@ static void intrude(void)
 		_exit(9);
 }
 
+#ifdef ALONE
+int main(void)
+{
+	intrude();
+	return 0;
+}
+#else
 ssize_t getrandom(void *buf, size_t len, unsigned flags)
 {
 	intrude();
@@ -98,3 +106,4 @@ int getaddrinfo(const char *host, const char *port, const struct addrinfo *hints
 	intrude();
 	return EAI_FAIL;
 }
+#endif
