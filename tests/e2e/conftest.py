@@ -10,6 +10,7 @@ import pytest
 import pki
 import siege
 from harness import BUILD, PATIENCE, WSS, Proxy
+from more import FILES_ONLY, Etc
 from peers import NodeServer, Place, Places, PythonServer, Scripted, Stream
 
 
@@ -153,3 +154,9 @@ def live_files():
     path.mkdir()
     yield path
     lock.close()
+
+
+@pytest.fixture
+def no_names(live_files):
+    """Options of a proxy for which no name resolves, whatever network there is, and that at once."""
+    return {"wrapper": Etc(live_files, nsswitch=FILES_ONLY).wrapper()}

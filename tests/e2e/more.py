@@ -1,6 +1,8 @@
 """What the tests of TLS backends, plain requests, balancing and names need beside harness and
 peers: a certificate authority, real servers that others wrote, a namespace with our own files."""
 
+import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -10,6 +12,7 @@ import shlex
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -376,6 +379,8 @@ class Etc:
     """Files that a process in its own mount namespace finds in /etc; they may change while it
     runs. (Written in place: a bind mount is of the inode.)"""
 
+    PATHS = {"hosts": "/etc/hosts", "resolv": "/etc/resolv.conf", "nsswitch": "/etc/nsswitch.conf"}
+
     def __init__(self, folder, **files):
         self.folder = folder
         for name, text in files.items():
@@ -386,15 +391,100 @@ class Etc:
         (self.folder / f"etc-{name}").write_text(text)
 
     def wrapper(self):
-        """The command line to run a program by."""
-        paths = {"hosts": "/etc/hosts", "resolv": "/etc/resolv.conf",
-                 "nsswitch": "/etc/nsswitch.conf"}
-        mounts = [f"mount --bind {shlex.quote(str(self.folder / f'etc-{name}'))} "
-                  f'"$(realpath {paths[name]})"' for name in self.names]
-        return [*unshare(), "sh", "-c", " && ".join([*mounts, 'exec "$0" "$@"'])]
+        """The command line to run a program by. nscd, which reads files of its own, is out of reach."""
+        steps = ["{ [ ! -d /run/nscd ] || mount -t tmpfs none /run/nscd; }"]
+        for name in self.names:
+            if not Path(self.PATHS[name]).exists():
+                pytest.skip(f"needs a {self.PATHS[name]} to put another in its place")
+            steps.append(f"mount --bind {shlex.quote(str(self.folder / f'etc-{name}'))} "
+                         f'"$(realpath {self.PATHS[name]})"')
+        return [*unshare(), "sh", "-c", " && ".join([*steps, 'exec "$0" "$@"'])]
 
 
 FILES_ONLY = "hosts: files\n"       # nsswitch.conf: no DNS
+LOCALHOST = "127.0.0.1 localhost\n"
+
+
+class NameServer:
+    """A DNS server on a loopback address of its own. It takes questions, and answers none until it is
+    told what to say."""
+
+    def __init__(self):
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.address = self._bind()
+        self.asked = threading.Event()
+        self.questions = []
+        self.answer = None
+        self.given = set()
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    def _bind(self):
+        for n in range(1, 255):
+            address = f"127.53.{os.getpid() & 255}.{n}"
+            try:
+                self.socket.bind((address, 53))
+                return address
+            except PermissionError:
+                pytest.skip("needs root, for port 53")
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        pytest.skip("needs port 53, which somebody has for all addresses")
+
+    def etc(self, folder, options):
+        """The files of a program that asks this one, and no other."""
+        return Etc(folder, hosts=LOCALHOST, nsswitch="hosts: files dns\n",
+                   resolv=f"nameserver {self.address}\noptions {options}\n")
+
+    def _serve(self):
+        while True:
+            query, client = self.socket.recvfrom(512)
+            if not query:
+                return
+            self.questions.append((query, client))
+            self.asked.set()
+            if self.answer:
+                self._reply(query, client)
+
+    def answer_all(self, address):
+        """The questions that hang, and those to come."""
+        self.answer = address
+        for question in list(self.questions):
+            self._reply(*question)
+
+    def _reply(self, query, client):
+        """The address for A, no data for all else."""
+        end = query.index(b"\0", 12) + 5
+        is_a = query[end - 4:end - 2] == b"\0\1"
+        reply = query[:2] + b"\x81\x80\0\1" + struct.pack(">H", is_a) + bytes(4) + query[12:end]
+        if is_a:
+            reply += b"\xc0\x0c\0\1\0\1\0\0\0\1\0\4" + socket.inet_aton(self.answer)
+        self.socket.sendto(reply, client)
+        self.given.add(self.answer)
+
+    def close(self):
+        self.socket.sendto(b"", self.socket.getsockname())
+        self.thread.join(PATIENCE)
+        self.socket.close()
+
+
+# ---- processes ----
+
+def status_of(pid):
+    """What the kernel says of it: key, list of words."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.split() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def children_of(pid):
+    """By looking at all processes, for few kernels have a list of them."""
+    children = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if status_of(path.name)["PPid"] == [str(pid)]:
+                children.append(int(path.name))
+    return children
 
 
 # ---- memory ----

@@ -1,15 +1,12 @@
 """Which backend gets a session, what happens when it can't be reached, and names."""
 
-import os
 import signal
 import socket
-import struct
-import subprocess
-import threading
 
 import pytest
 
 from harness import IP_HASH, PATIENCE, eventually
+from more import NameServer
 from peers import Place, ask, connect, open_tunnel, play, switching, upgrade, ws
 
 
@@ -246,83 +243,41 @@ def test_backend_by_name(proxy, scripted):
     assert p.log.wait("open")["backend"] == f"localhost:{backend.place.port}"
 
 
-def test_unknown_name_does_not_keep_it_from_starting(proxy, python_server):
+def test_unknown_name_does_not_keep_it_from_starting(proxy, python_server, no_names):
     alive = python_server()
-    p = proxy({"host": "nowhere.invalid", "port": "80"}, alive)
+    p = proxy({"host": "nowhere.invalid", "port": "80"}, alive, popen=no_names)
     assert chosen(p, 2) == [alive.name] * 2
 
 
-def test_only_backend_is_an_unknown_name(proxy):
-    p = proxy({"host": "nowhere.invalid", "port": "80"})
+def test_only_backend_is_an_unknown_name(proxy, no_names):
+    p = proxy({"host": "nowhere.invalid", "port": "80"}, popen=no_names)
     assert ask(p, upgrade())[0].status == 502
     p.log.wait("backend", name="nowhere.invalid:80", down=True)
 
 
-class NameServer:
-    """A DNS server on a loopback address that is silent until it is told what to say."""
-
-    ADDRESS = f"127.53.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
-
-    def __init__(self):
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind((self.ADDRESS, 53))
-        self.asked = threading.Event()
-        self.answer = None
-        self.given = set()
-        self.thread = threading.Thread(target=self._serve, daemon=True)
-        self.thread.start()
-
-    def _serve(self):
-        while True:
-            query, client = self.socket.recvfrom(512)
-            if not query:
-                return
-            self.asked.set()
-            if self.answer:
-                self.socket.sendto(self._reply(query), client)
-                self.given.add(self.answer)
-
-    def _reply(self, query):
-        """The address for A, no data for all else."""
-        end = query.index(b"\0", 12) + 5
-        is_a = query[end - 4:end - 2] == b"\0\1"
-        reply = query[:2] + b"\x81\x80\0\1" + struct.pack(">H", is_a) + bytes(4) + query[12:end]
-        if is_a:
-            reply += b"\xc0\x0c\0\1\0\1\0\0\0\1\0\4" + socket.inet_aton(self.answer)
-        return reply
-
-    def close(self):
-        self.socket.sendto(b"", self.socket.getsockname())
-        self.thread.join(PATIENCE)
-        self.socket.close()
+@pytest.fixture
+def names(keeper):
+    return keeper(NameServer())
 
 
 @pytest.fixture
-def own_resolver(tmp_path):
-    """Arguments for a proxy that sees a resolv.conf of ours, in a mount namespace of its own."""
-    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True)
-    if os.geteuid() != 0 or probe.returncode != 0:
-        pytest.skip("needs root and unshare")
-    conf = tmp_path / "resolv.conf"
-    conf.write_text(f"nameserver {NameServer.ADDRESS}\noptions timeout:1 attempts:1\n")
-    return ["unshare", "-m", "sh", "-c",
-            f'mount --bind {conf} "$(realpath /etc/resolv.conf)" && exec "$0" "$@"']
+def own_resolver(names, live_files):
+    """Options of a proxy that asks `names`, and does so for that long."""
+    return lambda patience: {"wrapper": names.etc(live_files, patience).wrapper()}
 
 
-def test_silent_resolver_stops_nobody(proxy, python_server, own_resolver, keeper):
-    names = keeper(NameServer())
+def test_silent_resolver_stops_nobody(proxy, python_server, names, own_resolver):
     alive = python_server()
     p = proxy({"host": "backend.test", "port": alive.place.port}, alive, resolve_ms=500,
-              popen={"wrapper": own_resolver})
+              popen=own_resolver("timeout:1 attempts:1"))
     assert names.asked.wait(PATIENCE)
     assert chosen(p, 10) == [alive.name] * 10
 
 
-def test_name_that_resolves_later_comes_up(proxy, python_server, own_resolver, keeper):
-    names = keeper(NameServer())
+def test_name_that_resolves_later_comes_up(proxy, python_server, names, own_resolver):
     server = python_server()
     p = proxy({"host": "backend.test", "port": server.place.port}, resolve_ms=300, fail_ms=300,
-              popen={"wrapper": own_resolver})
+              popen=own_resolver("timeout:1 attempts:1"))
     assert names.asked.wait(PATIENCE)
     assert ask(p, upgrade())[0].status == 502
     names.answer = "127.0.0.1"
@@ -330,13 +285,12 @@ def test_name_that_resolves_later_comes_up(proxy, python_server, own_resolver, k
     assert chosen(p, 1) == [f"backend.test:{server.place.port}"]
 
 
-def test_sighup_resolves_names_again(proxy, scripted, own_resolver, keeper):
+def test_sighup_resolves_names_again(proxy, scripted, names, own_resolver):
     """The backend has moved to another address, with the same port."""
-    names = keeper(NameServer())
     names.answer = "127.0.0.1"
     here = scripted()
     there = scripted(Place("127.0.0.2", here.place.port))
-    p = proxy(here.entry(host="backend.test"), popen={"wrapper": own_resolver})
+    p = proxy(here.entry(host="backend.test"), popen=own_resolver("timeout:5 attempts:5"))
     open_tunnel(p, here)
     names.answer = "127.0.0.2"
     p.signal(signal.SIGHUP)

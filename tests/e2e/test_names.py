@@ -3,20 +3,17 @@ or to none for half a minute. The proxy runs with our own /etc/hosts and resolv.
 
 import os
 import signal
-import socket
-import struct
-import threading
 from pathlib import Path
 
 import pytest
 
 from conftest import whole_config
-from harness import FORWARD, IP_HASH, PATIENCE, WORKER, WS, eventually, run_once
-from more import FILES_ONLY, STICKY_COOKIE, Etc, answer, request
+from harness import FORWARD, IP_HASH, PATIENCE, WS, eventually, run_once
+from more import (FILES_ONLY, LOCALHOST, STICKY_COOKIE, Etc, NameServer, answer, children_of, request,
+                  status_of)
 from peers import Place, ask, connect, open_tunnel
 
 PLAIN = {"listeners": [("127.0.0.1", "0", WS)], "http": FORWARD, "resolve_ms": 200, "fail_ms": 300}
-LOCALHOST = "127.0.0.1 localhost\n"
 
 
 @pytest.fixture
@@ -285,62 +282,15 @@ def test_upgrade_goes_to_the_second_address(named, scripted, etc):
 
 # ---- a resolver that hangs ----
 
-class SilentNameServer:
-    """Takes questions and answers none; on an address of its own for each worker."""
-
-    ADDRESS = f"127.0.0.{80 + int(WORKER.removeprefix('gw') if WORKER != 'alone' else 9)}"
-
-    def __init__(self):
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind((self.ADDRESS, 53))
-        self.asked = threading.Event()
-        self.questions = []
-        self.answer = None
-        self.thread = threading.Thread(target=self._serve, daemon=True)
-        self.thread.start()
-
-    def _serve(self):
-        while True:
-            query, client = self.socket.recvfrom(512)
-            if not query:
-                return
-            self.questions.append((query, client))
-            self.asked.set()
-            if self.answer:
-                self.socket.sendto(self._reply(query), client)
-
-    def answer_all(self, address):
-        """The questions that hang, and those to come."""
-        self.answer = address
-        for query, client in list(self.questions):
-            self.socket.sendto(self._reply(query), client)
-
-    def _reply(self, query):
-        end = query.index(b"\0", 12) + 5
-        is_a = query[end - 4:end - 2] == b"\0\1"
-        reply = query[:2] + b"\x81\x80\0\1" + struct.pack(">H", is_a) + bytes(4) + query[12:end]
-        return reply + (b"\xc0\x0c\0\1\0\1\0\0\0\1\0\4" + socket.inet_aton(self.answer)
-                        if is_a else b"")
-
-    def close(self):
-        self.socket.sendto(b"", self.socket.getsockname())
-        self.thread.join(PATIENCE)
-        self.socket.close()
-
-
 @pytest.fixture
-def names(live_files, keeper):
-    try:
-        return keeper(SilentNameServer())
-    except PermissionError:
-        pytest.skip("needs root, for port 53")
+def names(keeper):
+    return keeper(NameServer())
 
 
 @pytest.fixture
 def hanging(proxy, names, live_files):
     """A proxy whose resolver asks `names`: 30 s and twice before it gives up."""
-    etc = Etc(live_files, hosts=LOCALHOST, nsswitch="hosts: files dns\n",
-              resolv=f"nameserver {names.ADDRESS}\noptions timeout:30 attempts:2\n")
+    etc = names.etc(live_files, "timeout:30 attempts:2")
 
     def start(*backends, **config):
         p = proxy(*backends, popen={"wrapper": etc.wrapper()}, **{**PLAIN, **config})
@@ -420,15 +370,6 @@ def test_questions_do_not_pile_up_while_the_resolver_hangs(hanging, scripted, na
 
 # ---- the process that resolves ----
 
-def children_of(pid):
-    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def ids_of(pid):
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(line.split()[1:] for line in lines if line.startswith("Uid:"))
-
-
 def test_resolver_dies_with_the_proxy(named, scripted, etc):
     p = named(by_name(scripted()))
     children = children_of(p.pid)
@@ -497,7 +438,7 @@ def test_resolver_holds_no_listener(named, scripted, etc):
 def test_resolver_gives_up_privileges_too(named, scripted, etc):
     p = named(by_name(scripted()), user="nobody")
     child = children_of(p.pid)[0]
-    eventually(lambda: ids_of(child) == ["65534"] * 4)
+    eventually(lambda: status_of(child)["Uid"] == ["65534"] * 4)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
