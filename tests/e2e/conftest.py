@@ -1,4 +1,6 @@
+import contextlib
 import fcntl
+import functools
 import itertools
 import resource
 import shutil
@@ -14,10 +16,42 @@ from more import FILES_ONLY, Etc
 from peers import NodeServer, Place, Places, PythonServer, Scripted, Stream
 
 
+DESCRIPTORS = 6000      # the most that a test needs
+
+
+def enough_descriptors():
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft == resource.RLIM_INFINITY or soft >= DESCRIPTORS
+
+
 def pytest_configure():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ValueError):       # root may have more
+        if not enough_descriptors():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
     pki.make_all()
+
+
+@pytest.fixture
+def many_descriptors():
+    if not enough_descriptors():
+        pytest.skip(f"needs {DESCRIPTORS} descriptors: ulimit -n")
+
+
+@functools.cache
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
+def need_ipv6():
+    if not has_ipv6():
+        pytest.skip("needs IPv6: ::1")
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -72,6 +106,8 @@ def place(places):
     used = [0, 0]
 
     def give(v6=False):
+        if v6:
+            need_ipv6()
         index = used[v6]
         used[v6] += 1
         return Place(places[v6].address, places[v6].get(index))
@@ -130,6 +166,8 @@ def proxy(request):
     request.node.proxies = started = []
 
     def start(*backends, popen=None, ready=True, **config):
+        if any(":" in listener[0] for listener in config.get("listeners", [])):
+            need_ipv6()
         p = Proxy(whole_config(backends, config), **(popen or {}))
         started.append(p)
         return p.wait_ready() if ready else p

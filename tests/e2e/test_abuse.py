@@ -13,6 +13,7 @@ import threading
 
 import pytest
 
+from conftest import need_ipv6
 from harness import FORWARD, PATIENCE, WS, WSS
 from peers import Stream, client_hello, head, pattern, switching, upgrade
 from siege import ALERT, CHANGE_CIPHER, DATA, HANDSHAKE, Canary, Forger, Siege, is_over
@@ -301,6 +302,7 @@ def test_window_of_a_byte(besiege):
 @pytest.fixture
 def network():
     """A network of its own in which all addresses of 2001:db8::/32 are this machine's."""
+    need_ipv6()
     libc, own = ctypes.CDLL(None, use_errno=True), os.open("/proc/self/ns/net", os.O_RDONLY)
     if libc.unshare(0x40000000) != 0:       # CLONE_NEWNET
         os.close(own)
@@ -348,6 +350,7 @@ def crowd_attack(source, newcomers):
 LARGE = {"max_sessions": 256, "max_busy": 32, "listeners": [("::", "0", WSS)], "log_rejects": 20}
 
 
+@pytest.mark.usefixtures("many_descriptors")
 @pytest.mark.parametrize("limit, source", [
     (0, lambda n: "127.0.0.2"), (32, lambda n: "127.0.0.2"),
     (0, lambda n: f"127.0.1.{n % 50 + 1}")],
@@ -358,11 +361,13 @@ def test_5000_connections_from(besiege, source, limit):
     assert bool(p.log.all("reject", why="per-ip")) == (limit > 0)
 
 
+@pytest.mark.usefixtures("many_descriptors")
 def test_5000_connections_from_5000_addresses(besiege):
     """None of them is worse than a newcomer, who has to wait like them."""
     besiege(crowd_attack(lambda n: f"127.{1 + n // 250}.0.{n % 250 + 1}", 0), **LARGE)
 
 
+@pytest.mark.usefixtures("many_descriptors")
 @pytest.mark.parametrize("source, newcomers", [(lambda n: f"2001:db8::{n + 2:x}", 3),
                                                (lambda n: f"2001:db8:0:{n + 2:x}::1", 0)],
                          ids=["one-network", "5000-networks"])

@@ -445,6 +445,7 @@ def anyones(place):
     shutil.rmtree(path)
 
 
+@pytest.mark.usefixtures("many_descriptors")
 @pytest.mark.skipif(bool(RUN), reason="valgrind has limits of its own")
 def test_soft_limit_of_descriptors_is_raised(proxy, place):
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

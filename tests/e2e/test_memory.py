@@ -133,6 +133,7 @@ def test_all_sessions_of_the_table_can_be_used_again_and_again(proxy, scripted):
     assert len(tunnels) == 8
 
 
+@pytest.mark.usefixtures("many_descriptors")
 @pytest.mark.parametrize("park", [1, 0])
 def test_memory_of_1000_idle_sessions(proxy, scripted, record_property, park):
     """Private memory of a session that has spoken and rests; README's number is 4.5 KB."""
