@@ -390,7 +390,7 @@ def test_some_warning_alerts_do_no_harm(proxy, scripted, keeper):
 
 @KINDS
 def test_idle_session_is_closed_after_idle_ms(tunnel, kind):
-    p, client, server = tunnel(kind, head_ms=200, idle_ms=400)
+    p, client, server = tunnel(kind, head_ms=1000, idle_ms=1200)
     assert client.read_to_end() == b""
     assert server.read_to_end() == b""
     client.close()
@@ -398,7 +398,7 @@ def test_idle_session_is_closed_after_idle_ms(tunnel, kind):
 
 
 def test_idle_session_at_rest_is_closed_too(tunnel):
-    p, client, server = tunnel(head_ms=200, idle_ms=600, park_ms=50)
+    p, client, server = tunnel(head_ms=1000, idle_ms=1200, park_ms=50)
     assert client.read_to_end() == b""
     client.close()
     p.log.wait("close", by="proxy", why="idle")
@@ -407,10 +407,10 @@ def test_idle_session_at_rest_is_closed_too(tunnel):
 @pytest.mark.parametrize("talker", ["client", "backend"])
 def test_session_that_talks_is_not_idle(tunnel, talker):
     """Either direction keeps it, for more than twice idle_ms."""
-    p, client, server = tunnel(head_ms=200, idle_ms=1000)
+    p, client, server = tunnel(head_ms=1000, idle_ms=2000)
     speak, listen = (client, server) if talker == "client" else (server, client)
     silence = threading.Event()
-    for _ in range(25):
+    for _ in range(45):
         silence.wait(0.1)
         speak.send(b".")
         assert listen.read(1) == b"."
@@ -432,7 +432,7 @@ def test_urgent_byte_wakes_a_session_at_rest_once(tunnel, kind):
 
 
 def test_idle_0_is_for_ever(tunnel):
-    p, client, server = tunnel(head_ms=100, idle_ms=0, park_ms=50)
+    p, client, server = tunnel(head_ms=1000, idle_ms=0, park_ms=50)
     eventually(lambda: p.parked() == 2)
     client.send(b"still here")
     assert server.read(10) == b"still here"

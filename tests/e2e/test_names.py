@@ -406,7 +406,7 @@ def test_resolver_that_is_killed_leaves_no_client_waiting(hanging, scripted):
 def test_resolver_that_is_killed_is_not_asked_again(named, scripted):
     """What was to be asked for once more has nobody left to ask."""
     backend = scripted()
-    p = named(by_name(scripted()), backend.entry(), resolve_ms=300, head_ms=600)
+    p = named(by_name(scripted()), backend.entry(), resolve_ms=300, head_ms=1000)
     p.log.wait("backend", down=True, why="unresolved")
     os.kill(children_of(p.pid)[0], signal.SIGKILL)
     p.log.wait_text("^resolver")

@@ -344,8 +344,8 @@ def test_urgent_data_holds_nothing_back(proxy, scripted):
 
 def test_sessions_are_not_parked_with_park_0(proxy, scripted):
     backend = scripted()
-    p = proxy(backend, park=0, park_ms=1, listeners=[("127.0.0.1", "0", WS)], idle_ms=1000,
-              head_ms=500)
+    p = proxy(backend, park=0, park_ms=1, listeners=[("127.0.0.1", "0", WS)], idle_ms=1200,
+              head_ms=1000)
     client, _ = open_tunnel(p, backend)
     assert p.parked() == 0
     client.read_to_end()        # idle_ms

@@ -136,7 +136,7 @@ def test_refused(proxy, scripted, request_, status, why):
 ], ids=["lf-only", "lf-at-the-end", "cr-only"])
 def test_lines_must_end_in_crlf(proxy, scripted, request_, status):
     backend = scripted()
-    p = proxy(backend, head_ms=500)
+    p = proxy(backend, **({"head_ms": 500} if status == 408 else {}))
     assert ask(p, request_)[0].status == status
     assert backend.untouched()
 
