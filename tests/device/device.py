@@ -372,7 +372,7 @@ async def main():
         say("boots")
         machine = Machine(initramfs, port)
         try:
-            await asyncio.wait_for(play(machine, port), 240)
+            await asyncio.wait_for(play(machine, port), 800)
         except BaseException:
             print(machine.text[-6000:])
             raise
