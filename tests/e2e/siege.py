@@ -192,10 +192,10 @@ class Siege:
 
     def gauges(self):
         """What is in use beside totals that only grow: descriptors, and what SIGUSR1 counts."""
-        totals = self.p.totals()
+        grow = {"opened", "rejected", "probes", "full", "rx", "tx", "log-lost"}
         return {"fds": self.p.descriptors(),
-                **{k: int(v) for k, v in totals.items()
-                   if v is not True and k not in ("opened", "rejected", "rx", "tx", "log-lost")}}
+                **{k: int(v) for k, v in self.p.totals().items()
+                   if v is not True and k not in grow}}
 
     def peace(self):
         """Waits until only the canary's session is left. It may hold a buffer at that moment."""
