@@ -131,8 +131,9 @@ static const int park              = 1;         /* 0: plain poll() for all */
 static const unsigned park_ms      = 100;
 
 /* Health: max_fails failures within fail_ms put a backend aside for fail_ms (0: never, whatever
- * check_ms finds). A failure is a connection that does not come about, or that ends without a byte
- * of an answer. check_ms: a TCP connect to each backend that often, 0: off. */
+ * check_ms finds). A failure is a connection, or its TLS, that does not come about; what happens
+ * after a request was written is none, for that may be why. check_ms: a TCP connect to each backend
+ * that often, 0: off. */
 static const unsigned max_fails    = 1;
 static const unsigned fail_ms      = 10000;
 static const unsigned check_ms     = 0;

@@ -4922,17 +4922,9 @@ static int response_upload(struct session *s)
 	return 0;
 }
 
-/* The backend ended before its answer's head did. One that says nothing at all has failed: what
- * connects to it is somebody's proxy, or it dies of each request. The request may have been acted
- * on, so it is not sent to another. */
-static enum state response_missing(struct session *s)
-{
-	if (s->hd->len == 0 && s->note->interim == 0 && s->up_left == 0)
-		server_failed(&servers[s->server], "no-answer");
-	return session_fail(s, WHY_BAD_RESPONSE);
-}
-
-/* Looks through what came for a whole head; reads when there is none. */
+/* Looks through what came for a whole head; reads when there is none. A backend that ends before it
+ * is whole, with a byte or without, fails this request alone: that may be why. As the request may
+ * have been acted on, it is not sent to another. */
 static enum state response_step(struct session *s)
 {
 	struct head_buffer *hd;
@@ -4946,14 +4938,14 @@ static enum state response_step(struct session *s)
 		return RESPONSE;
 	hd = s->hd;
 	if (!response_upload(s))
-		return s->by == BY_BACKEND ? response_missing(s) : FREE;
+		return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
 	do {
 		if (s->backend.eng)
 			leg_fill(s, &s->backend);
 		n = s->broken ? 0 : backend_read(s, (unsigned char *)hd->bytes + hd->len,
 			head_max - hd->len);
 		if (s->broken || s->backend.eof)
-			return response_missing(s);
+			return session_fail(s, WHY_BAD_RESPONSE);
 		hd->len += n;
 		s->moved |= n > 0;
 		do {

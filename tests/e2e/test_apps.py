@@ -12,8 +12,8 @@ import websockets
 
 import pki
 from harness import FORWARD, IP_HASH, PATIENCE, ROUND_ROBIN, WSS
-from more import JS, STICKY_COOKIE, Server, curl, need, npm_modules
-from peers import NODE, PythonServer, connect, play, pattern, ws
+from more import JS, STICKY_COOKIE, Server, curl, need, npm_modules, request
+from peers import NODE, PythonServer, ask, connect, pattern, play, upgrade, ws
 
 CONFIG = {"http": FORWARD, "listeners": [("127.0.0.1", "0", WSS)]}
 
@@ -244,6 +244,26 @@ def test_socket_io_clients_share_both_servers(proxy, chat_servers, balance):
     for one in seen:
         names.add(check(one, "polling", "websocket"))
     assert len(seen) == 12 and names == {"one", "two"}
+
+
+@pytest.mark.parametrize("balance", [ROUND_ROBIN, STICKY_COOKIE])
+def test_socket_io_that_drops_an_upgrade_stays_in_use(proxy, chat_servers, balance):
+    """It ends those on a path that it does not serve after a second, without a byte."""
+    p = proxy(*chat_servers, balance=balance, fail_ms=600000, **CONFIG)
+    polling = request("/socket.io/?EIO=4&transport=polling")
+    cookie = ask(p, polling)[0].get("Set-Cookie")
+    strangers = [connect(p) for _ in range(4)]
+    for stranger in strangers:
+        stranger.send(upgrade("/nowhere"))
+    for stranger in strangers:
+        assert stranger.read_head().status == 502
+    assert not p.log.all("backend")
+    if cookie:
+        polling = request("/socket.io/?EIO=4&transport=polling", Cookie=cookie.partition(";")[0])
+    for _ in range(4):
+        assert ask(p, polling)[0].status == 200
+    seen = {line["backend"] for line in p.log.all("open")}
+    assert len(seen) == (1 if cookie else 2)
 
 
 def test_socket_io_polling_fails_without_stickiness(proxy, chat_servers):

@@ -129,17 +129,33 @@ def test_backend_is_put_aside_after_max_fails(proxy, place, python_server):
     p.log.wait("backend", name=dead.name, down=True)
 
 
-def test_backend_that_accepts_and_closes_is_put_aside(proxy, scripted, python_server):
-    """As the proxy of a container does whose server is down. Its request is not sent again."""
-    mute, alive = scripted(), python_server()
-    p = proxy(mute, alive, fail_ms=600000)
-    client = ask_only(p)
-    server = mute.accept()
-    server.read_head()
+def silence(server, client):
+    assert client.read_head().status == 504
+
+
+def its_end(server, client):
     server.close()
     assert client.read_head().status == 502
-    p.log.wait("backend", name=mute.place.name, down=True, why="no-answer")
-    assert chosen(p, 4) == [alive.name] * 4
+
+
+def its_reset(server, client):
+    server.reset()
+    assert client.read_head().status == 502
+
+
+@pytest.mark.parametrize("ending", [silence, its_end, its_reset])
+def test_request_without_an_answer_takes_its_backend_from_nobody(proxy, scripted, ending):
+    """It may be the request's own fault. It is not sent to another either."""
+    backend, backup = scripted(), scripted()
+    p = proxy(backend, backup.entry(backup=1), response_ms=300, fail_ms=600000)
+    for _ in range(3):
+        client = ask_only(p)
+        server = backend.accept()
+        server.read_head()
+        ending(server, client)
+    open_tunnel(p, backend)
+    assert backup.untouched()
+    assert not p.log.all("backend")
 
 
 def test_backend_that_breaks_off_an_answer_is_not_put_aside(proxy, scripted):
