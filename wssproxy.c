@@ -3928,7 +3928,8 @@ static void leg_unsent(struct session *s, struct leg *l)
 	l->reset = errno == ECONNRESET;
 	if (s->state == RELAY)
 		session_end(s, BY_BACKEND, l->reset ? WHY_RESET : WHY_EOF);
-	s->up_left = 0;
+	if (s->state > REQUEST)
+		s->up_left = 0;         /* before, another backend may get it */
 	l->fin = l->in = 1;
 }
 
@@ -4718,7 +4719,16 @@ static void server_remember(struct server *v, const br_ssl_engine_context *eng,
 	v->resumable = 1;
 }
 
-/* A backend that fails here has not seen a byte of the request: there may be another. */
+/* A backend that is connected failed, and has not seen a byte of the request: another may. */
+static enum state backend_failed(struct session *s, const char *why)
+{
+	s->address = ADDRESSES_MAX;
+	connect_failed(s, why);
+	s->broken = 0;
+	s->why = WHY_NONE;
+	return CONNECT;
+}
+
 static enum state backend_handshake_step(struct session *s)
 {
 	struct leg *l = &s->backend;
@@ -4742,52 +4752,40 @@ static enum state backend_handshake_step(struct session *s)
 	if (!s->broken && !l->eof && !(s->ready & EXPIRED))
 		return BACKEND_HANDSHAKE;
 	v->resumable = 0;
-	s->address = ADDRESSES_MAX;
-	connect_failed(s, handshake_why(s));
-	s->broken = 0;
-	s->why = WHY_NONE;
-	return CONNECT;
+	return backend_failed(s, handshake_why(s));
 }
 
-/* Head bytes to the backend, in the clear or through its engine. Bytes taken, -1: none ever. */
-static ssize_t request_write(struct session *s, const char *p, size_t len)
+/* Head bytes to the backend, in the clear or through its engine. Bytes taken; 0 also when it failed
+ * and none went out. */
+static size_t request_write(struct session *s, const char *p, size_t len)
 {
 	unsigned char *q;
 	size_t room;
-	ssize_t n;
 
-	if (!s->backend.eng) {
-		n = send(s->backend.fd, p, len, MSG_NOSIGNAL);
-		return n < 0 && would_block(errno) ? 0 : n;
-	}
+	if (!s->backend.eng)
+		return backend_write(s, (const unsigned char *)p, len);
 	q = leg_room(&s->backend, &room);
 	len = len < room ? len : room;
 	if (len > 0) {
 		memcpy(q, p, len);
 		leg_put(&s->backend, len);
 	}
-	leg_send(s, &s->backend);
-	return s->broken || s->backend.fin ? -1 : (ssize_t)len;
+	return leg_send(s, &s->backend) || !(s->broken || s->backend.fin) ? len : 0;
 }
 
 static enum state request_step(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
-	size_t len;
-	ssize_t n;
+	size_t len, n;
 
 	if (s->backend.eng && !records_borrow(s))
 		return REQUEST;
 	n = request_write(s, hd->bytes + hd->off, hd->len - hd->off);
-	if (n < 0 && hd->off == 0 && !s->backend.eng) {
-		s->address = ADDRESSES_MAX;
-		connect_failed(s, connect_why(errno));
-		return CONNECT;
-	}
-	if (n < 0)
-		return session_fail(s, WHY_BAD_RESPONSE);
 	s->moved |= n > 0;
-	hd->off += (size_t)n;
+	hd->off += n;
+	if (s->broken || s->backend.fin)
+		return hd->off > 0 ? session_fail(s, WHY_BAD_RESPONSE) :
+			backend_failed(s, connect_why(errno));
 	if (hd->off < hd->len || leg_pending(&s->backend, &len))
 		return REQUEST;
 	servers[s->server].sessions++;

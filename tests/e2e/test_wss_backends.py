@@ -254,10 +254,10 @@ def test_backend_that_resets_in_the_handshake(proxy, scripted):
     p.log.wait("backend", name=backend.name, down=True)
 
 
-def handshake_by_hand(p, backend):
+def handshake_by_hand(p, backend, asked=None):
     """A client that has asked, its backend's end, and TLS for that, which moves no bytes itself."""
     client = connect(p)
-    client.send(request())
+    client.send(asked or request())
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = server_context().wrap_bio(incoming, outgoing, server_side=True)
     return client, backend.accept(), tls, incoming, outgoing
@@ -275,16 +275,10 @@ def test_backend_that_resets_when_the_handshake_is_done(proxy, scripted):
     """Its last words and the reset are there before the request is written."""
     backend = scripted()
     p = proxy(verified(backend), **TLS)
-    client, server, tls, incoming, outgoing = handshake_by_hand(p, backend)
-    while True:
-        incoming.write(server.receive())
-        try:
-            tls.do_handshake()
-            break
-        except ssl.SSLWantReadError:
-            server.send(outgoing.read())
-    reset_behind(p, server, outgoing.read())
+    client, *ends = handshake_by_hand(p, backend)
+    finish_reset_behind(p, *ends)
     assert client.read_head().status == 502
+    p.log.wait("backend", name=backend.name, down=True, why="reset")
 
 
 def test_backend_that_resets_amid_the_handshake(proxy, scripted):
@@ -298,6 +292,53 @@ def test_backend_that_resets_amid_the_handshake(proxy, scripted):
     warning = b"\x15\x03\x03\x00\x02\x01\x5a"
     reset_behind(p, server, outgoing.read() + warning * 3)
     assert client.read_head().status == 502
+
+
+BODY = pattern(5000)
+
+
+def test_body_goes_to_the_next_when_a_backend_resets_behind_its_flight(proxy, scripted, scripted_tls):
+    backend, other = scripted(), scripted_tls()
+    p = proxy(verified(backend), verified(other), handshake_ms=60000, **TLS)
+    client, server, tls, incoming, outgoing = handshake_by_hand(
+        p, backend, request(method="POST", body=BODY))
+    incoming.write(server.receive())
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    reset_behind(p, server, outgoing.read())
+    gets_it_whole(p, client, backend, other)
+
+
+def test_request_goes_to_the_next_when_a_backend_resets_before_it(proxy, scripted, scripted_tls):
+    """Right behind the handshake, at whose end the request is written."""
+    backend, other = scripted(), scripted_tls()
+    p = proxy(verified(backend), verified(other), **TLS)
+    client, server, tls, incoming, outgoing = handshake_by_hand(
+        p, backend, request(method="POST", body=BODY))
+    finish_reset_behind(p, server, tls, incoming, outgoing)
+    gets_it_whole(p, client, backend, other)
+
+
+def finish_reset_behind(p, server, tls, incoming, outgoing):
+    while True:
+        incoming.write(server.receive())
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            server.send(outgoing.read())
+    reset_behind(p, server, outgoing.read())
+
+
+def gets_it_whole(p, client, failed, other):
+    """The other backend does, and the failed one is put aside."""
+    server = other.accept()
+    head = server.read_head()
+    assert (head.first, head.get("Content-Length")) == ("POST / HTTP/1.1", str(len(BODY)))
+    assert server.read(len(BODY)) == BODY
+    server.send(answer(body=b"thanks"))
+    assert client.read_head().status == 200
+    p.log.wait("backend", name=failed.name, down=True)
 
 
 def test_backend_that_is_silent_in_the_handshake(proxy, scripted):
