@@ -4618,6 +4618,7 @@ static void connect_failed(struct session *s, const char *why)
 	int i = s->server;
 
 	backend_hangup(s);
+	s->moved = 1;           /* the next one has its own time */
 	if (++s->address < servers[i].addresses)
 		return;
 	s->tried |= (uint64_t)1 << i;
@@ -5581,8 +5582,9 @@ static void stallers_close(void)
 			return;
 		if (link_alone(&s->wait) && ((want_records && s->rec) ||
 		    (want_heads && s->hd && head_wanted(s)))) {
-			if (s->state == RESPONSE) {
-				session_run(s, EXPIRED);        /* it still gets an answer */
+			if (s->state >= CONNECT && s->state <= RESPONSE) {
+				/* its time is over: the next backend, or an answer */
+				session_run(s, EXPIRED);
 				return;
 			}
 			session_end(s, BY_PROXY, WHY_STALL);

@@ -189,15 +189,20 @@ def test_backends_put_aside_are_tried_when_there_is_no_other(proxy, place, pytho
 def test_connect_that_hangs_goes_to_the_next_after_connect_ms(proxy, place, scripted, keeper):
     """A full accept queue drops what comes: the connection is neither made nor refused."""
     full, alive = scripted(backlog=0), scripted()
-    filler = keeper(socket.socket())
-    filler.connect((full.place.host, int(full.place.port)))
-    while hangs(full, keeper) is False:
-        pass
+    fill(full, keeper)
     p = proxy(full, alive, connect_ms=300)
     client = ask_only(p)
     alive.accept().send(switching())
     assert client.read_head().status == 101
     p.log.wait("backend", name=full.name, down=True, why="timeout")
+
+
+def fill(backend, keeper):
+    """Its backlog, which is to be 0."""
+    filler = keeper(socket.socket())
+    filler.connect((backend.place.host, int(backend.place.port)))
+    while hangs(backend, keeper) is False:
+        pass
 
 
 def hangs(backend, keeper):

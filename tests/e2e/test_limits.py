@@ -17,6 +17,7 @@ from conftest import whole_config
 from harness import PATIENCE, RUN, SANITIZE, WS, WSS, build, config_text, eventually
 from more import TLS_NOVERIFY, ScriptedTls, answer, idle_cpu, request
 from peers import ask, client_hello, connect, open_tunnel, pattern, switching, tcp, upgrade
+from test_backends import fill
 
 
 # ---- max_per_ip ----
@@ -191,6 +192,54 @@ def test_stalled_handshake_gives_its_buffer_up(proxy, scripted):
     eventually(lambda: p.totals()["records"] == "1")
     open_tunnel(p, backend)
     p.log.wait_ending("stall", status="-")
+
+
+def hung_tls(scripted, keeper):
+    backend = scripted()
+    return backend, backend.entry(tls=TLS_NOVERIFY), "tls-timeout"
+
+
+def hung_connect(scripted, keeper):
+    backend = scripted(backlog=0)
+    fill(backend, keeper)
+    return backend, backend.entry(), "timeout"
+
+
+@pytest.mark.parametrize("hung", [hung_tls, hung_connect])
+def test_stall_is_the_backends_when_it_is_silent(proxy, scripted, keeper, hung):
+    """Who waits for one that hangs goes to the next when others want the buffer, and it is put
+    aside as after its own time."""
+    backend, entry, why = hung(scripted, keeper)
+    alive = scripted()
+    p = proxy(entry, alive, tls_backends=1, max_busy=1, stall_ms=400, connect_ms=60000,
+              handshake_ms=60000, fail_ms=600000)
+    clients = [connect(p)]
+    clients[0].send(upgrade())
+    eventually(lambda: p.totals()["heads"] == "1")
+    clients.append(connect(p))          # waits until that buffer is there
+    clients[1].send(upgrade())
+    for _ in clients:
+        server = alive.accept()
+        server.read_head()
+        server.send(switching())
+    assert [client.read_head().status for client in clients] == [101, 101]
+    p.log.wait("backend", name=backend.name, down=True, why=why)
+    assert not p.log.all("reject")
+
+
+@pytest.mark.parametrize("hung", [hung_tls, hung_connect])
+def test_stall_behind_the_last_backend_is_answered(proxy, scripted, keeper, hung):
+    backend, entry, why = hung(scripted, keeper)
+    p = proxy(entry, tls_backends=1, max_busy=1, stall_ms=400, connect_ms=60000,
+              handshake_ms=60000)
+    client = connect(p)
+    client.send(upgrade())
+    eventually(lambda: p.totals()["heads"] == "1")
+    waiting = tcp(p)
+    waiting.send(client_hello())
+    assert client.read_head().status == 502
+    p.log.wait("backend", name=backend.name, down=True, why=why)
+    assert waiting.read(1) == b"\x16"
 
 
 def lurk(p, address, count):
