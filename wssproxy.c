@@ -4130,15 +4130,24 @@ static void leg_finish(struct session *s, struct leg *l)
 
 /* ---- relaying ---- */
 
-/* To a backend in the clear, straight from the client's buffer. */
-static size_t backend_write(struct session *s, const unsigned char *p, size_t len)
+/* To the backend, straight from where it is: to its socket, or into its engine. Bytes taken. */
+static size_t backend_write(struct session *s, const void *p, size_t len)
 {
 	struct leg *l = &s->backend;
+	unsigned char *q;
+	size_t room;
 	ssize_t n;
 
-	if (l->full)
-		return 0;
-	n = leg_write(l, p, len);
+	if (l->eng) {
+		q = leg_room(l, &room);
+		len = len < room ? len : room;
+		if (len > 0) {
+			memcpy(q, p, len);
+			leg_put(l, len);
+		}
+		return len;
+	}
+	n = l->full ? 0 : leg_write(l, p, len);
 	if (n < 0)
 		leg_unsent(s, l);
 	return n > 0 ? (size_t)n : 0;
@@ -4157,8 +4166,8 @@ static int leg_has_more(const struct leg *l)
 static int relay_up(struct session *s)
 {
 	struct leg *to = &s->backend;
-	size_t len, room;
-	unsigned char *p = leg_readable(&s->client, &len), *q;
+	size_t len;
+	unsigned char *p = leg_readable(&s->client, &len);
 
 	if (leg_over(to))
 		s->up_left = 0;
@@ -4170,16 +4179,7 @@ static int relay_up(struct session *s)
 		return 0;
 	len = len < s->up_left ? len : (size_t)s->up_left;
 	to->more = leg_has_more(&s->client);
-	if (!to->eng) {
-		len = backend_write(s, p, len);
-	} else {
-		q = leg_room(to, &room);
-		len = len < room ? len : room;
-		if (len > 0) {
-			memcpy(q, p, len);
-			leg_put(to, len);
-		}
-	}
+	len = backend_write(s, p, len);
 	if (len == 0)
 		return 0;
 	leg_consume(&s->client, len);
@@ -4756,37 +4756,21 @@ static enum state backend_handshake_step(struct session *s)
 	return backend_failed(s, handshake_why(s));
 }
 
-/* Head bytes to the backend, in the clear or through its engine. Bytes taken; 0 also when it failed
- * and none went out. */
-static size_t request_write(struct session *s, const char *p, size_t len)
-{
-	unsigned char *q;
-	size_t room;
-
-	if (!s->backend.eng)
-		return backend_write(s, (const unsigned char *)p, len);
-	q = leg_room(&s->backend, &room);
-	len = len < room ? len : room;
-	if (len > 0) {
-		memcpy(q, p, len);
-		leg_put(&s->backend, len);
-	}
-	return leg_send(s, &s->backend) || !(s->broken || s->backend.fin) ? len : 0;
-}
-
 static enum state request_step(struct session *s)
 {
 	struct head_buffer *hd = s->hd;
 	size_t len, n;
+	int sent;
 
 	if (s->backend.eng && !records_borrow(s))
 		return REQUEST;
-	n = request_write(s, hd->bytes + hd->off, hd->len - hd->off);
+	n = backend_write(s, hd->bytes + hd->off, hd->len - hd->off);
+	sent = leg_send(s, &s->backend);        /* what its engine made of that */
+	if (s->broken || s->backend.fin)
+		return hd->off > 0 || sent ? session_fail(s, WHY_BAD_RESPONSE) :
+			backend_failed(s, connect_why(errno));
 	s->moved |= n > 0;
 	hd->off += n;
-	if (s->broken || s->backend.fin)
-		return hd->off > 0 ? session_fail(s, WHY_BAD_RESPONSE) :
-			backend_failed(s, connect_why(errno));
 	if (hd->off < hd->len || leg_pending(&s->backend, &len))
 		return REQUEST;
 	servers[s->server].sessions++;
