@@ -186,10 +186,10 @@ struct pool {
 	void (*attach)(struct session *, void *item);   /* where sessions wait: gives one an item */
 };
 
-/* The sessions of one address (IPv6: of one /64). */
+/* The sessions of one address (IPv6: of those with the same source_bits6 in front). */
 struct source {
 	struct source *next;    /* of the free list, or of its bucket */
-	unsigned char key[9];   /* IPv4 address, or the first half of an IPv6 one; family */
+	unsigned char key[9];   /* IPv4 address, or the front of an IPv6 one; family */
 	unsigned sessions;
 	unsigned young;         /* those in HANDSHAKE or HEAD */
 	unsigned held;          /* buffers lent to them, */
@@ -813,6 +813,14 @@ static socklen_t address_write(const struct address *a, struct sockaddr_storage 
 	memcpy(&in6->sin6_addr, a->ip, 16);
 	in6->sin6_port = htons(a->port);
 	return sizeof *in6;
+}
+
+/* Its leading bits; what is behind them in key stays as it is. */
+static void address_prefix(unsigned char *key, const unsigned char *ip, unsigned bits)
+{
+	memcpy(key, ip, (bits + 7) / 8);
+	if (bits % 8)
+		key[bits / 8] &= (unsigned char)(0xff00 >> bits % 8);
 }
 
 /* Whether it is a socket's path, not an address or a name. */
@@ -2453,9 +2461,7 @@ static int rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned 
 	int best = -1;
 	unsigned i, w;
 
-	memcpy(key, address, (bits + 7) / 8);
-	if (bits % 8)
-		key[bits / 8] &= (unsigned char)(0xff00 >> bits % 8);
+	address_prefix(key, address, bits);
 	client = hash_bytes(bits, key, sizeof key);
 	for (i = 0; i < n; i++) {
 		for (w = 0; w < weight[i] && (allowed >> i & 1); w++) {
@@ -2928,54 +2934,52 @@ static void servers_init(void)
 
 /* ---- sources: how many sessions an address has ---- */
 
-static struct source **source_bucket(const struct address *a, unsigned char key[9])
+/* Where the source of an address hangs, or, if it has no session, would. */
+static struct source **source_place(const struct address *a, unsigned char key[9])
 {
+	struct source **p;
+
 	memset(key, 0, 9);
-	memcpy(key, a->ip, a->family == AF_INET ? 4 : 8);
+	address_prefix(key, a->ip, a->family == AF_INET ? 32 : source_bits6);
 	key[8] = a->family;
-	return &buckets[hash_bytes(0, key, 9) % LENGTH(buckets)];
+	p = &buckets[hash_bytes(0, key, 9) % LENGTH(buckets)];
+	while (*p && memcmp((*p)->key, key, 9) != 0)
+		p = &(*p)->next;
+	return p;
 }
 
 /* The source of an address, NULL if it has no session. */
 static struct source *source_find(const struct address *a)
 {
 	unsigned char key[9];
-	struct source *o = *source_bucket(a, key);
 
-	while (o && memcmp(o->key, key, sizeof key) != 0)
-		o = o->next;
-	return o;
+	return *source_place(a, key);
 }
 
 /* One session more; there are as many sources as sessions, so one is always free. */
 static struct source *source_take(const struct address *a)
 {
-	struct source *o = source_find(a);
-	struct source **bucket;
+	unsigned char key[9];
+	struct source **p = source_place(a, key);
 
-	if (!o) {
-		o = pool_lend(&source_pool);
-		if (!o)
+	if (!*p) {
+		*p = pool_lend(&source_pool);
+		if (!*p)
 			abort();
-		bucket = source_bucket(a, o->key);
-		o->sessions = o->young = o->held = o->heads = 0;
-		o->next = *bucket;
-		*bucket = o;
+		memset(*p, 0, sizeof **p);
+		memcpy((*p)->key, key, sizeof key);
 	}
-	o->sessions++;
-	return o;
+	(*p)->sessions++;
+	return *p;
 }
 
 static void source_release(struct source *o, const struct address *a)
 {
 	unsigned char key[9];
-	struct source **p = source_bucket(a, key);
 
 	if (--o->sessions > 0)
 		return;
-	while (*p != o)
-		p = &(*p)->next;
-	*p = o->next;
+	*source_place(a, key) = o->next;
 	pool_return(&source_pool, o);
 }
 
@@ -5904,7 +5908,7 @@ static const struct {
 	NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
 	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_sessions, 0, 1), NUMBER(seccomp, 0, 1),
-	NUMBER(log_rejects, 0, INT_MAX),
+	NUMBER(log_rejects, 0, INT_MAX), NUMBER(source_bits6, 1, 64),
 #undef NUMBER
 };
 

@@ -54,6 +54,7 @@ static const int check_accept = 1;
 #define max_sessions 24
 #define max_busy 4
 static const unsigned max_per_ip = 12;
+static const unsigned source_bits6 = 62;
 #define head_max 8192
 
 static const unsigned handshake_ms = 10000;

@@ -691,8 +691,8 @@ static void test_sources(void)
 {
 	struct address a = address_of("192.0.2.1", "1"), b = address_of("192.0.2.1", "2"),
 		c = address_of("192.0.2.2", "1"), mapped = address_of("::ffff:192.0.2.1", "3"),
-		n1 = address_of("2001:db8:0:1::1", "1"), n2 = address_of("2001:db8:0:1:ffff::2", "1"),
-		n3 = address_of("2001:db8:0:2::1", "1");
+		n1 = address_of("2001:db8:0:1::1", "1"), n2 = address_of("2001:db8:0:3:ffff::2", "1"),
+		n3 = address_of("2001:db8:0:4::1", "1");
 	struct source *sa, *sc, *s1, *s3;
 
 	tables_init();
@@ -705,7 +705,7 @@ static void test_sources(void)
 	CHECK_INT(sa->sessions, 3);
 	sc = source_take(&c);
 	CHECK(sc != sa);
-	/* an IPv6 site has a /64 */
+	/* source_bits6 of an IPv6 address count */
 	s1 = source_take(&n1);
 	CHECK(source_take(&n2) == s1);
 	s3 = source_take(&n3);

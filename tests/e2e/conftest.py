@@ -1,11 +1,16 @@
 import contextlib
+import ctypes
 import fcntl
 import functools
 import itertools
+import os
 import resource
 import shutil
 import signal
 import socket
+import subprocess
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -174,6 +179,79 @@ def proxy(request):
     yield start
     faults = [p.faults() for p in started]
     assert not any(faults), faults
+
+
+CLONE_NEWNET = 0x40000000
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture
+def network():
+    """A network of its own in which all addresses of 2001:db8::/32 are this machine's."""
+    need_ipv6()
+    own = os.open("/proc/self/ns/net", os.O_RDONLY)
+    if libc.unshare(CLONE_NEWNET) != 0:
+        os.close(own)
+        pytest.skip("needs a network namespace: root")
+    try:
+        for command in ("ip link set lo up", "ip -6 route add local 2001:db8::/32 dev lo"):
+            subprocess.run(command.split(), check=True)
+        Path("/proc/sys/net/ipv6/ip_nonlocal_bind").write_text("1")
+        yield
+    finally:
+        libc.setns(own, 0)
+        os.close(own)
+
+
+class Neighbour:
+    """Another network, on a cable to this one: it is 10.77.0.2, we are 10.77.0.1."""
+
+    def __init__(self):
+        self.holder = subprocess.Popen(["unshare", "-n", "sh", "-c", "echo ready; exec cat"],
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.holder.stdout.readline() == b"ready\n"
+        self.run("ip link add ours type veth peer name theirs netns {}", where=())
+        for who, where in ((1, ()), (2, self.inside())):
+            name = ("ours", "theirs")[who - 1]
+            self.run(f"ip addr add 10.77.0.{who}/24 dev {name}", where=where)
+            self.run(f"ip link set {name} up", where=where)
+
+    def inside(self):
+        return "nsenter", "-t", str(self.holder.pid), "-n"
+
+    def run(self, command, where=None):
+        where = self.inside() if where is None else where
+        subprocess.run([*where, *command.format(self.holder.pid).split()], check=True)
+
+    def connect(self, address):
+        """A socket in there, connected to an address here. (Who enters is a thread of its own.)"""
+        made = []
+
+        def enter():
+            there = os.open(f"/proc/{self.holder.pid}/ns/net", os.O_RDONLY)
+            if libc.setns(there, CLONE_NEWNET) == 0:
+                made.append(socket.create_connection(address, PATIENCE))
+            os.close(there)
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        return made[0]
+
+    def segments(self):
+        """Segments of TCP that came in."""
+        names, values = [line.split() for line in open(f"/proc/{self.holder.pid}/net/snmp")
+                         if line.startswith("Tcp:")]
+        return int(values[names.index("InSegs")])
+
+    def close(self):
+        self.holder.stdin.close()
+        self.holder.stdout.close()
+        self.holder.wait()
+
+
+@pytest.fixture
+def neighbour(network, keeper):
+    return keeper(Neighbour())
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 in order. Afterwards everything has been given back and newcomers are served. What the canary and
 the proxy went through becomes a table (siege.TABLE), which is printed at the end."""
 
-import ctypes
-import os
 import random
 import select
 import socket
@@ -13,7 +11,6 @@ import threading
 
 import pytest
 
-from conftest import need_ipv6
 from harness import FORWARD, PATIENCE, WS, WSS
 from peers import Stream, client_hello, head, pattern, switching, upgrade
 from siege import ALERT, CHANGE_CIPHER, DATA, HANDSHAKE, Canary, Forger, Siege, is_over
@@ -299,28 +296,9 @@ def test_window_of_a_byte(besiege):
 
 # ---- more connections than there are places ----
 
-@pytest.fixture
-def network():
-    """A network of its own in which all addresses of 2001:db8::/32 are this machine's."""
-    need_ipv6()
-    libc, own = ctypes.CDLL(None, use_errno=True), os.open("/proc/self/ns/net", os.O_RDONLY)
-    if libc.unshare(0x40000000) != 0:       # CLONE_NEWNET
-        os.close(own)
-        pytest.skip("needs a network namespace: root")
-    try:
-        for command in ("ip link set lo up", "ip -6 route add local 2001:db8::/32 dev lo"):
-            subprocess.run(command.split(), check=True)
-        yield
-    finally:
-        libc.setns(own, 0)
-        os.close(own)
-
-
 def socket_from(source, address):
     sock = socket.socket(socket.AF_INET6 if ":" in source else socket.AF_INET)
     sock.setblocking(False)
-    if ":" in source:
-        sock.setsockopt(socket.IPPROTO_IPV6, 78, 1)     # IPV6_FREEBIND
     sock.bind((source, 0))
     sock.connect_ex(address)
     return sock

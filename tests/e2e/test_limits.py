@@ -52,6 +52,21 @@ def test_no_limit_per_ip(proxy, scripted):
         open_tunnel(p, backend)
 
 
+@pytest.mark.parametrize("bits, third", [(48, "per-ip"), (64, None)])
+def test_source_bits6(proxy, scripted, network, bits, third):
+    """Three networks of one site, two sessions at most, and then somebody else."""
+    backend = scripted()
+    p = proxy(backend, listeners=[("::", "0", WS)], max_per_ip=2, source_bits6=bits)
+    for n in (1, 2):
+        open_tunnel(p, backend, source=f"2001:db8:0:{n}::1")
+    if third:
+        assert tcp(p, source="2001:db8:0:3::1").read_to_end() == b""
+        p.log.wait_ending(third, status="-")
+    else:
+        open_tunnel(p, backend, source="2001:db8:0:3::1")
+    open_tunnel(p, backend, source="2001:db8:1:1::1")
+
+
 # ---- max_sessions ----
 
 PLAIN = [("127.0.0.1", "0", WS)]
