@@ -146,11 +146,13 @@ static const unsigned resolve_ms   = 5000;
 
 /* Dead peers, on both sides: TCP keepalive (first probe, interval, probes; keepalive_s = 0: off),
  * and how long sent bytes may stay unacknowledged (0: the system's 15 minutes or so). Linux counts
- * bytes that the peer is too slow to take as well: who takes nothing for so long is reset. */
+ * bytes that the peer is too slow to take as well: who takes nothing for so long is reset. It also
+ * looks at this instead of keepalive_probes, so it must not be below (keepalive_s +
+ * keepalive_interval_s * keepalive_probes) * 1000: one lost answer would end a silent session. */
 static const unsigned keepalive_s          = 60;
 static const unsigned keepalive_interval_s = 15;
 static const unsigned keepalive_probes     = 4;
-static const unsigned user_timeout_ms      = 60000;
+static const unsigned user_timeout_ms      = 120000;
 
 /* After start: become this user and group (names or numbers; NULL: stay, which for root the log
  * warns of), and see no files but those under this directory (NULL: none). On SIGHUP, certificates

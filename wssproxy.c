@@ -5958,6 +5958,7 @@ static void texts_check(void)
 /* What the compiler can't know. Dies with the entry's name. */
 static void config_check(void)
 {
+	const unsigned probing_s = keepalive_s + keepalive_interval_s * keepalive_probes;
 	unsigned i;
 
 	for (i = 0; i < LENGTH(numbers); i++)
@@ -5966,6 +5967,9 @@ static void config_check(void)
 				numbers[i].min, numbers[i].max);
 	if (idle_ms > 0 && idle_ms <= head_ms)
 		die("config.h: idle_ms: must be above head_ms, or 0");
+	if (keepalive_s > 0 && user_timeout_ms > 0 && user_timeout_ms / 1000 < probing_s)
+		die("config.h: user_timeout_ms = %u leaves no time for keepalive_probes: give "
+			"%u000 or more, or 0", user_timeout_ms, probing_s);
 	for (i = 0; i < LISTENERS; i++)
 		(void)listener_address(i);
 	texts_check();

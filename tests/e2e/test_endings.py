@@ -1,6 +1,7 @@
 """How sessions end: what was sent arrives first, and each end sees the ending that it should."""
 
 import os
+import re
 import socket
 import threading
 from pathlib import Path
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gnutls import FATAL, INTERNAL_ERROR, USER_CANCELED, WARNING, GnutlsClient
-from harness import FORWARD, WS, WSS, eventually
+from harness import FORWARD, REPO, WS, WSS, eventually
 from more import answer, idle_cpu, request
-from peers import connect, open_tunnel, pattern, switching, tcp, upgrade
+from peers import Stream, connect, open_tunnel, pattern, switching, tcp, upgrade
 
 BULK = pattern(2 << 20)
 KINDS = pytest.mark.parametrize("kind", [WSS, WS])
@@ -441,7 +442,7 @@ def test_idle_0_is_for_ever(tunnel):
 @pytest.mark.parametrize("taker", ["client", "backend"])
 def test_peer_that_takes_nothing_is_given_up_after_user_timeout(tunnel, taker):
     """A window that stays closed is a dead peer to TCP_USER_TIMEOUT."""
-    p, client, server = tunnel(user_timeout_ms=1000)
+    p, client, server = tunnel(user_timeout_ms=1000, keepalive_s=0)
     send_until_it_breaks(server if taker == "client" else client)
     p.log.wait("close", by=taker, why="timeout")
 
@@ -459,7 +460,7 @@ def keepalive_timers(pid):
 
 
 def test_keepalive_is_on_at_both_ends(tunnel):
-    p, client, server = tunnel(keepalive_s=77)
+    p, client, server = tunnel(keepalive_s=77, keepalive_probes=2)
     timers = []
 
     def both():
@@ -467,3 +468,27 @@ def test_keepalive_is_on_at_both_ends(tunnel):
         return len(timers) == 2
     eventually(both)
     assert all(60 < timer <= 77 for timer in timers)
+
+
+def test_lost_keepalive_answer_is_no_end(proxy, scripted, neighbour):
+    """By default, with all times a fifteenth of that."""
+    defaults = {name: int(value) for name, value in re.findall(
+        r"^static const unsigned (keepalive_\w+|user_timeout_ms) *= (\d+);",
+        (REPO / "config.def.h").read_text(), re.M)}
+    scaled = {name: value if name == "keepalive_probes" else value // 15
+              for name, value in defaults.items()}
+    backend = scripted()
+    p = proxy(backend, listeners=[("10.77.0.1", "0", WS)], **scaled)
+    client = Stream(neighbour.connect(p.address()))
+    client.send(upgrade())
+    server = backend.accept()
+    server.read_head()
+    server.send(switching())
+    assert client.read_head().status == 101
+    before = neighbour.segments()
+    neighbour.run("ip route add blackhole 10.77.0.1/32")
+    eventually(lambda: neighbour.segments() > before)
+    neighbour.run("ip route del blackhole 10.77.0.1/32")
+    eventually(lambda: neighbour.segments() > before + 1)
+    client.send(b"still here")
+    assert server.read(10) == b"still here"

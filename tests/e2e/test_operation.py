@@ -142,7 +142,8 @@ def test_bad_backend_is_named(place, backend, named):
 
 @pytest.mark.parametrize("entry, value", [
     ("max_sessions", 0), ("max_busy", 0), ("head_max", 100), ("head_max", 60000),
-    ("head_ms", 0), ("idle_ms", 100), ("hash_bits4", 33), ("hash_bits6", 129)])
+    ("head_ms", 0), ("idle_ms", 100), ("hash_bits4", 33), ("hash_bits6", 129),
+    ("source_bits6", 65), ("source_bits6", 0), ("user_timeout_ms", 119999)])
 def test_bad_number_is_refused_and_named(place, entry, value):
     """By the compiler where it can know, at start where it can't."""
     entries = whole_config([place()], {entry: value})
