@@ -107,6 +107,7 @@ enum {
 	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory, */
 	POLL_PAUSE_MS = 50,     /* and poll */
 	FULL_PAUSE_MS = 10000,  /* between two lines `full` */
+	REDIAL_MS = 20,         /* until sessions that could not dial yet look again */
 	LOG_LINE = 1024,
 	LISTENERS = LENGTH(listeners),
 	CERTS = LENGTH(certs),
@@ -150,6 +151,7 @@ enum {
 	Q_STALL,                /* sessions that hold a buffer, by their last progress */
 	Q_RESOLVE,              /* backends whose name is to be tried again */
 	Q_CHECK,                /* backends whose next active check is due */
+	Q_REDIAL,               /* sessions that could not dial yet, instead of Q_STALL */
 	Q_REJECTS,              /* the second in which lines `reject` are counted */
 	QUEUES
 };
@@ -336,6 +338,8 @@ struct session {
 	uint8_t ready;          /* of this run, see above */
 	uint8_t moved, fed;     /* in this run: bytes, application bytes */
 	uint8_t address;        /* which of the backend's is tried */
+	uint8_t starved;        /* 1: a backend could not be tried for lack of something of ours */
+	const char *fault;      /* why an address of this backend failed; NULL: none yet */
 	int slot;               /* in awake[], -1 */
 	short armed[2];         /* what the epoll set tells of client and backend; 0: not in it */
 	int server;             /* index of the backend, -1 */
@@ -355,7 +359,7 @@ struct session {
 	struct head_buffer *hd;
 	struct note *note;
 	struct keyring *ring;   /* while a handshake is under way */
-	struct link wait;       /* for a buffer, a name, a handshake turn, or in runnable */
+	struct link wait;       /* for a buffer, a handshake turn, or in runnable */
 	struct timer timer;     /* the state's */
 	struct timer park;
 	struct timer stall;
@@ -415,7 +419,6 @@ static struct pool session_pool, records_pool, heads_pool, note_pool, source_poo
 static struct queue queues[QUEUES];
 static struct link turns;       /* sessions whose handshake has input: one step each turn */
 static struct link runnable;    /* sessions that were given what they waited for */
-static struct link unnamed;     /* sessions that wait for the first answer of the resolver */
 static struct pollfd fds[FD_SESSIONS + 2 * max_sessions];
 static struct session *awake[max_sessions];
 static unsigned awake_len;
@@ -1283,10 +1286,11 @@ static int would_block(int error)
 	return error == EAGAIN || error == EWOULDBLOCK || error == EINTR;
 }
 
-/* Errors that are our machine's, not the other side's: no descriptor, no memory. */
+/* Errors that are our machine's, not the other side's: no descriptor, memory or local port. */
 static int is_our_shortage(int error)
 {
-	return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
+	return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM ||
+		error == EADDRNOTAVAIL;
 }
 
 static void socket_option(int fd, int level, int name, unsigned value)
@@ -2591,8 +2595,11 @@ static void server_failed(struct server *v, const char *why)
 	resolver_ask(v);
 }
 
+/* NULL: it is ours, see above. */
 static const char *connect_why(int error)
 {
+	if (is_our_shortage(error))
+		return NULL;
 	switch (error) {
 	case ECONNREFUSED:      return "refused";
 	case ENOENT:            return "no-socket";
@@ -2600,7 +2607,6 @@ static const char *connect_why(int error)
 	case EPIPE:             return "reset";
 	case ETIMEDOUT:         return "timeout";
 	case EAGAIN:            return "full";          /* backlog of a unix: socket */
-	case EADDRNOTAVAIL:
 	case EHOSTUNREACH:
 	case ENETUNREACH:
 	case EAFNOSUPPORT:      return "unreachable";
@@ -2616,16 +2622,12 @@ static int server_dial(unsigned i, unsigned which)
 	const struct address *a = &servers[i].address[which];
 	struct sockaddr_storage ss;
 	struct sockaddr_un *sun = (struct sockaddr_un *)(void *)&ss;
-	socklen_t len;
+	socklen_t len = address_write(a, &ss);
 	int fd, error;
 
 	if (a->family == AF_UNIX) {
-		memset(&ss, 0, sizeof ss);
-		sun->sun_family = AF_UNIX;
 		string_format(sun->sun_path, sizeof sun->sun_path, "%s", backends[i].host + 5);
 		len = sizeof *sun;
-	} else {
-		len = address_write(a, &ss);
 	}
 	fd = socket(a->family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd < 0)
@@ -2806,8 +2808,6 @@ static void resolver_answer(const struct resolved *r)
 		if (fds[FD_RESOLVER].fd >= 0)
 			timer_start(&queues[Q_RESOLVE], &v->retry);
 	}
-	while (!link_alone(&unnamed))
-		link_append(&runnable, unnamed.next);
 }
 
 /* It has died, and there is none to be had: what it takes, /etc and fork, was given up at start.
@@ -4616,63 +4616,69 @@ static enum state head_step(struct session *s)
 	return s->client.eof || s->broken ? FREE : HEAD;
 }
 
-/* The connection to a backend's address failed: the next address, or none of this backend's. */
+/* The connection to a backend's address failed, why NULL: for lack of something of ours. The next
+ * address, or none of this backend's, which has failed if one of them has. */
 static void connect_failed(struct session *s, const char *why)
 {
-	int i = s->server;
+	struct server *v = &servers[s->server];
 
 	backend_hangup(s);
+	timer_start(&queues[CONNECT], &s->timer);
 	s->moved = 1;           /* the next one has its own time */
-	if (++s->address < servers[i].addresses)
+	if (why)
+		s->fault = why;
+	if (++s->address < v->addresses)
 		return;
-	s->tried |= (uint64_t)1 << i;
+	s->tried |= (uint64_t)1 << s->server;
 	server_leave(s);
-	server_failed(&servers[i], why);
+	if (s->fault)
+		server_failed(v, s->fault);
+	else
+		s->starved = 1;
 }
 
-/* Dials until a connect is under way or no backend is left. */
+/* Dials until a connect is under way or no backend is left. One whose name is not known yet, or
+ * whose backlog is full for the moment, is tried again soon, as long as the session may be here. */
 static enum state connect_next(struct session *s)
 {
 	for (;;) {
-		if (s->server < 0) {
-			int i = server_pick(s);
+		int i = s->server < 0 ? server_pick(s) : s->server;
 
-			if (i == PICK_WAIT) {
-				link_append(&unnamed, &s->wait);
-				if (link_alone(&s->timer.link))
-					timer_start(&queues[CONNECT], &s->timer);
-				return CONNECT;
-			}
-			if (i < 0)
-				return session_fail(s, i == PICK_FULL ? WHY_FULL : WHY_NO_BACKEND);
+		if (i == PICK_WAIT)
+			return CONNECT;
+		if (i < 0)
+			return session_fail(s, s->starved ? WHY_NO_RESOURCES :
+				i == PICK_FULL ? WHY_FULL : WHY_NO_BACKEND);
+		if (s->server < 0) {
 			s->server = i;
 			s->address = 0;
+			s->fault = NULL;
 			servers[i].active++;
-		}
-		s->backend.fd = server_dial((unsigned)s->server, s->address);
-		if (s->backend.fd >= 0) {
 			timer_start(&queues[CONNECT], &s->timer);
-			return CONNECT;
 		}
-		if (is_our_shortage(errno))
-			return session_fail(s, WHY_NO_BACKEND);
+		s->backend.fd = server_dial((unsigned)i, s->address);
+		if (s->backend.fd >= 0 || errno == EAGAIN)
+			return CONNECT;
 		connect_failed(s, connect_why(errno));
 	}
 }
 
 static enum state connect_step(struct session *s)
 {
+	const int expired = s->ready & EXPIRED;
 	int error = 0;
 	socklen_t len = sizeof error;
 
-	if (s->backend.fd < 0)
-		return s->ready & EXPIRED ? session_fail(s, WHY_NO_BACKEND) : connect_next(s);
-	if (!(s->ready & (BACKEND_OUT | EXPIRED)))
+	if (expired && s->server < 0)
+		return session_fail(s, WHY_NO_BACKEND);
+	if (expired)
+		error = s->backend.fd < 0 ? EAGAIN : ETIMEDOUT;
+	else if (s->backend.fd < 0)
+		return connect_next(s);
+	else if (!(s->ready & BACKEND_OUT))
 		return CONNECT;
-	if (s->ready & EXPIRED)
-		error = ETIMEDOUT;
-	else if (getsockopt(s->backend.fd, SOL_SOCKET, SO_ERROR, &error, &len) < 0)
-		error = errno;
+	else
+		getsockopt(s->backend.fd, SOL_SOCKET, SO_ERROR, &error, &len);
 	if (error == 0 && tls_backends && backends[s->server].tls != TLS_OFF)
 		return BACKEND_HANDSHAKE;
 	if (error == 0)
@@ -4739,22 +4745,19 @@ static enum state backend_handshake_step(struct session *s)
 	struct leg *l = &s->backend;
 	struct server *v = &servers[s->server];
 	const struct keyring *ring = s->ring ? s->ring : keyring;
+	const int expired = s->ready & EXPIRED;
 
-	if ((s->ready & EXPIRED) && !l->eng)
-		return session_fail(s, WHY_NO_BACKEND); /* it waited for buffers of ours */
-	if (!(s->ready & EXPIRED)) {
-		if (!records_borrow(s))
-			return BACKEND_HANDSHAKE;
-		if (!l->eng && !tls_dial(s))
-			return session_fail(s, WHY_NO_BACKEND);
-		if (l->at == l->end && l->in)
-			leg_recv(s, l);
-		if (!s->broken && !l->eof && leg_handshake(s, l)) {
-			server_remember(v, l->eng, ring);
-			return REQUEST;
-		}
+	if (!expired && !records_borrow(s))
+		return BACKEND_HANDSHAKE;
+	if (!l->eng && (expired || !tls_dial(s)))
+		return session_fail(s, WHY_NO_RESOURCES);
+	if (!expired && l->at == l->end && l->in)
+		leg_recv(s, l);
+	if (!expired && !s->broken && !l->eof && leg_handshake(s, l)) {
+		server_remember(v, l->eng, ring);
+		return REQUEST;
 	}
-	if (!s->broken && !l->eof && !(s->ready & EXPIRED))
+	if (!expired && !s->broken && !l->eof)
 		return BACKEND_HANDSHAKE;
 	v->resumable = 0;
 	return backend_failed(s, handshake_why(s));
@@ -5303,7 +5306,8 @@ static void session_settle(struct session *s)
 		link_drop(&s->stall.link);
 	else if (link_alone(&s->stall.link) || (s->moved && (!s->fed ||
 	    s->rx + s->tx - s->stall_from >= STALL_BYTES))) {
-		timer_start(&queues[Q_STALL], &s->stall);
+		timer_start(&queues[s->state == CONNECT && s->backend.fd < 0 ? Q_REDIAL : Q_STALL],
+			&s->stall);
 		s->stall_from = s->rx + s->tx;
 	}
 	if (s->fed)
@@ -5602,6 +5606,10 @@ static void timers_run(void)
 		check_start((unsigned)(OWNER(t, struct server, check) - servers));
 	if (timer_due(&queues[Q_REJECTS]))
 		rejects_over();
+	while ((t = timer_due(&queues[Q_REDIAL])) != NULL) {
+		link_drop(&t->link);
+		session_run(OWNER(t, struct session, stall), 0);
+	}
 	stallers_close();
 }
 
@@ -5843,7 +5851,7 @@ static void tables_init(void)
 		{ REQUEST, response_ms }, { RESPONSE, response_ms }, { RELAY, idle_ms },
 		{ EXCHANGE, idle_ms }, { REPLY, linger_ms }, { DRAIN, linger_ms },
 		{ Q_PARK, park_ms }, { Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms },
-		{ Q_CHECK, check_ms }, { Q_REJECTS, 1000 },
+		{ Q_CHECK, check_ms }, { Q_REJECTS, 1000 }, { Q_REDIAL, REDIAL_MS },
 	};
 	unsigned i;
 
@@ -5853,7 +5861,6 @@ static void tables_init(void)
 		queues[times[i].queue].ms = times[i].ms;
 	link_init(&turns);
 	link_init(&runnable);
-	link_init(&unnamed);
 	link_init(&rejects.timer.link);
 	pool_init(&session_pool, sessions, sizeof sessions[0], max_sessions);
 	pool_init(&records_pool, records, sizeof records[0], max_busy);

@@ -100,6 +100,7 @@ enum log_to {
 	WHY(BAD_RESPONSE, 502, "bad-response")     /* malformed, too large, or its head cut off */ \
 	WHY(BAD_ACCEPT, 502, "bad-accept")         /* a 101 that does not match the request */ \
 	WHY(FULL, 503, "full")                     /* every backend is at max_conns */ \
+	WHY(NO_RESOURCES, 503, "no-resources")     /* ours: no descriptor, memory or port */ \
 	WHY(RESPONSE_TIMEOUT, 504, "response-timeout") /* no answer within response_ms */ \
 	/* no answer is possible: the client's TLS is not up, or it is gone */ \
 	WHY(HANDSHAKE_TIMEOUT, 0, "handshake-timeout") /* TLS not up within handshake_ms */ \

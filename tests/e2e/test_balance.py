@@ -1,16 +1,21 @@
 """LEAST_CONN, STICKY_COOKIE, weights, backups, max_conns, paths, unix: backends, active checks."""
 
+import contextlib
 import re
 import selectors
 import signal
 import socket
+import ssl
+import threading
 
 import pytest
 
 from conftest import whole_config
 from harness import FORWARD, IP_HASH, PATIENCE, ROUND_ROBIN, WS, WSS, eventually, run_once
-from more import LEAST_CONN, STICKY_COOKIE, answer, exchange, request
-from peers import Scripted, Stream, ask, connect, open_tunnel, switching, upgrade
+from more import (FILES_ONLY, LEAST_CONN, STICKY_COOKIE, TLS_VERIFY, Etc, ScriptedTls, answer,
+                  exchange, pem, request, server_context)
+from peers import Place, Scripted, Stream, ask, connect, open_tunnel, switching, upgrade
+from test_backends import fill
 
 PLAIN = {"listeners": [("127.0.0.1", "0", WS)], "http": FORWARD}
 SOON = {"fail_ms": 300}
@@ -537,10 +542,25 @@ def test_failover_from_a_unix_backend_that_accepts_no_more(proxy, unix, backends
             filler = keeper(socket.socket(socket.AF_UNIX))
             filler.setblocking(False)
             filler.connect(str(unix.path))
-    p = proxy(unix.entry(), *among, **PLAIN)
+    p = proxy(unix.entry(), *among, connect_ms=300, **PLAIN)
     for _ in range(3):
         open_tunnel(p, among[0])
     p.log.wait("backend", name=unix.name, down=True, why="full")
+
+
+@pytest.mark.parametrize("backlog", [0, 1])
+def test_unix_backend_that_is_slow_to_accept(proxy, unix, backlog):
+    """Forty at once find its backlog full."""
+    unix.listener.listen(backlog)
+    p = proxy(unix.entry(), connect_ms=60000, **PLAIN)
+    clients = [begin(p) for _ in range(40)]
+    for _ in clients:
+        threading.Event().wait(0.01)
+        server = unix.accept()
+        server.read_head()
+        server.send(switching())
+    assert [client.read_head().status for client in clients] == [101] * 40
+    assert not p.log.all("backend")
 
 
 def test_failover_from_a_unix_backend(proxy, unix, backends):

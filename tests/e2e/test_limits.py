@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import selectors
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,8 @@ import pki
 from conftest import whole_config
 from harness import PATIENCE, RUN, SANITIZE, WS, WSS, build, config_text, eventually
 from more import TLS_NOVERIFY, ScriptedTls, answer, idle_cpu, request
-from peers import ask, client_hello, connect, open_tunnel, pattern, switching, tcp, upgrade
+from peers import (Stream, ask, client_hello, connect, open_tunnel, pattern, switching, tcp,
+                   upgrade)
 from test_backends import fill
 
 
@@ -486,8 +488,76 @@ def test_no_descriptor_for_the_backend(proxy, scripted):
     p = proxy(backend, listeners=PLAIN, park_ms=1000)
     open_tunnel(p, backend)
     with descriptors_left(p, 1):
-        assert ask(p, upgrade())[0].status in (502, 503)
+        assert ask(p, upgrade())[0].status == 503
+    p.log.wait_ending("no-resources", status="503")
     open_tunnel(p, backend)
+    assert not p.log.all("backend")
+
+
+# ---- local ports ----
+
+LOCAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+@pytest.fixture
+def ports_left(network):
+    """Leaves so many local ports, an even number, in a network of its own, in which clients bring their own."""
+    own = iter(range(20000, 30000))
+
+    def leave(n):
+        LOCAL_PORTS.write_text(f"61000 {61000 + n - 1}")
+    leave.client = lambda p: Stream(socket.create_connection(p.address(), PATIENCE,
+                                                             ("127.0.0.1", next(own))))
+    return leave
+
+
+def outcome(client, backend):
+    """The status of an answer; 101: by this backend."""
+    client.send(upgrade())
+    with selectors.DefaultSelector() as selector:
+        selector.register(backend.listener, selectors.EVENT_READ, backend)
+        selector.register(client.sock, selectors.EVENT_READ)
+        for key, _ in selector.select(PATIENCE):
+            if key.data:
+                server = backend.accept()
+                server.read_head()
+                server.send(switching())
+    return client.read_head().status
+
+
+def test_no_local_port_is_not_the_backends_fault(proxy, scripted, ports_left):
+    backend = scripted()
+    p = proxy(backend, listeners=PLAIN, fail_ms=600000)
+    ports_left(2)
+    assert [outcome(ports_left.client(p), backend) for _ in range(4)] == [101, 101, 503, 503]
+    p.log.wait_ending("no-resources", status="503")
+    ports_left(4)
+    assert outcome(ports_left.client(p), backend) == 101
+    assert not p.log.all("backend")
+
+
+def test_no_local_port_for_one_backend_leaves_the_next(proxy, scripted, ports_left):
+    """Ports count for each destination."""
+    one, two = scripted(), scripted()
+    p = proxy(one, two.entry(backup=1), listeners=PLAIN)
+    ports_left(2)
+    assert [outcome(ports_left.client(p), b) for b in (one, one, two, two)] == [101] * 4
+    assert outcome(ports_left.client(p), two) == 503
+    assert not p.log.all("backend")
+
+
+def test_address_of_a_family_that_is_not_here(proxy, scripted, place, network):
+    """EADDRNOTAVAIL as well: nobody's fault, the next one serves."""
+    subprocess.run(["ip", "addr", "del", "::1/128", "dev", "lo"], check=True)
+    backend = scripted()
+    p = proxy({"host": "::1", "port": place().port}, backend, listeners=PLAIN)
+    for _ in range(3):
+        open_tunnel(p, backend)
+    assert not p.log.all("backend")
+    backend.close()
+    assert ask(p, upgrade())[0].status == 503
+    p.log.wait("backend", name=backend.name, down=True, why="refused")
+    assert len(p.log.all("backend")) == 1
 
 
 def as_nobody():

@@ -524,7 +524,7 @@ static int is_waiting(const struct session *s, const struct link *list)
 	return l == &s->wait;
 }
 
-/* While the proxy sleeps: each session waits for a buffer or a name, or something is asked of poll, or
+/* While the proxy sleeps: each session waits for a buffer, or something is asked of poll, or
  * of the epoll set and is not there; and whatever the session wishes now is asked of poll, though others
  * have come and gone since it was run. (More may be: it was run before somebody came for whom it would
  * hold back.) */
@@ -540,8 +540,7 @@ static void sleepers_must(void)
 		if (s->state == FREE)
 			continue;
 		if (!link_alone(&s->wait)) {
-			MUST(is_waiting(s, &heads_pool.waiters) || is_waiting(s, &unnamed) ||
-				is_waiting(s, &records_pool.waiters));
+			MUST(is_waiting(s, &heads_pool.waiters) || is_waiting(s, &records_pool.waiters));
 			waiters++;
 		} else if (s->parked) {
 			p[0] = (struct pollfd){ s->client.fd, s->armed[0], 0 };
@@ -555,7 +554,7 @@ static void sleepers_must(void)
 			holders += s->rec || s->hd;
 		}
 	}
-	MUST(waiters == 0 || holders > 0 || !link_alone(&unnamed));
+	MUST(waiters == 0 || holders > 0);
 }
 
 static int world_poll(struct pollfd *p, nfds_t n, int ms)
