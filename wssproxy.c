@@ -387,9 +387,12 @@ struct server {
 	uint8_t pending;        /* 1: the resolver was asked and has not answered */
 	uint8_t asked_before;   /* 1: it has answered at least once */
 	uint8_t down;           /* 1: has its line `down` in the log */
+	uint8_t checked;        /* address that the active check is at, */
+	const char *check_why;  /* and why one before it failed; NULL: none did */
 	unsigned active;        /* sessions */
 	unsigned fails;         /* since fail_since */
 	uint64_t fail_since, aside_until;
+	uint64_t held_until;    /* aside until then for what no check sees; 0: for connects alone */
 	unsigned long long sessions, failures;  /* totals */
 	struct timer retry, check;
 };
@@ -2569,7 +2572,7 @@ static int server_pick(const struct session *s)
 static void server_good(struct server *v)
 {
 	v->fails = 0;
-	v->aside_until = 0;
+	v->aside_until = v->held_until = 0;
 	if (v->down)
 		log_line(LOG_NOTICE, "backend name=%s up", v->name);
 	v->down = 0;
@@ -2581,6 +2584,8 @@ static void resolver_ask(struct server *v);
 static void server_failed(struct server *v, const char *why)
 {
 	v->failures++;
+	if (v->held_until <= now)
+		v->held_until = 0;
 	if (v->fails == 0 || now - v->fail_since > fail_ms) {
 		v->fails = 0;
 		v->fail_since = now;
@@ -2642,46 +2647,44 @@ static int server_dial(unsigned i, unsigned which)
 	return -1;
 }
 
-/* Active checks: every check_ms a TCP connect. One that has not succeeded when the next is due has
- * failed; its backend is aside until a check succeeds, or, should checks stop, for a while. */
-static void check_over(unsigned i, const char *why)
-{
-	struct server *v = &servers[i];
-
-	if (fds[FD_CHECK + i].fd >= 0)
-		close(fds[FD_CHECK + i].fd);
-	fds[FD_CHECK + i].fd = -1;
-	if (!why) {
-		server_good(v);
-		return;
-	}
-	server_failed(v, why);
-	if (v->down)
-		v->aside_until = now + 2 * check_ms + fail_ms;
-}
-
-static void check_start(unsigned i)
+/* Active checks: every check_ms a TCP connect, to each address until one answers; one that has not
+ * when the next is due has failed. When all have, the backend is aside until a check succeeds, or,
+ * should checks stop, for a while. A lack of ours is no failure, nor is a backlog that is full.
+ * `error` is that of the address that was tried; 0: a new round. */
+static void check_next(unsigned i, int error)
 {
 	struct server *v = &servers[i];
 	struct pollfd *p = &fds[FD_CHECK + i];
 
-	timer_start(&queues[Q_CHECK], &v->check);
-	if (p->fd >= 0)
-		check_over(i, "check-timeout");
-	if (v->addresses == 0)
-		return;
-	p->fd = server_dial(i, 0);
-	p->events = POLLOUT;
-	if (p->fd < 0 && !is_our_shortage(errno))
-		check_over(i, connect_why(errno));
+	if (error) {
+		close(p->fd);
+	} else {
+		v->checked = 0;
+		v->check_why = NULL;
+	}
+	for (p->fd = -1; v->checked < v->addresses; v->checked++) {
+		if (!error && (p->fd = server_dial(i, v->checked)) >= 0)
+			return;
+		error = error ? error : errno;
+		if (error != EAGAIN && connect_why(error))
+			v->check_why = connect_why(error);
+		error = 0;
+	}
+	if (v->check_why)
+		server_failed(v, v->check_why);
+	if (v->check_why && v->down)
+		v->aside_until = now + (v->addresses + 1) * (uint64_t)check_ms + fail_ms;
 }
 
-static void checks_start(void)
+/* An address answered. That lifts what failed connects have set: it says nothing of TLS. */
+static void check_good(struct server *v, struct pollfd *p)
 {
-	unsigned i;
-
-	for (i = 0; i < BACKENDS; i++)
-		check_start(i);
+	close(p->fd);
+	p->fd = -1;
+	if (!v->held_until)
+		server_good(v);
+	else if (v->aside_until > v->held_until)
+		v->aside_until = v->held_until;
 }
 
 static void checks_poll(void)
@@ -2689,14 +2692,17 @@ static void checks_poll(void)
 	unsigned i;
 
 	for (i = 0; i < BACKENDS; i++) {
-		const struct pollfd *p = &fds[FD_CHECK + i];
+		struct pollfd *p = &fds[FD_CHECK + i];
 		int error = 0;
 		socklen_t len = sizeof error;
 
 		if (p->fd < 0 || !p->revents)
 			continue;
 		getsockopt(p->fd, SOL_SOCKET, SO_ERROR, &error, &len);
-		check_over(i, error ? connect_why(error) : NULL);
+		if (error)
+			check_next(i, error);
+		else
+			check_good(&servers[i], p);
 	}
 }
 
@@ -2915,6 +2921,8 @@ static void servers_init(void)
 
 		link_init(&v->retry.link);
 		link_init(&v->check.link);
+		if (check_ms > 0)
+			link_append(&queues[Q_CHECK].list, &v->check.link);     /* due at once */
 		weights[i] = b->weight ? b->weight : 1;
 		if (weights[i] > WEIGHT_MAX)
 			die("config.h: backends[%u]: weight %u: at most %d", i, b->weight,
@@ -4733,8 +4741,11 @@ static void server_remember(struct server *v, const br_ssl_engine_context *eng,
 /* A backend that is connected failed, and has not seen a byte of the request: another may. */
 static enum state backend_failed(struct session *s, const char *why)
 {
+	struct server *v = &servers[s->server];
+
 	s->address = ADDRESSES_MAX;
 	connect_failed(s, why);
+	v->held_until = now + fail_ms;
 	s->broken = 0;
 	s->why = WHY_NONE;
 	return CONNECT;
@@ -5602,8 +5613,11 @@ static void timers_run(void)
 		session_park(OWNER(t, struct session, park));
 	while ((t = timer_due(&queues[Q_RESOLVE])) != NULL)
 		resolver_ask(OWNER(t, struct server, retry));
-	while ((t = timer_due(&queues[Q_CHECK])) != NULL)
-		check_start((unsigned)(OWNER(t, struct server, check) - servers));
+	while ((t = timer_due(&queues[Q_CHECK])) != NULL) {
+		timer_start(&queues[Q_CHECK], t);
+		i = (unsigned)(OWNER(t, struct server, check) - servers);
+		check_next(i, fds[FD_CHECK + i].fd >= 0 ? ETIMEDOUT : 0);
+	}
 	if (timer_due(&queues[Q_REJECTS]))
 		rejects_over();
 	while ((t = timer_due(&queues[Q_REDIAL])) != NULL) {
@@ -5871,7 +5885,7 @@ static void tables_init(void)
 	pool_init(&source_pool, sources, sizeof sources[0], max_sessions);
 	for (i = 0; i < FD_SESSIONS; i++) {
 		fds[i].fd = -1;
-		fds[i].events = POLLIN;
+		fds[i].events = i < FD_CHECK ? POLLIN : POLLOUT;
 	}
 	br_ssl_session_cache_lru_init(&cache, cache_store, sizeof cache_store);
 }
@@ -6138,8 +6152,6 @@ int main(int argc, char *argv[])
 	if (seccomp && !filter_loop())
 		log_line(LOG_WARNING, "warning seccomp: this kernel or machine has no filter: "
 			"none is set");
-	if (check_ms > 0)
-		checks_start();
 	loop();
 	sessions_end();
 	log_line(LOG_NOTICE, "stop sessions=0");

@@ -107,6 +107,7 @@ static const struct test tests[] = {
 	TEST(cookie_add),
 	TEST(server_pick_sticky),
 	TEST(server_failed),
+	TEST(check_good),
 	TEST(rendezvous_fixed),
 	TEST(whys),
 	TEST(reply_compose),

@@ -643,7 +643,62 @@ def test_checks_that_time_out(proxy, place, keeper):
         s.connect_ex((here.host, int(here.port)))
         fillers.append(s)
     p = proxy(here, **CHECKS)
-    p.log.wait("backend", name=here.name, down=True, why="check-timeout")
+    p.log.wait("backend", name=here.name, down=True, why="timeout")
+
+
+def refusing(at, keeper):
+    """Nobody is there."""
+
+
+def silent(at, keeper):
+    fill(keeper(Scripted(at, backlog=0)), keeper)
+
+
+@pytest.mark.parametrize("alive, other", [("127.0.0.2", "127.0.0.3"), ("127.0.0.3", "127.0.0.2")])
+@pytest.mark.parametrize("dead", [refusing, silent])
+def test_check_looks_at_all_addresses_of_a_name(proxy, place, live_files, keeper, alive, other, dead):
+    port = place().port
+    dead(Place(other, port), keeper)
+    backend = keeper(Scripted(Place(alive, port)))
+    etc = Etc(live_files, nsswitch=FILES_ONLY,
+              hosts="127.0.0.2 backend.test\n127.0.0.3 backend.test\n")
+    p = proxy({"host": "backend.test", "port": port}, popen={"wrapper": etc.wrapper()}, **CHECKS)
+    for _ in range(5):
+        backend.accept().close()
+    assert not p.log.all("backend")
+    backend.close()
+    p.log.wait("backend", name=f"backend.test:{port}", down=True)
+    keeper(Scripted(Place(alive, port)))
+    p.log.wait("backend", name=f"backend.test:{port}", up=True)
+
+
+def test_check_lifts_nothing_of_tls(proxy, scripted):
+    """Though it connects each time."""
+    distrusted, backup = ScriptedTls(scripted(), server_context("expired")), scripted()
+    entry = distrusted.entry(tls=TLS_VERIFY, sni="backend.test", ca=pem("ca"))
+    p = proxy(entry, backup.entry(backup=1), tls_backends=1, **CHECKS)
+
+    def handshake():
+        with contextlib.suppress(AssertionError, OSError):
+            while True:                 # the first ones are checks
+                with contextlib.suppress(ssl.SSLError):
+                    distrusted.accept()
+    thread = threading.Thread(target=handshake)
+    thread.start()
+    for _ in range(10):
+        client = begin(p)
+        server = accept_session(backup)
+        server.send(switching())
+        assert client.read_head().status == 101
+        for _ in range(2):
+            while backup.accept().receive():        # so there was a check of each
+                pass
+    p.log.wait("backend", name=distrusted.name, down=True, why="expired")
+    assert len(p.log.all("backend")) == 1
+    p.signal(signal.SIGUSR1)
+    assert p.log.wait("stats", backend=distrusted.name)["failures"] == "1"
+    distrusted.scripted.listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
 
 
 def test_check_of_a_unix_backend(proxy, unix):
