@@ -1929,7 +1929,7 @@ static enum why status_line_parse(struct head *h, const char *buf, size_t end)
 	return WHY_NONE;
 }
 
-/* The common part of both parsers; see wssproxy.h. Of a response every fault is one. */
+/* The common part of both parsers; see wssproxy.h. */
 static enum why head_parse(struct head *h, const char *buf, size_t len,
 	enum why (*start)(struct head *, const char *, size_t))
 {
@@ -1972,7 +1972,9 @@ static enum why response_parse(struct response *r, const char *buf, size_t len)
 {
 	enum why why = head_parse(&r->head, buf, len, status_line_parse);
 
-	return why == WHY_NONE || why == WHY_MORE ? why : WHY_BAD_RESPONSE;
+	return why == WHY_NONE || why == WHY_MORE ? why :
+		why == WHY_LARGE_HEAD || why == WHY_LONG_TARGET ? WHY_LARGE_RESPONSE :
+		WHY_BAD_RESPONSE;
 }
 
 /* What the fields of a head say of the connection and the body. */
@@ -4895,7 +4897,7 @@ static enum state response_done(struct session *s)
 	s->framing = (uint8_t)r.framing;
 	s->down_left = r.length;
 	if (!answer_place(s, &r))
-		return session_fail(s, WHY_BAD_RESPONSE);
+		return session_fail(s, WHY_LARGE_RESPONSE);
 	log_open_session(s, r.status);
 	note_return(s);
 	if (s->upgrade)

@@ -97,7 +97,8 @@ enum log_to {
 	WHY(REDIRECT, 308, "redirect")             /* REDIRECT listener */ \
 	/* the backend, before the client has an answer */ \
 	WHY(NO_BACKEND, 502, "no-backend")         /* none could be reached */ \
-	WHY(BAD_RESPONSE, 502, "bad-response")     /* malformed, too large, or its head cut off */ \
+	WHY(BAD_RESPONSE, 502, "bad-response")     /* malformed, or its head cut off */ \
+	WHY(LARGE_RESPONSE, 502, "large-response") /* exceeds head_max or HEAD_FIELDS lines */ \
 	WHY(BAD_ACCEPT, 502, "bad-accept")         /* a 101 that does not match the request */ \
 	WHY(FULL, 503, "full")                     /* every backend is at max_conns */ \
 	WHY(NO_RESOURCES, 503, "no-resources")     /* ours: no descriptor, memory or port */ \

@@ -293,12 +293,12 @@ static void test_response_limits(void)
 	unsigned i;
 
 	response_limit_case(head_fill(OK, head_max), WHY_NONE);
-	response_limit_case(head_fill(OK, head_max + 1), WHY_BAD_RESPONSE);
+	response_limit_case(head_fill(OK, head_max + 1), WHY_LARGE_RESPONSE);
 	len = head_fill("HTTP/1.1 200 x", head_max);
 	memset(large + 14, 'x', 4);
 	response_limit_case(len, WHY_NONE);             /* one long line */
 	memset(large, 'x', sizeof large);
-	response_limit_case(head_max, WHY_BAD_RESPONSE);
+	response_limit_case(head_max, WHY_LARGE_RESPONSE);
 
 	len = (size_t)sprintf(large, OK);
 	for (i = 0; i < HEAD_FIELDS; i++)
@@ -306,7 +306,7 @@ static void test_response_limits(void)
 	memcpy(large + len, "\r\n", 2);
 	response_limit_case(len + 2, WHY_NONE);
 	memcpy(large + len, "B: c\r\n\r\n", 8);
-	response_limit_case(len + 8, WHY_BAD_RESPONSE);
+	response_limit_case(len + 8, WHY_LARGE_RESPONSE);
 }
 
 /* ---- rendering ---- */

@@ -247,7 +247,14 @@ def test_answer_with_a_head_too_large_gets_502(asked):
     server.send(head("HTTP/1.1 200 OK", {"Set-Cookie": "a" * 3000}))
     assert client.read_head().status == 502
     client.close()
-    p.log.wait_ending("bad-response", status="502")
+    p.log.wait_ending("large-response", status="502")
+
+
+def test_answer_with_too_many_lines_gets_502(asked):
+    p, client, server = asked()
+    server.send(head("HTTP/1.1 200 OK", extra=[f"X-{n}: a" for n in range(65)]))
+    assert client.read_head().status == 502
+    p.log.wait_ending("large-response", status="502")
 
 
 @pytest.mark.parametrize("beginning", [b"", b"HTTP/1.1 101 Swi", switching()[:-2]],

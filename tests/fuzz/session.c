@@ -161,7 +161,7 @@ static size_t down_must(const struct peer *c, const struct asked *a, const struc
 	do {
 		memset(&r, 0, sizeof r);
 		why = response_parse(&r, p, len);
-		if (why == WHY_BAD_RESPONSE && r.head.nfields == HEAD_FIELDS) {
+		if (why == WHY_LARGE_RESPONSE && r.head.nfields == HEAD_FIELDS) {
 			/* the proxy's own lines came on top of as many as it takes */
 			end = memmem(p, len, "\r\n\r\n", 4);
 			MUST(end != NULL);
