@@ -107,8 +107,8 @@ static const int check_accept = 1;
 static const unsigned max_per_ip   = 128;
 static const unsigned source_bits6 = 64;
 
-/* Bytes of a request or response head, 1024 to 16000; more is 431 (414 when the request line alone
- * is longer), or 502. */
+/* Bytes of a request or response head, 1024 to 16000; more, or more than 100 header lines, is 431
+ * (414 when the request line alone is longer), or 502. */
 #define head_max        8192
 
 /* How long each phase of a session may take, all in all or (*) without a byte of application data;

@@ -132,7 +132,7 @@ enum why {
 
 /* ---- HTTP heads: pure functions over a byte range, no I/O ---- */
 
-#define HEAD_FIELDS 64          /* header lines of one head */
+#define HEAD_FIELDS 100         /* header lines of one head */
 
 struct span {                   /* bytes of the head buffer */
 	uint16_t at, len;

@@ -107,7 +107,7 @@ REFUSED = {
     "large-field": (upgrade(Cookie="a" * 9000), 431, "large-head"),
     "many-bytes-in-all": (upgrade(extra=[f"X-{n}: {'a' * 500}" for n in range(20)]),
                           431, "large-head"),
-    "many-fields": (upgrade(extra=[f"X-{n}: a" for n in range(64)]), 431, "large-head"),
+    "many-fields": (upgrade(extra=[f"X-{n}: a" for n in range(100)]), 431, "large-head"),
 
     "gzip-coding": (get(method="POST", Transfer_Encoding="gzip"), 501, "coding"),
     "unknown-coding": (get(method="POST", Transfer_Encoding="rot13"), 501, "coding"),
@@ -234,6 +234,19 @@ def test_head_of_head_max_bytes_is_forwarded(proxy, scripted):
     client.send(request_of_size(2000))
     server = backend.accept()
     assert len(server.read_head().get("Cookie")) > 1000
+    server.send(switching())
+    assert client.read_head().status == 101
+
+
+def test_head_of_a_hundred_lines_is_forwarded(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend)
+    client = connect(p)
+    request = upgrade()
+    more = [f"X-{n}: a" for n in range(101 - request.count(b"\r\n") + 1)]
+    client.send(upgrade(extra=more))
+    server = backend.accept()
+    assert server.read_head().get(more[-1][:-3]) == "a"
     server.send(switching())
     assert client.read_head().status == 101
 

@@ -252,7 +252,7 @@ def test_answer_with_a_head_too_large_gets_502(asked):
 
 def test_answer_with_too_many_lines_gets_502(asked):
     p, client, server = asked()
-    server.send(head("HTTP/1.1 200 OK", extra=[f"X-{n}: a" for n in range(65)]))
+    server.send(head("HTTP/1.1 200 OK", extra=[f"X-{n}: a" for n in range(101)]))
     assert client.read_head().status == 502
     p.log.wait_ending("large-response", status="502")
 
