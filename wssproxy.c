@@ -3238,7 +3238,8 @@ static void suites_init(void)
 }
 
 /* How well a certs[] entry fits a server name from the wire: 3 the very name, 2 with one label in
- * the place of a leading "*", 1 the entry is a default one, 0 not at all. */
+ * the place of a leading "*", 1 the entry is a default one, 0 not at all. The dot at the end of
+ * https://a.example./ is sent by browsers, though RFC 6066 3 has none. */
 static int name_fits(const char *pattern, const char *name, size_t len)
 {
 	const int wild = pattern && pattern[0] == '*' && pattern[1] == '.';
@@ -3251,6 +3252,7 @@ static int name_fits(const char *pattern, const char *name, size_t len)
 		return 0;
 	pattern += wild;
 	len -= (size_t)(dot - name);
+	len -= len > 0 && dot[len - 1] == '.';
 	n = strlen(pattern);
 	for (i = 0; i < n && i < len && lower(pattern[i]) == lower(dot[i]); i++)
 		;

@@ -566,6 +566,12 @@ static void test_name_fits(void)
 	static const struct { const char *pattern, *name; size_t len; int fits; } cases[] = {
 		{ "a.example", LIT("a.example"), 3 },
 		{ "a.example", LIT("A.EXAMPLE"), 3 },
+		{ "a.example", LIT("a.example."), 3 },
+		{ "a.example", LIT("a.example.."), 0 },
+		{ "a.example", LIT("."), 0 },
+		{ "*.a.example", LIT("x.a.example."), 2 },
+		{ "*.a.example", LIT("."), 0 },
+		{ NULL, LIT("."), 1 },
 		{ "A.Example", LIT("a.example"), 3 },
 		{ "192.0.2.1", LIT("192.0.2.1"), 3 },
 		{ "a.example", LIT("b.example"), 0 },

@@ -239,6 +239,14 @@ def test_handshake_of_garbage(proxy, place, garbage, why):
     assert serves(p, "ec256")
 
 
+@pytest.mark.parametrize("name", ["a.example.", "x.b.example."])
+def test_server_name_with_the_final_dot(proxy, place, name):
+    """Browsers send it for https://a.example./"""
+    p = proxy(place(), certs=[certificate("other"), certificate("ec256", server_name="a.example"),
+                              certificate("ec256", server_name="*.b.example")])
+    assert "subject=CN = ec256" in s_client(p, "-tls1_2", "-servername", name)
+
+
 def test_plain_http_on_the_tls_port_gets_a_plain_answer(proxy, place):
     p = proxy(place())
     client = tcp(p)
