@@ -976,6 +976,14 @@ static const char *pem_walk(char *text, size_t len, void *owner,
 	return error ? error : inside ? "ends inside a PEM object" : NULL;
 }
 
+static const char *too_many(unsigned max, const char *limit)
+{
+	static char text[64];
+
+	string_format(text, sizeof text, "more than %u certificates (%s)", max, limit);
+	return text;
+}
+
 static int is_certificate(const char *name, size_t len)
 {
 	return len > 0 &&
@@ -990,7 +998,7 @@ static const char *chain_add(void *owner, const char *name, const unsigned char 
 	if (!is_certificate(name, len))
 		return NULL;
 	if (id->chain_len == CHAIN_MAX)
-		return "more than CHAIN_MAX certificates";
+		return too_many(CHAIN_MAX, "CHAIN_MAX");
 	if (len > sizeof id->der - id->der_len)
 		return "larger than CHAIN_BYTES";
 	memcpy(p, der, len);
@@ -1067,7 +1075,7 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 	if (!is_certificate(name, len))
 		return NULL;
 	if (ring->anchors == ANCHORS_MAX)
-		return "more than ANCHORS_MAX certificates";
+		return too_many(ANCHORS_MAX, "ANCHORS_MAX");
 	*a = (br_x509_trust_anchor){ .dn = { ring->bytes + ring->used, 0 } };
 	br_x509_decoder_init(&dc, anchor_name, ring);
 	br_x509_decoder_push(&dc, der, len);
