@@ -222,6 +222,9 @@ struct keyring {
 	unsigned anchors;
 	unsigned char bytes[ANCHOR_BYTES];      /* what the anchors point to */
 	size_t used;
+	const char *entry, *path;               /* while anchors are read: of config.h, */
+	unsigned index;
+	int one;                                /* 1: which needs that one certificate */
 	unsigned users;         /* handshakes that may still point into it */
 };
 
@@ -1064,13 +1067,27 @@ static void anchor_name(void *ctx, const void *data, size_t len)
 		a->dn.data = NULL;
 }
 
-/* A certificate becomes a trust anchor: its subject and its key. */
+/* For the log: a subject's common name, or its last attribute of X.520. */
+static void subject_text(char *out, size_t size, const br_x500_name *dn)
+{
+	const unsigned char *p = dn->data, *end = p + dn->len, *name = NULL;
+
+	for (; end - p > 7 && !(name && name[4] == 3); p++)
+		if (memcmp(p, "\6\3\x55\4", 4) == 0 && p[6] < 0x80 && p[6] <= end - p - 7)
+			name = p;
+	log_escape(out, size, name ? (const char *)name + 7 : "-", name ? name[6] : 1);
+}
+
+/* A certificate becomes a trust anchor: its subject and its key. One of a kind that BearSSL does
+ * not know takes no others with it: bundles grow by such, at an update that nobody watches. */
 static const char *anchor_add(void *owner, const char *name, const unsigned char *der, size_t len)
 {
 	struct keyring *ring = owner;
 	br_x509_trust_anchor *a = &ring->anchor[ring->anchors];
+	const size_t used = ring->used;
 	br_x509_decoder_context dc;
 	const br_x509_pkey *pk;
+	char subject[80];
 
 	if (!is_certificate(name, len))
 		return NULL;
@@ -1079,8 +1096,19 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 	*a = (br_x509_trust_anchor){ .dn = { ring->bytes + ring->used, 0 } };
 	br_x509_decoder_init(&dc, anchor_name, ring);
 	br_x509_decoder_push(&dc, der, len);
-	if ((pk = br_x509_decoder_get_pkey(&dc)) == NULL)
-		return "a certificate in it is not valid X.509 with an RSA or EC key";
+	pk = br_x509_decoder_get_pkey(&dc);
+	if (a->dn.data && (!pk || (pk->key_type == BR_KEYTYPE_RSA && pk->key.rsa.nlen > 512))) {
+		if (ring->one)
+			return "it is not valid X.509 with an RSA (up to 4096 bits) or EC key";
+		subject_text(subject, sizeof subject, &a->dn);
+		log_line(LOG_WARNING, "warning %s[%u]: %s: subject=%s is skipped: not valid X.509 "
+			"with an RSA (up to 4096 bits) or EC key", text_or(ring->entry),
+			ring->index, text_or(ring->path), subject);
+		ring->used = used;
+		return NULL;
+	}
+	if (!a->dn.data)
+		return "more certificates than ANCHOR_BYTES hold";
 	a->flags = br_x509_decoder_isCA(&dc) ? BR_X509_TA_CA : 0;
 	a->pkey = *pk;
 	if (pk->key_type == BR_KEYTYPE_RSA) {
@@ -1089,7 +1117,7 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 	} else {
 		a->pkey.key.ec.q = anchor_bytes(ring, pk->key.ec.q, pk->key.ec.qlen);
 	}
-	if (!a->dn.data || !(pk->key_type == BR_KEYTYPE_RSA ? a->pkey.key.rsa.e : a->pkey.key.ec.q))
+	if (!(pk->key_type == BR_KEYTYPE_RSA ? a->pkey.key.rsa.e : a->pkey.key.ec.q))
 		return "more certificates than ANCHOR_BYTES hold";
 	ring->anchors++;
 	return NULL;
@@ -1101,7 +1129,7 @@ static const char *anchors_parse(void *owner, char *text, size_t len)
 	const unsigned before = ring->anchors;
 	const char *error = pem_walk(text, len, owner, anchor_add);
 
-	return error || ring->anchors > before ? error : "no certificate in it";
+	return error || ring->anchors > before ? error : "no certificate in it that can be used";
 }
 
 /* Whether the private key belongs to this public one. RSA: what one signs, the other verifies
@@ -1218,6 +1246,10 @@ static int trust_load(struct keyring *ring, struct trust *t, const char *entry, 
 	const char *what;
 
 	t->first = ring->anchors;
+	ring->entry = entry;
+	ring->index = i;
+	ring->path = path;
+	ring->one = one;
 	what = path ? pem_file(ring, path, anchors_parse) : "a PEM file is needed";
 	t->count = ring->anchors - t->first;
 	if (!what && one && t->count != 1)

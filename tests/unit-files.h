@@ -324,7 +324,7 @@ static void test_key_matches(void)
 	CHECK_GOOD(key_of(PEM_EC2_KEY));
 	CHECK_ERROR(identity_check(&identity));
 	at("bytes that are no certificate");
-	CHECK_GOOD(chain_of("-----BEGIN CERTIFICATE-----\nMIIAAAAAAAA=\n-----END CERTIFICATE-----\n"));
+	CHECK_GOOD(chain_of(PEM_NO_CERT));
 	CHECK_ERROR(identity_check(&identity));
 }
 
@@ -406,7 +406,7 @@ static void test_anchors_bad(void)
 	CHECK_ERROR(anchors_of(ring, ""));
 	CHECK_ERROR(anchors_of(ring, PEM_EC_KEY));
 	at("no certificate");
-	CHECK_ERROR(anchors_of(ring, "-----BEGIN CERTIFICATE-----\nMIIAAAAAAAA=\n-----END CERTIFICATE-----\n"));
+	CHECK_ERROR(anchors_of(ring, PEM_NO_CERT));
 	at("truncated");
 	CHECK_ERROR(anchors_of(ring, without_last(PEM_EC_CERT, 40)));
 	CHECK_ERROR(anchors_of(ring, without_last(EC_AND_EC2, 40)));

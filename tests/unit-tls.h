@@ -551,3 +551,43 @@ static void test_pinned_longer(void)
 		CHECK_INT(judge(&v, PEM_EC_CERT, piece), 0);
 	}
 }
+
+/* One that BearSSL does not know is left out, with a line that says which; not so where there is to
+ * be one. */
+static void test_anchors_skipped(void)
+{
+	static const struct { const char *pem, *subject; } odd[] = {
+		{ PEM_ED25519_CERT, "Odd\\x20Root" }, { PEM_PSS_CERT, "Odd\\x20Unit" },
+		{ PEM_RSA4104_CERT, "-" }, { PEM_NO_CERT, "-" },
+	};
+	char text[8192], line[300];
+	struct keyring *ring;
+	size_t i;
+
+	log_open_pipe();
+	for (i = 0; i < COUNT(odd); i++) {
+		at("certificate %zu", i);
+		ring = ring_empty();
+		ring->entry = "backends";
+		ring->index = 3;
+		ring->path = "ca.pem";
+		snprintf(text, sizeof text, "%s%s%s", PEM_EC_CERT, odd[i].pem, PEM_RSA_CERT);
+		CHECK_GOOD(anchors_of(ring, text));
+		CHECK_INT(ring->anchors, 2);
+		check_anchor(&ring->anchor[0], PEM_EC_CERT);
+		check_anchor(&ring->anchor[1], PEM_RSA_CERT);
+		CHECK_INT(ring->used, ring->anchor[1].pkey.key.rsa.e +
+			ring->anchor[1].pkey.key.rsa.elen - ring->bytes);
+		CHECK(ring->anchor[1].dn.data == ring->anchor[0].pkey.key.ec.q +
+			ring->anchor[0].pkey.key.ec.qlen);
+		snprintf(line, sizeof line, "warning backends[3]: ca.pem: subject=%s is skipped: ",
+			odd[i].subject);
+		CHECK(strncmp(log_read(), line, strlen(line)) == 0);
+		CHECK_ERROR(anchors_of(ring_empty(), odd[i].pem));      /* none is left */
+		log_read();
+		ring = ring_empty();
+		ring->one = 1;
+		CHECK_ERROR(anchors_of(ring, text));
+		CHECK_STR(log_read(), "");
+	}
+}

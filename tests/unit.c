@@ -71,6 +71,7 @@ static const struct test tests[] = {
 	TEST(pem_key_longer),
 	TEST(key_matches),
 	TEST(anchors),
+	TEST(anchors_skipped),
 	TEST(anchors_bad),
 	TEST(keyring_load),
 	TEST(keyring_wiped),

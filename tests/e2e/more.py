@@ -50,6 +50,13 @@ CERTIFICATES = [
     ("early", "ec", "ca", "backend.test", SERVER_NAMES, ("20450101", "20490101")),
     ("of-1970", "ec", "ca", "backend.test", SERVER_NAMES, ("19690101", "19720101")),
     ("wrong-name", "ec", "ca", "other.test", "DNS:other.test", None),
+    ("critical", "ec", "ca", "backend.test",
+     f"subjectAltName={SERVER_NAMES}\n1.2.3.4=critical,DER:0500", None),
+    ("not-ca", "ec", "ca", "between", "basicConstraints=critical,CA:FALSE", None),
+    ("by-no-ca", "ec", "not-ca", "backend.test", SERVER_NAMES, None),
+    ("p521", "p521", "ca", "backend.test", SERVER_NAMES, None),
+    ("ed25519", "ed25519", "ca", "backend.test", SERVER_NAMES, None),
+    ("odd-root", "ed25519", None, "Odd Root", AUTHORITY, None),
     ("unknown-ca", "ec", "stranger", "backend.test", SERVER_NAMES, None),
     ("self-signed", "ec", None, "backend.test", SERVER_NAMES, None),
     ("self-signed-rsa", "rsa", None, "backend.test", SERVER_NAMES, None),
@@ -58,6 +65,8 @@ CERTIFICATES = [
     ("client-rsa", "rsa", "client-ca", "gateway 8", "", None),
     ("client-stranger", "ec", "stranger", "gateway 9", "", None),
     ("client-expired", "ec", "client-ca", "gateway 10", "", ("20200101", "20210101")),
+    ("client-early", "ec", "client-ca", "gateway 11", "", ("20450101", "20490101")),
+    ("client-key-usage", "ec", "client-ca", "gateway 12", "keyUsage=critical,keyAgreement", None),
     # the proxy's own
     ("a.example", "ec", "ca", "a.example", "DNS:a.example", None),
     ("a.example-rsa", "rsa", "ca-rsa", "a.example", "DNS:a.example", None),
@@ -76,6 +85,7 @@ def openssl(*args):
 
 def issue(name, key, issuer, common_name, extensions, dates):
     kind = {"ec": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
+            "p521": ["EC", "-pkeyopt", "ec_paramgen_curve:P-521"], "ed25519": ["ED25519"],
             "rsa": ["RSA", "-pkeyopt", "rsa_keygen_bits:2048"]}[key]
     openssl("genpkey", "-algorithm", *kind, "-out", f"{name}.key")
     openssl("req", "-new", "-utf8", "-key", f"{name}.key", "-subj", f"/CN={common_name}",
@@ -84,7 +94,7 @@ def issue(name, key, issuer, common_name, extensions, dates):
         extensions = f"subjectAltName={extensions}"
     (PKI / "ca.conf").write_text(
         "[ca]\ndefault_ca=own\n[own]\ndatabase=index\nrand_serial=yes\nnew_certs_dir=issued\n"
-        "default_md=sha256\npolicy=any\nunique_subject=no\nx509_extensions=ext\n"
+        f"default_md={'default' if key == 'ed25519' and issuer is None else 'sha256'}\npolicy=any\nunique_subject=no\nx509_extensions=ext\n"
         f"[any]\ncommonName=supplied\n[ext]\n{extensions}\n")
     (PKI / "index").write_text("")
     start, end = dates or VALID
@@ -110,6 +120,14 @@ def certificates():
                 issue(*line)
             (PKI / "leaf-chain.pem").write_text(
                 (PKI / "leaf.pem").read_text() + (PKI / "between.pem").read_text())
+            (PKI / "leaf-disorder.pem").write_text("".join(
+                (PKI / f"{name}.pem").read_text() for name in ("leaf", "ca", "between")))
+            (PKI / "by-no-ca-chain.pem").write_text(
+                (PKI / "by-no-ca.pem").read_text() + (PKI / "not-ca.pem").read_text())
+            (PKI / "cas-odd.pem").write_text("".join(
+                (PKI / f"{name}.pem").read_text() for name in ("ca", "odd-root", "ca-rsa")))
+            (PKI / "client-cas-odd.pem").write_text("".join(
+                (PKI / f"{name}.pem").read_text() for name in ("odd-root", "client-ca")))
             (PKI / "cas.pem").write_text(
                 (PKI / "ca.pem").read_text() + (PKI / "ca-rsa.pem").read_text())
             # the same key in another certificate

@@ -167,8 +167,8 @@ def showing(name=None):
 def guarded(proxy, scripted):
     """A proxy that requires client certificates, and its backend."""
     backend = scripted()
-    return lambda **more: (proxy(backend, client_ca=pem("client-ca"), http=FORWARD,
-                                 listeners=BOTH, **more), backend)
+    return lambda **more: (proxy(backend, **{"client_ca": pem("client-ca"), "http": FORWARD,
+                                             "listeners": BOTH, **more}), backend)
 
 
 def page(p, backend, client, **fields):
@@ -208,6 +208,13 @@ def test_client_without_a_good_certificate_is_refused(guarded, name):
         raise ConnectionError("ended without an answer")
     p.log.wait_ending("client-cert")
     assert backend.untouched()
+
+
+def test_authority_that_is_not_known_spoils_no_bundle(guarded):
+    p, backend = guarded(client_ca=pem("client-cas-odd"))
+    got = page(p, backend, connect(p, context=showing("client-ec")))
+    assert got.get("X-SSL-Client-CN") == "gateway 7"
+    p.log.wait_text(r"^warning client_ca\[0\]: \S*: subject=Odd\\x20Root is skipped")
 
 
 @pytest.mark.parametrize("name", ["X-SSL-Client-CN", "x-ssl-client-cn", "X_SSL_Client_CN",

@@ -159,6 +159,26 @@ def test_chain_without_its_intermediate_is_refused(proxy, nginx):
     refused(p, backend, "unknown-ca")
 
 
+def test_root_that_is_not_known_spoils_no_bundle(proxy, nginx):
+    """Distributions add such roots; the others must go on to count."""
+    first, second = nginx(), nginx(certificate="rsa")
+    p = proxy(*({**verified(b), "ca": pem("cas-odd"), "path": path}
+                for b, path in ((first, "/one"), (second, "/two"))), **TLS)
+    for path in ("/one", "/two"):
+        assert get(p, path)[0].status == 200
+    p.log.wait_text(r"^warning backends\[0\]: \S*/cas-odd\.pem: subject=Odd\\x20Root is skipped")
+    assert p.log.text.count("skipped") == 1
+
+
+@pytest.mark.parametrize("tls, ca", [(TLS_VERIFY, "odd-root"), (TLS_PIN, "odd-root"),
+                                     (TLS_PIN, "cas-odd")])
+def test_bundle_without_a_usable_root_is_refused(place, tls, ca):
+    result = run_once(whole_config([place().entry(tls=tls, sni="backend.test", ca=pem(ca))], TLS),
+                      "-t")
+    assert result.returncode == 1
+    assert f"config.h: backends[0]: {pem(ca)}: " in result.stderr
+
+
 def test_key_that_does_not_sign_is_no_proof(proxy, scripted):
     """The right certificate, shown by someone who has only its public part, is worth nothing: the
     signature in the key exchange is another key's."""
