@@ -2923,6 +2923,14 @@ static void cookie_make(struct server *v)
 		text_format(&t, "%02x", hash[i]);
 }
 
+/* Whether a resolver could know it: "_" is in names of containers. */
+static int name_valid(const char *name)
+{
+	while (is_alnum((unsigned char)*name) || (*name && strchr("-._", *name)))
+		name++;
+	return !*name;
+}
+
 /* Host and port of a backend: a socket's path, an address, or a name. */
 static void server_place(unsigned i)
 {
@@ -2947,6 +2955,13 @@ static void server_place(unsigned i)
 			text_or(b->port));
 	v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
 	v->by_name = !v->addresses;
+	if (v->addresses && v->address[0].family == AF_INET6 && v->address[0].ip[0] == 0xfe &&
+	    (v->address[0].ip[1] & 0xc0) == 0x80)
+		die("config.h: backends[%u]: \"%s\" is link-local, which needs an interface, too: "
+			"give it an address that is not, or a unix: socket", i, b->host);
+	if (v->by_name && !name_valid(b->host))
+		die("config.h: backends[%u]: \"%s\" is no address and can't be a name: no scheme, "
+			"port, path, brackets or zone", i, b->host);
 	if (v->by_name && !resolve_names)
 		die("config.h: backends[%u]: \"%s\" is a name: set resolve_names to 1", i, b->host);
 	string_format(v->name, sizeof v->name, strchr(b->host, ':') ? "[%s]:%s" : "%s:%s", b->host,

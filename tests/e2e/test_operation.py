@@ -132,6 +132,13 @@ def test_bad_entry_is_named(place, config, named):
     ({"host": "127.0.0.1", "port": None}, 'port "NULL"'),
     ({"host": "127.0.0.1", "port": "80", "path": "chat"}, '"chat"'),
     ({"host": "unix:"}, "unix:"),
+    ({"host": "fe80::1", "port": "80"}, '"fe80::1" is link-local'),
+    ({"host": "febf:0:0:1::", "port": "80"}, "is link-local"),
+    ({"host": "fe80::1%eth0", "port": "80"}, '"fe80::1%eth0" is no address and can\'t be a name'),
+    ({"host": "ws://api.lan", "port": "80"}, "no scheme"),
+    ({"host": "api.lan:3000", "port": "80"}, '"api.lan:3000"'),
+    ({"host": "[2001:db8::1]", "port": "80"}, "brackets"),
+    ({"host": "api lan", "port": "80"}, '"api lan"'),
 ])
 def test_bad_backend_is_named(place, backend, named):
     result = run_once(whole_config([place(), backend], {}), "-t")
