@@ -80,8 +80,9 @@ static const char *const client_ca = NULL;
 /* Requests that are no WebSocket upgrade: FORWARD (one a connection) or REFUSE (426). */
 static const enum http http = FORWARD;
 
-/* Origins that may open a WebSocket, like "https://a.example"; "same": that of the Host asked for.
- * Empty (NULL): any. Others get 403 before a backend is dialled. */
+/* Origins that may open a WebSocket, like "https://a.example"; "same": that of the Host asked for;
+ * "none": programs, which send no Origin, as browsers always do. Empty (NULL): any. Others get 403
+ * before a backend is dialled. */
 static const char *const origins[] = { NULL };
 
 /* X-Forwarded-For: APPEND the client's address, REPLACE what came, or OFF (with it go

@@ -2160,17 +2160,18 @@ static int origin_same(const char *buf, struct span origin, struct span host)
 	return 0;
 }
 
-/* Whether the value of Origin is one of origins[]. */
+/* Whether the value of Origin is one of origins[], or there is none, which only programs send. */
 static int origin_allowed(const char *buf, const struct facts *f, struct span host)
 {
 	const struct span origin = f->value[NAME_ORIGIN];
+	const unsigned count = f->count[NAME_ORIGIN];
+	const char *o;
 	unsigned i;
 
-	for (i = 0; i < LENGTH(origins) && origins[i] && f->count[NAME_ORIGIN] == 1; i++) {
-		size_t len = strlen(origins[i]);
-
-		if (strcmp(origins[i], "same") == 0 ? origin_same(buf, origin, host) :
-		    len == origin.len && memcmp(origins[i], buf + origin.at, len) == 0)
+	for (i = 0; i < LENGTH(origins) && (o = origins[i]) != NULL; i++) {
+		if (strcmp(o, "none") == 0 ? count == 0 : count == 1 && (strcmp(o, "same") == 0 ?
+		    origin_same(buf, origin, host) : origin.len == strlen(o) &&
+		    memcmp(o, buf + origin.at, origin.len) == 0))
 			return 1;
 	}
 	return !origins[0];
@@ -6008,9 +6009,9 @@ static int origin_valid(const char *o)
 {
 	const char *host = strstr(o, "://");
 
-	if (strcmp(o, "same") == 0 || strcmp(o, "null") == 0)
+	if (strcmp(o, "same") == 0 || strcmp(o, "null") == 0 || strcmp(o, "none") == 0)
 		return 1;
-	if (!host || strchr(host + 3, '/'))
+	if (!host || strpbrk(host + 3, "/*"))
 		return 0;
 	while (*o && *o == lower(*o))
 		o++;
@@ -6031,7 +6032,8 @@ static void texts_check(void)
 
 		if (o && !origin_valid(o))
 			die("config.h: origins[%u] \"%s\": give it as browsers do, in lower case, "
-				"without a path: https://a.example", i, o);
+				"without a path, each one by itself: https://a.example; or NULL "
+				"for any, \"none\" for those that send none", i, o);
 	}
 }
 

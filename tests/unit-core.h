@@ -1347,6 +1347,16 @@ static void test_origins(void)
 	CHECK_WHY(why_of(UPGRADE "Origin: https://evil\r\nOrigin: https://a.example\r\n" END), WHY_ORIGIN);
 	CHECK_WHY(why_of(GET HOST "Origin: https://evil.example\r\n" END), WHY_NONE);  /* no upgrade */
 
+	at("none");
+	origins[2] = "none";
+	CHECK_WHY(why_of(UPGRADE END), WHY_NONE);
+	CHECK_WHY(why_of(FROM("https://a.example")), WHY_NONE);
+	CHECK_WHY(why_of(FROM("https://evil.example")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("none")), WHY_ORIGIN);
+	CHECK_WHY(why_of(FROM("")), WHY_ORIGIN);
+	CHECK_WHY(why_of(UPGRADE "Origin: https://evil\r\nOrigin: https://evil\r\n" END), WHY_ORIGIN);
+	origins[2] = NULL;
+
 	at("same");
 	origins[0] = "same";
 	origins[1] = NULL;

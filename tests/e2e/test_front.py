@@ -453,6 +453,21 @@ def test_upgrade_without_origin_where_origins_are_given(proxy, scripted):
     assert backend.untouched()
 
 
+def test_origin_none_lets_programs_in(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend, origins=["https://app.example", "none"])
+    for fields in ({}, {"Origin": "https://app.example"}):
+        client = connect(p)
+        client.send(upgrade(**fields))
+        server = backend.accept()
+        server.read_head()
+        server.send(switching())
+        assert client.read_head().status == 101
+    for origin in ("https://other.example", "none", "null", ""):
+        assert ask(p, upgrade(Origin=origin))[0].status == 403
+    assert backend.untouched()
+
+
 def test_origins_do_not_concern_pages(proxy, scripted):
     backend = scripted()
     p = proxy(backend, origins=["https://app.example"], http=FORWARD)

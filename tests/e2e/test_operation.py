@@ -117,6 +117,8 @@ def test_port_in_use_is_named(place):
     ({"origins": ["https://a.example/", None]}, "a.example/"),
     ({"origins": ["same", "https://A.example", None]}, "A.example"),
     ({"origins": ["a.example", None]}, "a.example"),
+    ({"origins": ["*", None]}, "NULL for any"),
+    ({"origins": ["https://*.a.example", None]}, "each one by itself"),
 ])
 def test_bad_entry_is_named(place, config, named):
     """At start, and by the check."""
