@@ -204,7 +204,11 @@ struct identity {
 	size_t chain_len;
 	unsigned char der[CHAIN_BYTES];
 	size_t der_len;
-	br_skey_decoder_context key;    /* the key's numbers lie in here */
+	union {
+		br_skey_decoder_context key;    /* the key's numbers lie in here */
+		/* BearSSL 0.6 takes its last field, key_data, to be 24 bytes larger than it is */
+		unsigned char room[sizeof(br_skey_decoder_context) + 24];
+	};
 };
 
 /* A file's part of a keyring's anchors. */
@@ -1302,9 +1306,9 @@ static void keyring_wipe(struct keyring *ring)
 	unsigned i;
 
 	for (i = 0; i < LENGTH(ring->id); i++)
-		wipe(&ring->id[i].key, sizeof ring->id[i].key);
+		wipe(ring->id[i].room, sizeof ring->id[i].room);
 	for (i = 0; i < LENGTH(ring->client_id); i++)
-		wipe(&ring->client_id[i].key, sizeof ring->client_id[i].key);
+		wipe(ring->client_id[i].room, sizeof ring->client_id[i].room);
 }
 
 /* Fills a keyring with what config.h names. 1, or 0 and the fault. */

@@ -296,6 +296,43 @@ static void test_pem_key_longer(void)
 	CHECK_GOOD(key_of(PEM_EC_KEY));
 }
 
+/* DER of an INTEGER of that many bytes. */
+static size_t der_integer(unsigned char *out, size_t len)
+{
+	memcpy(out, (unsigned char[]){ 2, 0x82, (unsigned char)(len >> 8), (unsigned char)len }, 4);
+	memset(out + 4, 0x11, len);
+	return 4 + len;
+}
+
+/* A key whose numbers are longer than BearSSL's buffer for them spoils nothing behind it. */
+static void test_pem_key_large(void)
+{
+	static struct { struct identity id; unsigned char behind[64]; } owner;
+	unsigned char der[4096];
+	char pem[8192];
+	size_t large, len, i, n;
+
+	for (large = 1500; large <= 1600; large++) {
+		at("prime of %zu bytes", large);
+		memcpy(der, "\x30\x82..\2\1\0", 7);
+		for (len = 7, i = 0; i < 8; i++)        /* n e d p q dp dq iq */
+			len += der_integer(der + len, i == 3 ? large : 1);
+		der[2] = (unsigned char)((len - 4) >> 8);
+		der[3] = (unsigned char)(len - 4);
+		n = (size_t)sprintf(pem, "-----BEGIN RSA PRIVATE KEY-----\n");
+		for (i = 0; i < len; i += 3 * 16) {
+			base64(der + i, len - i < 48 ? len - i : 48, pem + n);
+			n += strlen(pem + n);
+			pem[n++] = '\n';
+		}
+		n += (size_t)sprintf(pem + n, "-----END RSA PRIVATE KEY-----\n");
+		memset(owner.behind, 0xdb, sizeof owner.behind);
+		pem_parse_into(&owner.id, key_parse, pem, n);
+		for (i = 0; i < sizeof owner.behind; i++)
+			CHECK_INT(owner.behind[i], 0xdb);
+	}
+}
+
 /* Every certificate with every key. */
 static void test_key_matches(void)
 {

@@ -69,6 +69,7 @@ static const struct test tests[] = {
 	TEST(pem_key),
 	TEST(pem_key_bad),
 	TEST(pem_key_longer),
+	TEST(pem_key_large),
 	TEST(key_matches),
 	TEST(anchors),
 	TEST(anchors_skipped),
