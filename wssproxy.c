@@ -3666,10 +3666,20 @@ static time_t clock_floor(void)
 	return t > (time_t)BUILD_TIME ? t : (time_t)BUILD_TIME;
 }
 
+/* A certificate without length ends the chain: each costs a signature, a stranger may have made
+ * them all, and BearSSL takes as many as come, dozens in a step of the handshake. */
+static void chain_start_cert(const br_x509_class **ctx, uint32_t len)
+{
+	struct verifier *v = OWNER(ctx, struct verifier, u.minimal.vtable);
+
+	br_x509_minimal_vtable.start_cert(ctx, v->certs++ < CHAIN_MAX ? len : 0);
+}
+
 /* Validates a chain up to the given anchors (RFC 5280, as far as BearSSL's minimal engine goes). */
 static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	const struct keyring *ring, const struct trust *trust)
 {
+	static br_x509_class class;
 	br_x509_minimal_context *m = &v->u.minimal;
 	time_t t = clock_floor();
 	int i;
@@ -3680,6 +3690,10 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	for (i = br_sha224_ID; i < (int)LENGTH(hashes); i++)
 		br_x509_minimal_set_hash(m, i, hashes[i]);
 	br_x509_minimal_set_time(m, (uint32_t)(t / 86400 + 719528), (uint32_t)(t % 86400));
+	class = br_x509_minimal_vtable;
+	class.start_cert = chain_start_cert;
+	m->vtable = &class;
+	v->certs = 0;
 	br_ssl_engine_set_x509(eng, &m->vtable);
 }
 

@@ -524,6 +524,31 @@ static void test_pinned(void)
 	}
 }
 
+/* A chain that goes on for ever, each of which signed the one before, costs no more than CHAIN_MAX
+ * signatures. */
+static void test_chain_long(void)
+{
+	static struct verifier v;
+	struct keyring *ring = ring_empty();
+	const struct trust none = { 0, 0 };
+	const br_x509_class **ctx = &v.u.minimal.vtable;
+	size_t i, n;
+
+	CHECK_GOOD(chain_of(PEM_EC_CERT));
+	for (n = CHAIN_MAX - 1; n <= CHAIN_MAX + 1; n++) {
+		at("%zu certificates", n);
+		verifier_chain(&v, &peer.eng, ring, &none);
+		(*ctx)->start_chain(ctx, "");
+		for (i = 0; i < n; i++) {
+			(*ctx)->start_cert(ctx, (uint32_t)identity.chain[0].data_len);
+			(*ctx)->append(ctx, identity.chain[0].data, identity.chain[0].data_len);
+			(*ctx)->end_cert(ctx);
+		}
+		CHECK_INT((*ctx)->end_chain(ctx), n <= CHAIN_MAX ? BR_ERR_X509_NOT_TRUSTED :
+			BR_ERR_X509_TRUNCATED);
+	}
+}
+
 /* A certificate with more behind it than its own bytes, in pieces: what BearSSL's decoder must not be
  * given. */
 static void test_pinned_longer(void)

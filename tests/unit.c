@@ -140,6 +140,7 @@ static const struct test tests[] = {
 	TEST(tls_ended_amid_message),
 	TEST(pinned),
 	TEST(pinned_longer),
+	TEST(chain_long),
 };
 
 static int run_one(const char *name)
