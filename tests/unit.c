@@ -141,6 +141,7 @@ static const struct test tests[] = {
 	TEST(pinned),
 	TEST(pinned_longer),
 	TEST(chain_long),
+	TEST(cbc_odd),
 };
 
 static int run_one(const char *name)
