@@ -112,6 +112,10 @@ enum {
 	LISTENERS = LENGTH(listeners),
 	CERTS = LENGTH(certs),
 	BACKENDS = LENGTH(backends),
+	/* causes that BearSSL has no number for, and numbers that it has no cause for: faults[] */
+	FAULT_NOT_TLS = BR_ERR_IO,
+	FAULT_NOT_YET_VALID = BR_ERR_X509_TIME_UNKNOWN,
+	FAULT_PIN = BR_ERR_X509_NOT_TRUSTED + 1,
 };
 
 _Static_assert(LENGTH(backends) <= BACKENDS_MAX, "config.h: backends[]: at most 64 entries");
@@ -3782,8 +3786,9 @@ static unsigned first_end_chain(const br_x509_class **ctx)
 	const br_x509_pkey *pk = v->certs > 0 ? br_x509_decoder_get_pkey(&v->u.first) : NULL;
 
 	if (!pk)
-		return BR_ERR_X509_UNEXPECTED;
-	return !v->pinned || pkey_equal(pk, v->pinned) ? 0 : BR_ERR_X509_NOT_TRUSTED;
+		return v->certs > 0 ? (unsigned)br_x509_decoder_last_error(&v->u.first) :
+			BR_ERR_X509_EMPTY_CHAIN;
+	return !v->pinned || pkey_equal(pk, v->pinned) ? 0 : FAULT_PIN;
 }
 
 static const br_x509_pkey *first_get_pkey(const br_x509_class *const *ctx, unsigned *usages)
@@ -3841,45 +3846,88 @@ static int tls_dial(struct session *s)
 	return br_ssl_client_reset(&u->tls, backend_sni(&backends[i]), server->resumable) != 0;
 }
 
-static enum why tls_why(int error)
-{
-	if (error >= BR_ERR_SEND_FATAL_ALERT) {
-		int alert = error - BR_ERR_SEND_FATAL_ALERT;
+/* What BearSSL's errors mean, each range by its last number: the alert that tells the other side
+ * (RFC 5246 7.2.2; only the last four are sent by itself), why a client's session ends, and the
+ * log's word; NULL: its number is told. */
+static const struct fault {
+	uint16_t last;
+	uint8_t alert, why;
+	const char *word;
+} faults[] = {
+	{ BR_ERR_OK, 0, WHY_EOF, "tls-eof" },
+	{ BR_ERR_BAD_PARAM, 50, WHY_TLS_ERROR, "malformed" },           /* decode_error */
+	{ BR_ERR_BAD_VERSION, 70, WHY_TLS_VERSION, "tls-version" },     /* protocol_version */
+	{ BR_ERR_TOO_LARGE, 22, WHY_TLS_ERROR, "record-length" },       /* record_overflow */
+	{ BR_ERR_BAD_MAC, 20, WHY_TLS_ERROR, "bad-mac" },               /* bad_record_mac */
+	{ BR_ERR_NO_RANDOM, 80, WHY_NO_RANDOM, "no-random" },           /* internal_error */
+	{ BR_ERR_BAD_CCS, 10, WHY_TLS_ERROR, "unexpected-message" },
+	{ BR_ERR_OVERSIZED_ID, 50, WHY_TLS_ERROR, "malformed" },
+	{ BR_ERR_BAD_CIPHER_SUITE, 47, WHY_TLS_CIPHER, "tls-cipher" },  /* illegal_parameter */
+	{ BR_ERR_BAD_FRAGLEN, 47, WHY_TLS_ERROR, "illegal-parameter" },
+	{ BR_ERR_BAD_SECRENEG, 40, WHY_TLS_ERROR, "renegotiation" },    /* RFC 5746 3.4 */
+	{ BR_ERR_EXTRA_EXTENSION, 110, WHY_TLS_ERROR, "extra-extension" },
+	{ BR_ERR_BAD_HELLO_DONE, 50, WHY_TLS_ERROR, "malformed" },
+	{ BR_ERR_LIMIT_EXCEEDED, 80, WHY_TLS_ERROR, "large-key" },
+	{ BR_ERR_BAD_FINISHED, 51, WHY_TLS_ERROR, "bad-finished" },     /* decrypt_error */
+	{ BR_ERR_RESUME_MISMATCH, 47, WHY_TLS_ERROR, "resume-mismatch" },
+	{ BR_ERR_INVALID_ALGORITHM, 47, WHY_TLS_ERROR, "bad-algorithm" },
+	{ BR_ERR_BAD_SIGNATURE, 51, WHY_TLS_ERROR, "bad-signature" },
+	{ BR_ERR_WRONG_KEY_USAGE, 43, WHY_CLIENT_CERT, "key-usage" },
+	{ BR_ERR_NO_CLIENT_AUTH, 40, WHY_CLIENT_CERT, "no-certificate" },
+	{ FAULT_NOT_TLS, 70, WHY_NOT_TLS, "not-tls" },
+	{ BR_ERR_X509_BAD_TIME, 42, WHY_CLIENT_CERT, "bad-certificate" },
+	{ BR_ERR_X509_WRONG_KEY_TYPE, 43, WHY_CLIENT_CERT, "unsupported-certificate" },
+	{ BR_ERR_X509_BAD_SIGNATURE, 42, WHY_CLIENT_CERT, "bad-signature" },
+	{ FAULT_NOT_YET_VALID, 45, WHY_CLIENT_CERT, "not-yet-valid" },
+	{ BR_ERR_X509_EXPIRED, 45, WHY_CLIENT_CERT, "expired" },
+	{ BR_ERR_X509_DN_MISMATCH, 42, WHY_CLIENT_CERT, "bad-dn" },
+	{ BR_ERR_X509_BAD_SERVER_NAME, 42, WHY_CLIENT_CERT, "name-mismatch" },
+	{ BR_ERR_X509_CRITICAL_EXTENSION, 43, WHY_CLIENT_CERT, "critical-extension" },
+	{ BR_ERR_X509_NOT_CA, 48, WHY_CLIENT_CERT, "not-ca" },          /* unknown_ca */
+	{ BR_ERR_X509_FORBIDDEN_KEY_USAGE, 43, WHY_CLIENT_CERT, "key-usage" },
+	{ BR_ERR_X509_WEAK_PUBLIC_KEY, 42, WHY_CLIENT_CERT, "weak-key" },
+	{ BR_ERR_X509_NOT_TRUSTED, 48, WHY_CLIENT_CERT, "unknown-ca" },
+	{ FAULT_PIN, 42, WHY_CLIENT_CERT, "pin-mismatch" },
+	/* alerts that came, those on our certificate and on the lack of one apart */
+	{ BR_ERR_RECV_FATAL_ALERT + 40, 0, WHY_TLS_ALERT, NULL },
+	{ BR_ERR_RECV_FATAL_ALERT + 49, 0, WHY_TLS_ALERT, "certificate-refused" },
+	{ BR_ERR_RECV_FATAL_ALERT + 115, 0, WHY_TLS_ALERT, NULL },
+	{ BR_ERR_RECV_FATAL_ALERT + 116, 0, WHY_TLS_ALERT, "certificate-refused" },
+	{ BR_ERR_RECV_FATAL_ALERT + 255, 0, WHY_TLS_ALERT, NULL },
+	/* and that were sent */
+	{ BR_ERR_SEND_FATAL_ALERT + 40, 0, WHY_TLS_CIPHER, "tls-cipher" },
+	{ BR_ERR_SEND_FATAL_ALERT + 70, 0, WHY_TLS_VERSION, "tls-version" },
+	{ BR_ERR_SEND_FATAL_ALERT + 86, 0, WHY_TLS_VERSION, "tls-version" },    /* RFC 7507 */
+	{ UINT16_MAX, 0, WHY_ALPN, "alpn" },
+};
 
-		return alert == 70 ? WHY_TLS_VERSION : alert == 40 ? WHY_TLS_CIPHER : WHY_TLS_ERROR;
-	}
-	if (error >= BR_ERR_RECV_FATAL_ALERT)
-		return WHY_TLS_ALERT;
-	if (error == BR_ERR_NO_CLIENT_AUTH ||
-	    (error >= BR_ERR_X509_OK && error <= BR_ERR_X509_NOT_TRUSTED))
-		return WHY_CLIENT_CERT;
-	return error == BR_ERR_UNSUPPORTED_VERSION || error == BR_ERR_BAD_VERSION ?
-		WHY_TLS_VERSION : error == BR_ERR_NO_RANDOM ? WHY_NO_RANDOM : WHY_TLS_ERROR;
+/* Whether what it refused as out of date has yet to begin. BearSSL has one number for both; the
+ * top of its stack is what is left of Validity, whose end is read only when the begin was good. */
+static int verifier_early(const struct verifier *v)
+{
+	const br_x509_minimal_context *m = &v->u.minimal;
+
+	return m->cpu.dp > m->dp_stack && m->cpu.dp[-1] > 0;
 }
 
-/* On most errors BearSSL just stops; a client in a handshake deserves the alert (RFC 5246 7.2.2),
- * which is still in the clear then. */
-static void tls_alert(int fd, int error)
+/* The error of a leg's engine. */
+static int leg_fault(const struct session *s, const struct leg *l)
 {
-	static const unsigned char alerts[] = {
-		[BR_ERR_UNEXPECTED] = 10, [BR_ERR_UNKNOWN_TYPE] = 10,   /* unexpected_message */
-		[BR_ERR_BAD_CCS] = 10, [BR_ERR_BAD_MAC] = 20,           /* bad_record_mac */
-		[BR_ERR_BAD_LENGTH] = 22, [BR_ERR_TOO_LARGE] = 22,      /* record_overflow */
-		[BR_ERR_NO_CLIENT_AUTH] = 40, [BR_ERR_BAD_CIPHER_SUITE] = 40,
-		[BR_ERR_INVALID_ALGORITHM] = 40,                        /* handshake_failure */
-		[BR_ERR_X509_EXPIRED] = 45, [BR_ERR_BAD_COMPRESSION] = 47,
-		[BR_ERR_BAD_FRAGLEN] = 47, [BR_ERR_BAD_SECRENEG] = 47,  /* illegal_parameter */
-		[BR_ERR_X509_NOT_TRUSTED] = 48, [BR_ERR_BAD_HANDSHAKE] = 50,
-		[BR_ERR_OVERSIZED_ID] = 50, [BR_ERR_BAD_SNI] = 50,      /* decode_error */
-		[BR_ERR_BAD_FINISHED] = 51, [BR_ERR_BAD_SIGNATURE] = 51, /* decrypt_error */
-		[BR_ERR_UNSUPPORTED_VERSION] = 70, [BR_ERR_BAD_VERSION] = 70,
-	};
-	unsigned char alert[] = { 21, 3, 3, 0, 2, 2, 80 };      /* internal_error */
+	int error = l->eng ? br_ssl_engine_last_error(l->eng) : BR_ERR_OK;
 
-	if (error > 0 && error < (int)LENGTH(alerts) && alerts[error])
-		alert[6] = alerts[error];
-	if (error != BR_ERR_OK && error < BR_ERR_RECV_FATAL_ALERT)
-		send(fd, alert, sizeof alert, MSG_NOSIGNAL);
+	if (error == BR_ERR_UNSUPPORTED_VERSION && l->buf && l->buf->ibuf[1] != 3)
+		return FAULT_NOT_TLS;
+	return error == BR_ERR_X509_EXPIRED && s->hd && verifier_early(&s->hd->u.verifier) ?
+		FAULT_NOT_YET_VALID : error;
+}
+
+static const struct fault *fault_find(int error)
+{
+	const struct fault *f = faults;
+
+	while (f->last < error)
+		f++;
+	return f;
 }
 
 /* ---- moves: bytes between sockets and buffers ----
@@ -4189,7 +4237,7 @@ static int leg_fill(struct session *s, struct leg *l)
 		l->at = l->end;
 		error = br_ssl_engine_last_error(l->eng);
 		if (error)
-			session_broke(s, l, tls_why(error));
+			session_broke(s, l, (enum why)fault_find(leg_fault(s, l))->why);
 		else if (!l->eof)
 			leg_ended(s, l);
 	} else if (leg_stuck(l)) {
@@ -4465,7 +4513,23 @@ static void reply_compose(struct session *s, enum why why)
 	hd->off = 0;
 }
 
-static void log_reject(const struct address *peer, unsigned status, enum why why)
+/* What the log adds to why: the alert that a client sent, or what its TLS failed of. */
+static const char *session_cause(const struct session *s)
+{
+	static char text[48];
+	const struct leg *l = s->by == BY_BACKEND ? &s->backend : &s->client;
+	int error = leg_fault(s, l);
+
+	text[0] = '\0';
+	if (s->why == WHY_TLS_ALERT)
+		string_format(text, sizeof text, " alert=%d", error - BR_ERR_RECV_FATAL_ALERT);
+	else if (error && (s->why == WHY_TLS_ERROR || s->why == WHY_CLIENT_CERT))
+		string_format(text, sizeof text, " cause=%s", fault_find(error)->word);
+	return text;
+}
+
+static void log_reject(const struct address *peer, unsigned status, enum why why,
+	const char *cause)
 {
 	char client[ADDRESS_TEXT], number[12] = "-";
 
@@ -4476,8 +4540,8 @@ static void log_reject(const struct address *peer, unsigned status, enum why why
 		return;
 	if (status)
 		string_format(number, sizeof number, "%u", status);
-	log_line(LOG_NOTICE, "reject client=%s status=%s why=%s",
-		address_format(peer, 1, client), number, whys[why].text);
+	log_line(LOG_NOTICE, "reject client=%s status=%s why=%s%s",
+		address_format(peer, 1, client), number, whys[why].text, cause);
 }
 
 /* A second of rejects is over: says how many had no line of their own. */
@@ -4515,7 +4579,7 @@ static enum state session_fail(struct session *s, enum why why)
 	session_end(s, BY_PROXY, why);
 	if (!whys[why].status)
 		return FREE;
-	log_reject(&s->peer, whys[why].status, why);
+	log_reject(&s->peer, whys[why].status, why, "");
 	s->rejected = 1;
 	s->reply = (uint8_t)why;
 	server_leave(s);
@@ -4541,10 +4605,12 @@ static int leg_handshake(struct session *s, struct leg *l)
 	while (l->fin && leg_feed(s, l))
 		;               /* it takes no more: its last words may say why */
 	if (leg_closed(l) || l->fin) {
-		int error = br_ssl_engine_last_error(l->eng);
+		const struct fault *f = fault_find(leg_fault(s, l));
+		const unsigned char alert[] = { 21, 3, 3, 0, 2, 2, f->alert };
 
-		tls_alert(l->fd, error);
-		session_broke(s, l, error ? tls_why(error) : WHY_EOF);
+		if (f->alert)   /* still in the clear */
+			send(l->fd, alert, sizeof alert, MSG_NOSIGNAL);
+		session_broke(s, l, (enum why)f->why);
 		return 0;
 	}
 	if (br_ssl_engine_sendapp_buf(l->eng, &room) != NULL) {
@@ -4777,27 +4843,12 @@ static enum state connect_step(struct session *s)
 static const char *handshake_why(const struct session *s)
 {
 	static char text[24];
-	int error = s->backend.eng ? br_ssl_engine_last_error(s->backend.eng) : 0;
-	int alert = error - BR_ERR_RECV_FATAL_ALERT;
+	int error = leg_fault(s, &s->backend);
+	const char *word = s->ready & EXPIRED ? "tls-timeout" : fault_find(error)->word;
 
-	if (s->ready & EXPIRED)
-		return "tls-timeout";
-	switch (error) {
-	case BR_ERR_OK:                         return "tls-eof";
-	case BR_ERR_X509_EXPIRED:               return "expired";
-	case BR_ERR_X509_BAD_SERVER_NAME:       return "name-mismatch";
-	case BR_ERR_X509_NOT_TRUSTED:
-		return backends[s->server].tls == TLS_PIN ? "pin-mismatch" : "unknown-ca";
-	case BR_ERR_X509_BAD_SIGNATURE:         return "bad-signature";
-	}
-	/* alerts of RFC 5246 7.2.2 on our certificate, and on the lack of one */
-	if (error < BR_ERR_SEND_FATAL_ALERT && ((alert >= 41 && alert <= 49) || alert == 116))
-		return "certificate-refused";
-	if (alert >= 0 && alert < 256)
-		string_format(text, sizeof text, "tls-alert-%d", alert);
-	else
-		string_format(text, sizeof text, "tls-error-%d", error);
-	return text;
+	if (!word)
+		string_format(text, sizeof text, "tls-alert-%d", error - BR_ERR_RECV_FATAL_ALERT);
+	return word ? word : text;
 }
 
 /* Keeps a backend's new session for resumption, for an hour: then its certificate is looked at
@@ -5218,8 +5269,8 @@ static void log_close_session(const struct session *s)
 	uint64_t ms = now - s->born;
 
 	if (log_sessions)
-		log_line(LOG_INFO, "close id=%u by=%s why=%s rx=%llu tx=%llu s=%llu.%u",
-			(unsigned)s->id, party[s->by], whys[s->why].text,
+		log_line(LOG_INFO, "close id=%u by=%s why=%s%s rx=%llu tx=%llu s=%llu.%u",
+			(unsigned)s->id, party[s->by], whys[s->why].text, session_cause(s),
 			(unsigned long long)s->rx, (unsigned long long)s->tx,
 			(unsigned long long)(ms / 1000), (unsigned)(ms % 1000 / 100));
 }
@@ -5233,7 +5284,7 @@ static void session_close(struct session *s)
 	if (s->opened)
 		log_close_session(s);
 	else if (!s->rejected)
-		log_reject(&s->peer, 0, s->why);
+		log_reject(&s->peer, 0, s->why, session_cause(s));
 	totals.rx += s->rx;
 	totals.tx += s->tx;
 	/* nor may an answer that was cut off look whole */
@@ -5569,7 +5620,7 @@ static void listener_take(int fd, const struct address *peer, enum listener_kind
 	if (why == WHY_NONE) {
 		session_open(fd, peer, kind);
 	} else {
-		log_reject(peer, 0, why);
+		log_reject(peer, 0, why, "");
 		close(fd);
 	}
 }

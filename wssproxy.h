@@ -107,6 +107,8 @@ enum log_to {
 	WHY(HANDSHAKE_TIMEOUT, 0, "handshake-timeout") /* TLS not up within handshake_ms */ \
 	WHY(TLS_VERSION, 0, "tls-version")         /* no common TLS version */ \
 	WHY(TLS_CIPHER, 0, "tls-cipher")           /* no common suite, curve or signature */ \
+	WHY(ALPN, 0, "alpn")                       /* its ALPN has no http/1.1 */ \
+	WHY(NOT_TLS, 0, "not-tls")                 /* what it sent is no TLS at all */ \
 	WHY(TLS_ALERT, 0, "tls-alert")             /* the client sent a fatal alert */ \
 	WHY(CLIENT_CERT, 0, "client-cert")         /* no certificate that client_ca accepts */ \
 	WHY(TLS_ERROR, 0, "tls-error")             /* any other failure of TLS */ \

@@ -180,8 +180,10 @@ static void test_log_reject(void)
 	struct address a = { .ip = { 192, 0, 2, 9 }, .port = 51234, .family = AF_INET };
 
 	log_open_pipe();
-	log_reject(&a, 400, WHY_KEY);
+	log_reject(&a, 400, WHY_KEY, "");
 	CHECK_STR(log_read(), "reject client=192.0.2.9:51234 status=400 why=bad-key\n");
+	log_reject(&a, 0, WHY_TLS_ALERT, " alert=45");
+	CHECK_STR(log_read(), "reject client=192.0.2.9:51234 status=- why=tls-alert alert=45\n");
 }
 
 static unsigned lines_of(const char *text)
@@ -205,7 +207,7 @@ static void test_log_rejects(void)
 	for (second = 0; second < 3; second++) {
 		at("second %u", second);
 		for (i = 0; i < log_rejects + 7 * second; i++) {
-			log_reject(&a, 400, WHY_KEY);
+			log_reject(&a, 400, WHY_KEY, "");
 			now += 10;
 			timers_run();
 		}
@@ -218,7 +220,7 @@ static void test_log_rejects(void)
 		CHECK_INT(timers_next(), -1);
 	}
 	for (i = 0; i < log_rejects + 3; i++)
-		log_reject(&a, 400, WHY_KEY);
+		log_reject(&a, 400, WHY_KEY, "");
 	log_read();
 	sessions_end();
 	CHECK_STR(log_read(), "reject suppressed=3\n");

@@ -223,6 +223,75 @@ static void test_tls_names(void)
 	}
 }
 
+/* Each number that can come has its alert, as RFC 5246 7.2.2 and those of the extensions have it,
+ * and a word of its kind. */
+static void test_faults(void)
+{
+	static const struct { int error, alert; const char *word; enum why why; } want[] = {
+		{ BR_ERR_BAD_PARAM, 50, "malformed", WHY_TLS_ERROR },
+		{ BR_ERR_UNSUPPORTED_VERSION, 70, "tls-version", WHY_TLS_VERSION },
+		{ BR_ERR_BAD_VERSION, 70, "tls-version", WHY_TLS_VERSION },
+		{ BR_ERR_BAD_LENGTH, 22, "record-length", WHY_TLS_ERROR },
+		{ BR_ERR_TOO_LARGE, 22, "record-length", WHY_TLS_ERROR },
+		{ BR_ERR_BAD_MAC, 20, "bad-mac", WHY_TLS_ERROR },
+		{ BR_ERR_NO_RANDOM, 80, "no-random", WHY_NO_RANDOM },
+		{ BR_ERR_UNEXPECTED, 10, "unexpected-message", WHY_TLS_ERROR },
+		{ BR_ERR_BAD_CCS, 10, "unexpected-message", WHY_TLS_ERROR },
+		{ BR_ERR_BAD_HANDSHAKE, 50, "malformed", WHY_TLS_ERROR },
+		{ BR_ERR_OVERSIZED_ID, 50, "malformed", WHY_TLS_ERROR },
+		{ BR_ERR_BAD_CIPHER_SUITE, 47, "tls-cipher", WHY_TLS_CIPHER },
+		{ BR_ERR_BAD_COMPRESSION, 47, "illegal-parameter", WHY_TLS_ERROR },
+		{ BR_ERR_BAD_FRAGLEN, 47, "illegal-parameter", WHY_TLS_ERROR },
+		{ BR_ERR_BAD_SECRENEG, 40, "renegotiation", WHY_TLS_ERROR },
+		{ BR_ERR_EXTRA_EXTENSION, 110, "extra-extension", WHY_TLS_ERROR },
+		{ BR_ERR_BAD_SNI, 50, "malformed", WHY_TLS_ERROR },
+		{ BR_ERR_BAD_HELLO_DONE, 50, "malformed", WHY_TLS_ERROR },
+		{ BR_ERR_LIMIT_EXCEEDED, 80, "large-key", WHY_TLS_ERROR },
+		{ BR_ERR_BAD_FINISHED, 51, "bad-finished", WHY_TLS_ERROR },
+		{ BR_ERR_RESUME_MISMATCH, 47, "resume-mismatch", WHY_TLS_ERROR },
+		{ BR_ERR_INVALID_ALGORITHM, 47, "bad-algorithm", WHY_TLS_ERROR },
+		{ BR_ERR_BAD_SIGNATURE, 51, "bad-signature", WHY_TLS_ERROR },
+		{ BR_ERR_WRONG_KEY_USAGE, 43, "key-usage", WHY_CLIENT_CERT },
+		{ BR_ERR_NO_CLIENT_AUTH, 40, "no-certificate", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_INVALID_VALUE, 42, "bad-certificate", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_BAD_DN, 42, "bad-certificate", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_BAD_TIME, 42, "bad-certificate", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_UNSUPPORTED, 43, "unsupported-certificate", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_WRONG_KEY_TYPE, 43, "unsupported-certificate", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_BAD_SIGNATURE, 42, "bad-signature", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_EXPIRED, 45, "expired", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_DN_MISMATCH, 42, "bad-dn", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_BAD_SERVER_NAME, 42, "name-mismatch", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_CRITICAL_EXTENSION, 43, "critical-extension", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_NOT_CA, 48, "not-ca", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_FORBIDDEN_KEY_USAGE, 43, "key-usage", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_WEAK_PUBLIC_KEY, 42, "weak-key", WHY_CLIENT_CERT },
+		{ BR_ERR_X509_NOT_TRUSTED, 48, "unknown-ca", WHY_CLIENT_CERT },
+		{ BR_ERR_RECV_FATAL_ALERT + 10, 0, NULL, WHY_TLS_ALERT },
+		{ BR_ERR_RECV_FATAL_ALERT + 41, 0, "certificate-refused", WHY_TLS_ALERT },
+		{ BR_ERR_RECV_FATAL_ALERT + 49, 0, "certificate-refused", WHY_TLS_ALERT },
+		{ BR_ERR_RECV_FATAL_ALERT + 50, 0, NULL, WHY_TLS_ALERT },
+		{ BR_ERR_RECV_FATAL_ALERT + 116, 0, "certificate-refused", WHY_TLS_ALERT },
+		{ BR_ERR_RECV_FATAL_ALERT + 255, 0, NULL, WHY_TLS_ALERT },
+		{ BR_ERR_SEND_FATAL_ALERT + 40, 0, "tls-cipher", WHY_TLS_CIPHER },
+		{ BR_ERR_SEND_FATAL_ALERT + 70, 0, "tls-version", WHY_TLS_VERSION },
+		{ BR_ERR_SEND_FATAL_ALERT + 86, 0, "tls-version", WHY_TLS_VERSION },
+		{ BR_ERR_SEND_FATAL_ALERT + 120, 0, "alpn", WHY_ALPN },
+	};
+	size_t i;
+
+	for (i = 1; i < COUNT(faults); i++)
+		CHECK(faults[i].last > faults[i - 1].last);
+	for (i = 0; i < COUNT(want); i++) {
+		const struct fault *f = fault_find(want[i].error);
+
+		at("error %d", want[i].error);
+		CHECK_INT(f->alert, want[i].alert);
+		CHECK_STR(f->word ? f->word : "", want[i].word ? want[i].word : "");
+		CHECK_STR(whys[f->why].text, whys[want[i].why].text);
+	}
+}
+
 /* Why the log says that the handshake with this client failed. */
 static const char *tls_refused(struct session *s)
 {
@@ -234,13 +303,14 @@ static const char *tls_refused(struct session *s)
 	while (br_ssl_engine_sendrec_buf(eng, &n) != NULL)      /* what the client is too cross to read */
 		br_ssl_engine_sendrec_ack(eng, n);
 	CHECK_INT(br_ssl_engine_current_state(eng), BR_SSL_CLOSED);
-	return whys[tls_why(br_ssl_engine_last_error(eng))].text;
+	return whys[fault_find(leg_fault(s, &s->client))->why].text;
 }
 
 /* A client that has none of our suites, or only older versions, gets no further. */
 static void test_tls_refused(void)
 {
 	static const uint16_t other[] = { BR_TLS_RSA_WITH_AES_128_CBC_SHA };
+	static const char *h2[] = { "h2" };
 	struct session *s = tls_session();
 
 	peer_start("a.example");
@@ -250,6 +320,10 @@ static void test_tls_refused(void)
 	peer_start("a.example");
 	br_ssl_engine_set_versions(&peer.eng, BR_TLS10, BR_TLS11);
 	CHECK_STR(tls_refused(s), "tls-version");
+	s = tls_session();
+	peer_start("a.example");
+	br_ssl_engine_set_protocol_names(&peer.eng, h2, 1);
+	CHECK_STR(tls_refused(s), "alpn");
 }
 
 /* The look into a ClientHello stays within what is there, whatever length the record claims. */

@@ -132,6 +132,7 @@ static const struct test tests[] = {
 	TEST(tls_rest),
 	TEST(tls_full_records),
 	TEST(tls_names),
+	TEST(faults),
 	TEST(tls_refused),
 	TEST(hello_short),
 	TEST(hello_resumes),

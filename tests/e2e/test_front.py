@@ -198,15 +198,17 @@ def test_subject_goes_with_an_upgrade(guarded):
     assert client.read_head().status == 101
 
 
-@pytest.mark.parametrize("name", [None, "client-stranger", "client-expired"])
-def test_client_without_a_good_certificate_is_refused(guarded, name):
+@pytest.mark.parametrize("name, cause", [
+    (None, "no-certificate"), ("client-stranger", "unknown-ca"), ("client-expired", "expired"),
+    ("client-early", "not-yet-valid"), ("client-key-usage", "key-usage")])
+def test_client_without_a_good_certificate_is_refused(guarded, name, cause):
     p, backend = guarded()
     with pytest.raises((ssl.SSLError, OSError)):
         client = connect(p, context=showing(name))
         client.send(request())
         assert client.receive() == b""
         raise ConnectionError("ended without an answer")
-    p.log.wait_ending("client-cert")
+    p.log.wait_ending("client-cert", cause=cause)
     assert backend.untouched()
 
 

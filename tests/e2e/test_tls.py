@@ -220,23 +220,44 @@ def test_client_that_distrusts_the_certificate(proxy, place):
     p = proxy(place())
     with pytest.raises(ssl.SSLCertVerificationError):
         connect(p, context=client_context("other"))
-    p.log.wait_ending("tls-alert", status="-")
+    p.log.wait_ending("tls-alert", status="-", alert="48")
 
 
-@pytest.mark.parametrize("garbage, why", [
-    (b"\x16\x03\x01\x00\x05hello", "tls-error"),         # a record that is no ClientHello
-    (b"\x17\x03\x03\x00\x10" + bytes(16), "tls-error"),  # data before any handshake
-    (b"\x16\x03\x01\xff\xff" + bytes(0xffff), "tls-error"),  # a record that is too long
-    (b"\x80\x2e\x01\x00\x02" + bytes(41), "tls-version"),    # SSLv2's hello
-    (bytes(range(255, 0, -1)) * 4, "tls-version"),
-], ids=["no-hello", "early-data", "long-record", "sslv2", "noise"])
-def test_handshake_of_garbage(proxy, place, garbage, why):
+HELLO = bytes([22, 3, 1, 0, 45, 1, 0, 0, 41, 3, 3, *range(32), 0, 0, 2, 0xc0, 0x2b, 1, 0])
+PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n" + bytes([0x21, 0x11, 0, 12]) + bytes(12)
+
+
+def spoilt(at, byte):
+    return HELLO[:at] + bytes([byte]) + HELLO[at + 1:]
+
+
+@pytest.mark.parametrize("garbage, why, more, alert", [
+    (b"\x16\x03\x01\x00\x05hello", "tls-error", {"cause": "unexpected-message"}, 10),
+    (spoilt(43, 33), "tls-error", {"cause": "malformed"}, 50),          # session ID
+    (spoilt(45, 9), "tls-error", {"cause": "malformed"}, 50),           # suites
+    (spoilt(48, 9), "tls-error", {"cause": "malformed"}, 50),           # compression methods
+    (spoilt(9, 2), "tls-version", {}, 70),
+    (b"\x17\x03\x03\x00\x10" + bytes(16), "tls-error", {"cause": "unexpected-message"}, 10),
+    (b"\x16\x03\x01\xff\xff" + bytes(0xffff), "tls-error", {"cause": "record-length"}, 22),
+    (b"\x80\x2e\x01\x00\x02" + bytes(41), "not-tls", {}, 70),
+    (bytes(range(255, 0, -1)) * 4, "not-tls", {}, 70),
+    (PROXY_V2 + HELLO, "not-tls", {}, 70),
+], ids=["no-hello", "long-id", "long-suites", "long-compression", "version-2", "early-data",
+        "long-record", "sslv2", "noise", "proxy-v2"])
+def test_handshake_of_garbage(proxy, place, garbage, why, more, alert):
     p = proxy(place())
     client = tcp(p)
     client.send(garbage)
     client.half_close()
-    p.log.wait_ending(why, status="-")
+    p.log.wait_ending(why, status="-", **more)
+    assert client.read(7) == bytes([21, 3, 3, 0, 2, 2, alert])
     assert serves(p, "ec256")
+
+
+def test_client_without_http11_is_named_so(proxy, place):
+    p = proxy(place())
+    assert "alert number 120" in s_client(p, "-tls1_2", "-alpn", "h2")
+    p.log.wait_ending("alpn", status="-")
 
 
 @pytest.mark.parametrize("name", ["a.example.", "x.b.example."])

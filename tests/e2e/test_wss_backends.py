@@ -136,8 +136,9 @@ def test_backend_is_offered_http11_only(proxy, node):
 # ---- who is not ----
 
 @pytest.mark.parametrize("certificate, why", [
-    ("expired", "expired"), ("early", "expired"), ("of-1970", "expired"),
-    ("wrong-name", "name-mismatch"), ("unknown-ca", "unknown-ca"), ("self-signed", "unknown-ca")])
+    ("expired", "expired"), ("early", "not-yet-valid"), ("of-1970", "expired"),
+    ("wrong-name", "name-mismatch"), ("unknown-ca", "unknown-ca"), ("self-signed", "unknown-ca"),
+    ("critical", "critical-extension")])
 def test_certificate_is_refused(proxy, nginx, certificate, why):
     backend = nginx(certificate=certificate)
     p = proxy(verified(backend), **TLS)
@@ -157,6 +158,34 @@ def test_chain_without_its_intermediate_is_refused(proxy, nginx):
     backend = nginx(certificate="leaf")
     p = proxy(verified(backend), **TLS)
     refused(p, backend, "unknown-ca")
+
+
+@pytest.mark.parametrize("certificate, chain, why", [
+    ("leaf", "leaf-disorder", "bad-dn"), ("by-no-ca", "by-no-ca-chain", "not-ca")])
+def test_chain_that_is_none_is_refused(proxy, nginx, certificate, chain, why):
+    backend = nginx(certificate=certificate, chain=pem(chain))
+    p = proxy(verified(backend), **TLS)
+    refused(p, backend, why)
+
+
+def test_backend_without_tls_is_named_so(proxy, scripted):
+    backend = scripted()
+    p = proxy(verified(backend), **TLS)
+    client = connect(p)
+    client.send(request())
+    server = backend.accept()
+    server.receive()
+    server.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    assert client.read_head().status == 502
+    p.log.wait("backend", name=backend.name, down=True, why="not-tls")
+
+
+def test_backend_without_our_version_is_named_so(proxy, openssl_server):
+    backend = openssl_server("ec", "-tls1_3")
+    p = proxy(verified(backend), **TLS)
+    assert get(p)[0].status == 502
+    line = p.log.wait("backend", name=backend.name, down=True)
+    assert line["why"] == "tls-alert-70"
 
 
 def test_root_that_is_not_known_spoils_no_bundle(proxy, nginx):
@@ -197,7 +226,7 @@ def test_key_that_does_not_sign_is_no_proof(proxy, scripted):
     wrong, right = (ssl.PEM_cert_to_DER_cert(pem(n).read_text()) for n in ("unknown-ca", "ec"))
     server.send(with_certificate(outgoing.read(), wrong, right))
     assert client.read_head().status == 502
-    p.log.wait("backend", name=backend.name, down=True)
+    p.log.wait("backend", name=backend.name, down=True, why="bad-signature")
 
 
 def with_certificate(flight, old, new):
