@@ -173,7 +173,9 @@ static const int seccomp            = 1;
 
 /* STDERR or SYSLOG (facility daemon); log_sessions = 0 leaves the lines open and close out.
  * log_rejects: lines reject a second, so that no flood fills the log; one line counts the rest. 0:
- * no limit. */
+ * no limit. log_probes = 1: also for connections that ask nothing, as health checks make them; the
+ * totals (SIGUSR1) count these in any case. */
 static const enum log_to log_to   = STDERR;
 static const int log_sessions     = 1;
 static const unsigned log_rejects = 20;
+static const int log_probes       = 0;

@@ -444,7 +444,7 @@ static uint64_t accept_after;   /* listeners rest until then */
 static uint64_t drain_until;    /* 0: not draining */
 static uint32_t last_id;
 static struct {
-	unsigned long long opened, rejected, rx, tx, log_lost, full;
+	unsigned long long opened, rejected, probes, rx, tx, log_lost, full;
 } totals;
 static int full_said;           /* the last line was `full`, not `room` */
 static uint64_t full_after;     /* the next `full` may be said */
@@ -4544,6 +4544,30 @@ static void log_reject(const struct address *peer, unsigned status, enum why why
 		address_format(peer, 1, client), number, whys[why].text, cause);
 }
 
+/* Whether a client that left, or whose time is over, has asked nothing: not a byte, or TLS and then
+ * not a byte. What it sent, but nobody had a buffer for, is asked. */
+static int is_probe(const struct session *s, enum why why)
+{
+	char byte;
+
+	return (why == WHY_EOF || why == WHY_RESET || why == WHY_TIMEOUT ||
+		why == WHY_HANDSHAKE_TIMEOUT || why == WHY_HEAD_TIMEOUT) &&
+		(s->state == HANDSHAKE ? !s->client.eng : s->state == HEAD) &&
+		s->client.at == s->client.end && (!s->hd || s->hd->len == 0) &&
+		recv(s->client.fd, &byte, 1, MSG_PEEK) <= 0;
+}
+
+/* A session ends without a backend's answer. */
+static void session_reject(const struct session *s, unsigned status, enum why why)
+{
+	const int probe = is_probe(s, why);
+
+	if (probe)
+		totals.probes++;
+	if (!probe || log_probes)
+		log_reject(&s->peer, status, why, status ? "" : session_cause(s));
+}
+
 /* A second of rejects is over: says how many had no line of their own. */
 static void rejects_over(void)
 {
@@ -4579,7 +4603,7 @@ static enum state session_fail(struct session *s, enum why why)
 	session_end(s, BY_PROXY, why);
 	if (!whys[why].status)
 		return FREE;
-	log_reject(&s->peer, whys[why].status, why, "");
+	session_reject(s, whys[why].status, why);
 	s->rejected = 1;
 	s->reply = (uint8_t)why;
 	server_leave(s);
@@ -5284,7 +5308,7 @@ static void session_close(struct session *s)
 	if (s->opened)
 		log_close_session(s);
 	else if (!s->rejected)
-		log_reject(&s->peer, 0, s->why, session_cause(s));
+		session_reject(s, 0, s->why);
 	totals.rx += s->rx;
 	totals.tx += s->tx;
 	/* nor may an answer that was cut off look whole */
@@ -5889,9 +5913,10 @@ static void stats(void)
 	unsigned i;
 
 	log_line(LOG_INFO, "stats sessions=%u awake=%u records=%u heads=%u opened=%llu "
-		"rejected=%llu full=%llu rx=%llu tx=%llu log-lost=%llu", session_pool.lent,
-		awake_len, records_pool.lent, heads_pool.lent, totals.opened, totals.rejected,
-		totals.full, totals.rx, totals.tx, totals.log_lost);
+		"rejected=%llu probes=%llu full=%llu rx=%llu tx=%llu log-lost=%llu",
+		session_pool.lent, awake_len, records_pool.lent, heads_pool.lent, totals.opened,
+		totals.rejected, totals.probes, totals.full, totals.rx, totals.tx,
+		totals.log_lost);
 	for (i = 0; i < BACKENDS; i++) {
 		const struct server *v = &servers[i];
 
@@ -6058,7 +6083,7 @@ static const struct {
 	NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
 	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_sessions, 0, 1), NUMBER(seccomp, 0, 1),
-	NUMBER(log_rejects, 0, INT_MAX), NUMBER(source_bits6, 1, 64),
+	NUMBER(log_rejects, 0, INT_MAX), NUMBER(source_bits6, 1, 64), NUMBER(log_probes, 0, 1),
 #undef NUMBER
 };
 

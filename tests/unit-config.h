@@ -82,3 +82,4 @@ static const int seccomp = 0;
 static const enum log_to log_to     = STDERR;
 static const int log_sessions       = 1;
 static const unsigned log_rejects   = 5;
+static const int log_probes         = 1;

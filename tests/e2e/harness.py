@@ -73,7 +73,8 @@ def set_entry(text, name, value):
 
 def config_text(entries):
     text = (REPO / "config.def.h").read_text()
-    defaults = {"resolve_names": 1, "http": REFUSE, "log_rejects": 0, "seccomp": not INSTRUMENTED}
+    defaults = {"resolve_names": 1, "http": REFUSE, "log_rejects": 0, "log_probes": 1,
+                "seccomp": not INSTRUMENTED}
     if PLAIN:
         defaults["max_busy"] = C("max_sessions")
         if "park_ms" not in entries:

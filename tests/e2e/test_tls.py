@@ -12,7 +12,7 @@ import pytest
 
 import pki
 from conftest import certificate
-from harness import E2E, PATIENCE, WS, WSS, C
+from harness import E2E, PATIENCE, WS, WSS, C, eventually
 from peers import (Stream, TlsStream, ask, client_context, connect, head, node_client,
                    open_tunnel, play, switching, tcp, upgrade, ws)
 
@@ -266,6 +266,82 @@ def test_server_name_with_the_final_dot(proxy, place, name):
     p = proxy(place(), certs=[certificate("other"), certificate("ec256", server_name="a.example"),
                               certificate("ec256", server_name="*.b.example")])
     assert "subject=CN = ec256" in s_client(p, "-tls1_2", "-servername", name)
+
+
+# ---- those who ask nothing ----
+
+def probe_silent(p):
+    tcp(p).close()
+
+
+def probe_reset(p):
+    tcp(p).reset()
+
+
+def probe_tls(p):
+    connect(p).close()
+
+
+def probe_tls_reset(p):
+    connect(p).reset()
+
+
+def probe_waits(p):
+    tcp(p).read_to_end()
+
+
+def probe_tls_waits(p):
+    connect(p).read_to_end()
+
+
+def probe_clear(p):
+    tcp(p, WS).close()
+
+
+PROBES = [probe_silent, probe_reset, probe_tls, probe_tls_reset, probe_waits, probe_tls_waits,
+          probe_clear]
+
+
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("log_probes", [0, 1])
+def test_probe_is_counted_and_fills_no_log(proxy, place, probe, log_probes):
+    waits = {"handshake_ms": 500, "head_ms": 500, "idle_ms": 0} if "waits" in probe.__name__ else {}
+    p = proxy(place(), log_probes=log_probes, **waits,
+              listeners=[("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)])
+    probe(p)
+    eventually(lambda: p.totals()["probes"] == "1")
+    assert len(p.log.all("reject")) == log_probes
+
+
+@pytest.mark.parametrize("half", [b"\x16", b"\x16\x03\x01\x00\xa0\x01", HELLO])
+def test_half_a_handshake_is_no_probe(proxy, place, half):
+    p = proxy(place(), log_probes=0)
+    client = tcp(p)
+    client.send(half)
+    client.half_close()
+    p.log.wait("reject")
+    assert p.totals()["probes"] == "0"
+
+
+@pytest.mark.parametrize("kind", [WSS, WS])
+def test_half_a_request_is_no_probe(proxy, place, kind):
+    p = proxy(place(), log_probes=0, listeners=[("127.0.0.1", "0", kind)])
+    client = connect(p)
+    client.send(b"G")
+    client.close()
+    p.log.wait_ending("eof")
+    assert p.totals()["probes"] == "0"
+
+
+def test_client_that_got_no_buffer_is_no_probe(proxy, place):
+    """It said hello, but the other one's half of a hello holds what it takes to read it."""
+    p = proxy(place(), log_probes=0, max_busy=1, handshake_ms=1000, stall_ms=60000)
+    first, second = tcp(p), tcp(p)
+    first.send(HELLO[:20])
+    eventually(lambda: p.totals()["records"] == "1")
+    second.send(HELLO)
+    p.log.wait_ending("handshake-timeout", nth=2)
+    assert p.totals()["probes"] == "0"
 
 
 def test_plain_http_on_the_tls_port_gets_a_plain_answer(proxy, place):
