@@ -119,8 +119,8 @@ static const unsigned head_ms      = 10000;     /* the request head: 408 */
 static const unsigned connect_ms   = 3000;      /* one connect to a backend: the next one */
 static const unsigned response_ms  = 30000;     /* * a request's body and its answer's head: 504 */
 static const unsigned idle_ms      = 3600000;   /* * a tunnel, a plain answer; 0: for ever */
-static const unsigned linger_ms    = 5000;      /* * after one side ended and the other took what was
-                                                 * sent to it, for that to end as well */
+static const unsigned linger_ms    = 5000;      /* * after one side ended, for the other to end;
+                                                 * as long as that takes bytes, it begins anew */
 
 /* When buffers are scarce, a session that holds one for so long and moves less than 16 KB meanwhile
  * is closed. */
