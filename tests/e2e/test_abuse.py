@@ -80,7 +80,7 @@ def test_half_a_record_in_tunnels(besiege):
 
 
 def test_records_that_always_end_with_half_of_the_next(besiege):
-    """Never at rest, and never without some progress: others get their turn all the same."""
+    """They have their buffers up to a record's end while others wait: nobody has to be cut off."""
     def attack(s):
         crowd = [s.tunnel()[0] for _ in range(40)]
         rest, calm = {client: b"" for client in crowd}, len(s.canary.log.all("beats"))
@@ -94,8 +94,8 @@ def test_records_that_always_end_with_half_of_the_next(besiege):
                 except OSError:
                     crowd.remove(client)
             threading.Event().wait(0.1)
-    p = besiege(attack)
-    assert p.log.all("close", why="stall")
+    p = besiege(attack, stall_ms=60000)
+    assert not p.log.all("close", why="stall")
 
 
 def test_heads_byte_by_byte(besiege):

@@ -168,6 +168,7 @@ def test_hello(proxy, python_server, keeper, tmp_path, kind, again, wish, versio
     assert between.alert in alerts
     if between.alert:
         assert answer == b""
+        p.log.wait("reject")
         assert len(p.log.all("open")) == again
     else:
         assert answer.startswith(b"HTTP/1.1 ")
