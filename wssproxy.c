@@ -431,7 +431,7 @@ static uint16_t suites[LENGTH(ciphers)];        /* ciphers[], in this CPU's orde
 
 static struct pool session_pool, records_pool, heads_pool, note_pool, source_pool;
 static struct queue queues[QUEUES];
-static struct link turns;       /* sessions whose handshake has input: one step each turn */
+static struct link turns[2];    /* sessions whose handshake has input: begun, not begun */
 static struct link runnable;    /* sessions that were given what they waited for */
 static struct pollfd fds[FD_SESSIONS + 2 * max_sessions];
 static struct session *awake[max_sessions];
@@ -4615,15 +4615,28 @@ static enum state session_fail(struct session *s, enum why why)
 
 /* ---- steps ---- */
 
-/* One step of a leg's TLS handshake: at most one record, for its arithmetic takes 2 ms on a PC and
- * 100 ms on a small MIPS. What remains in the read-ahead takes its turn again. 1: TLS stands. */
+/* Has the session wait for its turn. When everybody comes at once, after a reboot or a flap of the
+ * uplink, there is work for longer than anyone has patience: who has begun is served first, or all
+ * would have their first half, and nobody the second before it has gone. */
+static void turn_await(struct session *s)
+{
+	link_append(&turns[s->state == HANDSHAKE && !s->client.eng], &s->wait);
+}
+
+/* One step of a leg's TLS handshake: a record, for its arithmetic takes 2 ms on a PC and 100 ms on
+ * a small MIPS; and a ChangeCipherSpec with the Finished behind it, for theirs takes none. What
+ * remains in the read-ahead takes its turn again. 1: TLS stands. */
 static int leg_handshake(struct session *s, struct leg *l)
 {
+	int light;
 	size_t room;
 
 	l->more = 1;            /* a flight is of several records */
-	if (!leg_send(s, l))
-		leg_feed(s, l);
+	if (!leg_send(s, l)) {
+		do
+			light = l->at < l->end && l->ahead[l->at] == 20;
+		while (leg_feed(s, l) && l->at < l->end && (light || l->ahead[l->at] == 20));
+	}
 	leg_send(s, l);
 	l->more = 0;
 	while (l->fin && leg_feed(s, l))
@@ -4644,7 +4657,7 @@ static int leg_handshake(struct session *s, struct leg *l)
 		return 1;
 	}
 	if (l->at < l->end && !l->full)
-		link_append(&turns, &s->wait);
+		turn_await(s);
 	return 0;
 }
 
@@ -5566,7 +5579,7 @@ static void session_event(struct session *s, unsigned ready)
 {
 	if ((s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE) && link_alone(&s->wait) &&
 	    !(ready & CLIENT_GONE)) {
-		link_append(&turns, &s->wait);
+		turn_await(s);
 		session_watch(s);
 	} else {
 		session_run(s, ready);
@@ -5846,10 +5859,11 @@ static void sessions_epoll(void)
 /* All that were given what they waited for, after one handshake step. */
 static void sessions_turn(void)
 {
+	const struct link *turn = &turns[link_alone(&turns[0])];
 	struct link *l;
 
-	if (!link_alone(&turns)) {
-		l = turns.next;
+	if (!link_alone(turn)) {
+		l = turn->next;
 		link_drop(l);
 		session_run(OWNER(l, struct session, wait), CLIENT_IN | BACKEND_IN);
 	}
@@ -5978,7 +5992,8 @@ static void loop(void)
 	unsigned i;
 
 	while (!loop_over()) {
-		int ms = link_alone(&turns) && link_alone(&runnable) ? timers_next() : 0;
+		int ms = link_alone(&turns[0]) && link_alone(&turns[1]) && link_alone(&runnable) ?
+			timers_next() : 0;
 		int n;
 
 		listeners_watch();
@@ -6027,7 +6042,8 @@ static void tables_init(void)
 		link_init(&queues[i].list);
 	for (i = 0; i < LENGTH(times); i++)
 		queues[times[i].queue].ms = times[i].ms;
-	link_init(&turns);
+	link_init(&turns[0]);
+	link_init(&turns[1]);
 	link_init(&runnable);
 	link_init(&rejects.timer.link);
 	pool_init(&session_pool, sessions, sizeof sessions[0], max_sessions);

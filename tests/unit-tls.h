@@ -457,6 +457,56 @@ static void test_hello_resumes(void)
 	CHECK(!hello_good(out, n + 1, &h));
 }
 
+/* Of those whose handshake waits for its turn, who has begun goes before who has not; and the last two
+ * records of a client take no turn of their own: two steps make a handshake. */
+static void test_turns_finish(void)
+{
+	struct session *s = tls_session(), *other;
+	int ends[2];
+	unsigned i;
+	size_t n;
+	unsigned char *p;
+
+	for (i = 1; i <= 3; i++) {
+		other = session_make(i);
+		other->state = HANDSHAKE;
+		turn_await(other);
+	}
+	CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends), 0);
+	s->state = HANDSHAKE;
+	s->client.fd = ends[0];
+	s->client.reads = READS;
+	peer_start("a.example");
+	for (i = 0; i < 2; i++) {
+		/* all that the client has to say now */
+		s->client.at = s->client.end = 0;
+		while ((p = br_ssl_engine_sendrec_buf(&peer.eng, &n)) != NULL) {
+			memcpy(s->client.ahead + s->client.end, p, n);
+			s->client.end += n;
+			br_ssl_engine_sendrec_ack(&peer.eng, n);
+		}
+		turn_await(s);
+		CHECK(turns[0].next == &s->wait && turns[0].prev == &s->wait);
+		link_drop(&s->wait);
+		s->client.full = 0;
+		CHECK_INT(leg_handshake(s, &s->client), (int)i);
+		CHECK(link_alone(&s->wait));
+		while ((p = br_ssl_engine_recvrec_buf(&peer.eng, &n)) != NULL && i == 0) {
+			ssize_t got = recv(ends[1], p, n, 0);
+
+			if (got <= 0)
+				break;
+			br_ssl_engine_recvrec_ack(&peer.eng, (size_t)got);
+		}
+	}
+	CHECK(turns[1].next == &sessions[1].wait && turns[1].prev == &sessions[3].wait);
+	CHECK(link_alone(&turns[0]));
+	for (i = 1; i <= 3; i++)
+		link_drop(&sessions[i].wait);
+	close(ends[0]);
+	close(ends[1]);
+}
+
 /* An engine that was closed over plaintext that nobody took never moves again: that is no fault of a
  * side that was told the end, and what it still sends is thrown away. */
 static void test_tls_closed_full(void)

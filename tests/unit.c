@@ -136,6 +136,7 @@ static const struct test tests[] = {
 	TEST(tls_refused),
 	TEST(hello_short),
 	TEST(hello_resumes),
+	TEST(turns_finish),
 	TEST(tls_closed_full),
 	TEST(tls_stuck),
 	TEST(tls_ended_amid_message),
