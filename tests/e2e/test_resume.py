@@ -17,7 +17,7 @@ GET = head("GET / HTTP/1.1", {"Host": "localhost", "Connection": "close"})
 SUITES = [C("BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"),
           C("BR_TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA")]
 LACKING = {120}         # no_application_protocol
-BROKEN = {50, 80}       # decode_error, internal_error
+BROKEN = {50}            # decode_error
 
 HTTP11 = b"\x00\x10\x00\x0b\x00\x09\x08http/1.1"
 H2_AND_HTTP11 = b"\x00\x10\x00\x0e\x00\x0c\x02h2\x08http/1.1"
