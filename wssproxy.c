@@ -3318,6 +3318,7 @@ static int name_fits(const char *pattern, const char *name, size_t len)
 	len -= (size_t)(dot - name);
 	len -= len > 0 && dot[len - 1] == '.';
 	n = strlen(pattern);
+	n -= n > 0 && pattern[n - 1] == '.';
 	for (i = 0; i < n && i < len && lower(pattern[i]) == lower(dot[i]); i++)
 		;
 	return i < n || n != len ? 0 : wild ? 2 : 3;

@@ -604,6 +604,7 @@ static void test_name_fits(void)
 		{ "a.example", LIT("a.example"), 3 },
 		{ "a.example", LIT("A.EXAMPLE"), 3 },
 		{ "a.example", LIT("a.example."), 3 },
+		{ "a.example.", LIT("a.example."), 3 }, { "a.example.", LIT("a.example"), 3 },
 		{ "a.example", LIT("a.example.."), 0 },
 		{ "a.example", LIT("."), 0 },
 		{ "*.a.example", LIT("x.a.example."), 2 },

@@ -117,7 +117,7 @@ static void names_must(const char *p, size_t len)
 
 	MUST(fits == 0 || fits == 2 || fits == 3);
 	MUST(lit == 0 || lit == 2);
-	for (i = 0; lit && i + 10 < len; i++)
+	for (i = 0; lit && i + 10 + (p[len - 1] == '.') < len; i++)
 		MUST(p[i] != '.');
 	if (strlen(pattern) == len - half && half > 0 && memcmp(pattern, p + half, half) == 0 &&
 	    strncmp(pattern, "*.", 2) != 0)
