@@ -88,7 +88,8 @@ enum {
 	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring */
 	BULK = 3 * 16384,       /* bytes in the clear that one recv brings of who sends bulk, */
 	READ_BULK = BULK + 512, /* and bytes of records */
-	READS = 4,              /* recv calls for each side in one run: no session holds the loop */
+	SHARE = 32768,          /* bytes after which a side is not read any more in one run: others,
+	                         * and handshakes, are waiting (bulk on a slow CPU) */
 	ACCEPTS = 16,           /* connections taken from a listener in one turn */
 	CHAIN_MAX = 8,          /* certificates of a chain */
 	CHAIN_BYTES = 16384,    /* their DER, in all */
@@ -314,7 +315,7 @@ struct leg {
 	_Bool more;                     /* what is sent now has more coming behind it, */
 	_Bool corked;                   /* and the kernel may hold back what was sent last */
 	_Bool started;                  /* since it rested, plaintext was put into it */
-	uint8_t reads;                  /* left in this run */
+	uint16_t left;                  /* bytes that it may still be read in this run */
 	uint8_t filled;                 /* reads in a row, up to 2, that filled their room */
 	_Bool reset;                    /* a send said so, and no later call will */
 	int unsent;                     /* bytes in its socket's queue when last looked at */
@@ -4116,7 +4117,8 @@ static size_t leg_read(struct session *s, struct leg *l, unsigned char *p, size_
 	ssize_t n = recv(l->fd, p, room, 0);
 
 	l->filled = n < (ssize_t)room ? 0 : l->filled < 2 ? l->filled + 1 : 2;
-	if (n < (ssize_t)room || --l->reads == 0)
+	l->left = n < l->left ? (uint16_t)(l->left - (n > 0 ? n : 0)) : 0;
+	if (n < (ssize_t)room || l->left == 0)
 		l->in = 0;
 	if (n == 0 && l->reset) {
 		errno = ECONNRESET;
@@ -4211,11 +4213,8 @@ static int leg_stuck(const struct leg *l)
 /* Reads and forgets, so that closing does not reset what the peer has yet to read. */
 static void leg_discard(struct leg *l)
 {
-	ssize_t n = 1;
-	int i;
+	ssize_t n = l->eof ? 1 : recv(l->fd, scratch, sizeof scratch, 0);
 
-	for (i = 0; i < READS && n > 0 && !l->eof; i++)
-		n = recv(l->fd, scratch, sizeof scratch, 0);
 	if (n == 0 || (n < 0 && !would_block(errno)))
 		l->eof = 1;
 }
@@ -4228,7 +4227,7 @@ static int leg_fill(struct session *s, struct leg *l)
 	int error, moved = 0;
 
 	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len) &&
-	    !(leg_yields(l) && l->reads < READS && leg_between(l)))
+	    !(leg_yields(l) && l->left < SHARE && leg_between(l)))
 		moved = leg_recv(s, l);
 	if (!l->eng)
 		return moved;
@@ -5463,7 +5462,7 @@ static int session_stays_parked(const struct session *s)
 	short wish[2];
 
 	if (!s->parked || s->rec || s->hd || s->client.in || s->backend.in ||
-	    s->client.reads == 0 || s->backend.reads == 0)
+	    s->client.left == 0 || s->backend.left == 0)
 		return 0;
 	session_wishes(s, wish);
 	return wish[0] == s->armed[0] && wish[1] == s->armed[1];
@@ -5527,7 +5526,7 @@ static void session_run(struct session *s, unsigned ready)
 	s->backend.in = (ready & BACKEND_IN) != 0;
 	s->client.full = s->backend.full = 0;
 	s->client.more = s->backend.more = 0;
-	s->client.reads = s->backend.reads = READS;
+	s->client.left = s->backend.left = SHARE;
 	s->moved = s->fed = 0;
 	if ((ready & CLIENT_RESET) && s->state <= RESPONSE) {
 		next = client_lost(s);

@@ -475,7 +475,7 @@ static void test_turns_finish(void)
 	CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends), 0);
 	s->state = HANDSHAKE;
 	s->client.fd = ends[0];
-	s->client.reads = READS;
+	s->client.left = SHARE;
 	peer_start("a.example");
 	for (i = 0; i < 2; i++) {
 		/* all that the client has to say now */
@@ -527,7 +527,7 @@ static void test_tls_closed_full(void)
 	CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair), 0);
 	l->fd = pair[0];
 	l->fin = l->in = 1;
-	l->reads = READS;
+	l->left = SHARE;
 	CHECK_INT(send(pair[1], "more", 4, 0), 4);
 	leg_fill(s, l);
 	CHECK(!s->broken && !l->eof);
