@@ -69,9 +69,9 @@ static const uint16_t ciphers[] = {
 	BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 };
 
-/* Sessions that can be resumed: 100 bytes each, 0: off. A resumed handshake costs a hundredth of a
- * full one. */
-#define session_cache   128
+/* Sessions that can be resumed: 100 bytes each, 0: off. A resumed handshake costs a seventh of a
+ * full one, so after a flap of the uplink all that there can be should come back by one. */
+#define session_cache   max_sessions
 
 /* PEM file: clients must show a certificate signed by one of these, at most 16 (with tls_backends
  * 256, those of .ca included); NULL: none is asked for. */
