@@ -1692,8 +1692,12 @@ static void test_bulk(void)
 				CHECK(pool_lend(&records_pool) != NULL);
 			for (i = 0; i < 8; i++)
 				CHECK_INT(send(ends[k], scratch, 16384 + 512, 0), 16384 + 512);
-			for (i = 0; i < 3; i++)                 /* a run takes its share */
-				session_run(s, ready);
+			for (i = 0; i < 3; i++) {
+				uint64_t before = s->rx + s->tx;
+
+				session_run(s, ready);          /* takes its share */
+				CHECK(s->rx + s->tx - before < SHARE + BULK);
+			}
 			CHECK_INT(l->filled, 2);
 			CHECK(l->spare == NULL);                /* nothing is in it, but it was there */
 			CHECK_INT(records_pool.fresh, busy + 1 + (busy + 1 <= max_busy / 2));
