@@ -5325,10 +5325,9 @@ static void session_close(struct session *s)
 	totals.rx += s->rx;
 	totals.tx += s->tx;
 	/* nor may an answer that was cut off look whole */
-	if (s->opened && ((s->broken && s->by == BY_BACKEND) ||
-	    (s->state == EXCHANGE && !s->client.fin)))
+	if (s->opened && !s->client.fin && (s->broken || s->state == EXCHANGE))
 		socket_abort(s->client.fd);
-	if (s->broken && s->by == BY_CLIENT && s->backend.fd >= 0)
+	if (s->broken && s->backend.fd >= 0)
 		socket_abort(s->backend.fd);
 	close(s->client.fd);
 	server_leave(s);

@@ -285,6 +285,19 @@ def test_reset_of_the_backend_resets_the_client(tunnel, kind):
     p.log.wait("close", by="backend", why="reset")
 
 
+@KINDS
+def test_reset_of_the_backend_resets_a_client_that_has_ended(tunnel, kind):
+    p, client, server = tunnel(kind)
+    client.half_close()
+    assert server.read_to_end() == b""
+    server.send(b"the first half")
+    assert client.read_until(b"half") == b"the first half"
+    server.reset()
+    with pytest.raises(ConnectionResetError):
+        client.read_to_end()
+    p.log.wait("close", by="client", why="eof")
+
+
 @pytest.mark.parametrize("end", ["client", "backend"])
 def test_reset_of_a_session_at_rest(tunnel, end):
     p, client, server = tunnel(park_ms=50)
