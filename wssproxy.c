@@ -3977,10 +3977,11 @@ static int leg_closed(const struct leg *l)
 static void leg_ended(struct session *s, struct leg *l)
 {
 	enum framing framing = l == &s->backend ? s->framing : BODY_TUNNEL;
+	enum why why = framing == BODY_TUNNEL ? WHY_EOF :
+		framing == BODY_EOF && (!l->eng || leg_closed(l)) ? WHY_DONE : WHY_SHORT;
 
-	session_end(s, leg_party(s, l), framing == BODY_TUNNEL ? WHY_EOF :
-		framing == BODY_EOF && (!l->eng || leg_closed(l)) ? WHY_DONE : WHY_SHORT);
-	if (framing == BODY_EOF && s->why == WHY_SHORT)
+	session_end(s, leg_party(s, l), why);
+	if (framing == BODY_EOF && why == WHY_SHORT)
 		s->broken = 1;  /* or its end would look like one */
 	l->eof = 1;
 }

@@ -596,6 +596,28 @@ static void test_tls_ended_amid_message(void)
 	}
 }
 
+/* An answer without a length that a backend's FIN cuts off is not whole, whoever had ended before. */
+static void test_tls_answer_cut(void)
+{
+	struct session *s = tls_session();
+	int first;
+
+	peer_start("a.example");
+	tls_handshake(s);
+	for (first = 0; first < 2; first++) {
+		at("the client ended before: %d", first);
+		s->state = EXCHANGE;
+		s->framing = BODY_EOF;
+		s->why = first ? WHY_EOF : WHY_NONE;
+		s->broken = 0;
+		s->backend.eng = &peer.eng;
+		s->backend.eof = 0;
+		leg_ended(s, &s->backend);
+		CHECK(s->backend.eof && s->broken);
+		CHECK_INT(s->why, first ? WHY_EOF : WHY_SHORT);
+	}
+}
+
 /* ---- pinned certificates ---- */
 
 /* What the judge says of a chain that comes in pieces of that size. */

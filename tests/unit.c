@@ -140,6 +140,7 @@ static const struct test tests[] = {
 	TEST(tls_closed_full),
 	TEST(tls_stuck),
 	TEST(tls_ended_amid_message),
+	TEST(tls_answer_cut),
 	TEST(pinned),
 	TEST(pinned_longer),
 	TEST(chain_long),
