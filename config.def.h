@@ -123,7 +123,7 @@ static const unsigned linger_ms    = 5000;      /* * after one side ended, for t
                                                  * as long as that takes bytes, it begins anew */
 
 /* When buffers are scarce, a session that holds one for so long and moves less than 16 KB meanwhile
- * is closed. */
+ * is closed; before its answer, its connect_ms, handshake_ms or response_ms counts as over. */
 static const unsigned stall_ms     = 5000;
 
 /* SIGTERM: how long sessions may go on before they are closed. */

@@ -2652,7 +2652,7 @@ static void server_failed(struct server *v, const char *why)
 	resolver_ask(v);
 }
 
-/* NULL: it is ours, see above. */
+/* For the log: why a connection to a backend failed; NULL: of a shortage of ours. */
 static const char *connect_why(int error)
 {
 	if (is_our_shortage(error))
@@ -3062,8 +3062,8 @@ static void source_release(struct source *o, const struct address *a)
 
 static unsigned char no_records[32];    /* what a resting engine's offsets are based on */
 
-/* The only two places that touch private fields of BearSSL: the record buffers of an engine that
- * stands at a record boundary hold nothing, so their bases can change. */
+/* The only two places that write private fields of BearSSL (verifier_early reads some): the record
+ * buffers of an engine that stands at a record boundary hold nothing, so their bases can change. */
 static void engine_lend(br_ssl_engine_context *eng, struct buffers *b)
 {
 	eng->ibuf = b->ibuf;
@@ -5707,7 +5707,6 @@ static void listeners_watch(void)
 	unsigned i;
 
 	full_tell();
-
 	for (i = 0; i < LISTENERS; i++)
 		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
 }
