@@ -2854,7 +2854,7 @@ static void resolver_answer(const struct resolved *r)
 	v->pending = 0;
 	v->asked_before = 1;
 	if (r->count > 0) {
-		memcpy(v->address, r->address, sizeof v->address);
+		memcpy(v->address, r->address, r->count * sizeof r->address[0]);
 		if (v->addresses == 0 && v->down)
 			server_good(v);
 		v->addresses = r->count;
@@ -5043,7 +5043,7 @@ static enum state interim_done(struct session *s)
 	memmove(hd->bytes, hd->bytes + size, hd->len - size);
 	hd->len -= size;
 	memset(&hd->u, 0, sizeof hd->u);
-	return RESPONSE;
+	return s->broken ? FREE : RESPONSE;
 }
 
 /* The backend's head is whole. A refused upgrade never becomes a tunnel: nothing more of the
@@ -5267,15 +5267,21 @@ static void session_age(struct session *s, int young)
 		crowds -= o->young-- == 2;
 }
 
+/* The state's time begins, or begins anew. */
+static void state_timer_start(struct session *s)
+{
+	timer_start(&queues[s->state], &s->timer);
+	if (s->state != REPLY && s->state != DRAIN)
+		return;
+	s->client.unsent = socket_unsent(s->client.fd);         /* see leg_drains */
+	s->backend.unsent = socket_unsent(s->backend.fd);
+}
+
 static void session_enter(struct session *s, enum state state)
 {
 	s->state = (uint8_t)state;
-	if (state == REPLY || state == DRAIN) {
-		s->client.unsent = socket_unsent(s->client.fd);
-		s->backend.unsent = socket_unsent(s->backend.fd);
-	}
 	session_age(s, is_young(s));
-	timer_start(&queues[state], &s->timer);
+	state_timer_start(s);
 	s->moved = 1;
 }
 
@@ -5461,7 +5467,7 @@ static int session_stays_parked(const struct session *s)
 {
 	short wish[2];
 
-	if (!s->parked || s->rec || s->hd || s->client.in || s->backend.in ||
+	if (!s->parked || s->rec || s->hd || s->backend.fd < 0 || s->client.in || s->backend.in ||
 	    s->client.left == 0 || s->backend.left == 0)
 		return 0;
 	session_wishes(s, wish);
@@ -5488,7 +5494,7 @@ static void session_settle(struct session *s)
 		s->stall_from = s->rx + s->tx;
 	}
 	if (s->fed)
-		timer_start(&queues[s->state], &s->timer);
+		state_timer_start(s);
 	leg_push(&s->client);
 	leg_push(&s->backend);
 	if (session_stays_parked(s))
