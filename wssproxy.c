@@ -2031,7 +2031,7 @@ struct facts {
 	struct span value[NAMES];       /* the last one's */
 	unsigned count[NAMES];
 	int upgrade;            /* Connection has it, */
-	unsigned options;       /* and so many in all */
+	unsigned options;       /* and so many in all, the empty ones among them */
 	int websocket;          /* Upgrade has it */
 	int bad_framing;        /* Content-Length is no number, or two differ, or with a coding */
 	uint64_t length;
@@ -2039,7 +2039,7 @@ struct facts {
 
 static void facts_read(struct facts *f, const struct head *h, const char *buf)
 {
-	unsigned i;
+	unsigned i, k;
 	uint64_t n;
 
 	memset(f, 0, sizeof *f);
@@ -2049,8 +2049,10 @@ static void facts_read(struct facts *f, const struct head *h, const char *buf)
 		struct span rest = value, option;
 
 		if (is == NAME_CONNECTION) {
-			for (; list_next(buf, &rest, &option); f->options++)
+			while (list_next(buf, &rest, &option))
 				f->upgrade |= span_is(buf, option, "upgrade");
+			for (f->options++, k = 0; k < value.len; k++)
+				f->options += buf[value.at + k] == ',';
 		} else if (is == NAME_UPGRADE) {
 			f->websocket |= list_has(buf, value, "websocket");
 		} else if (is == NAME_LENGTH) {

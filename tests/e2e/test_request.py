@@ -79,6 +79,7 @@ REFUSED = {
 
     "33-options": (upgrade(Connection="upgrade" + ",a" * 32), 400, "connection"),
     "33-options-in-lines": (upgrade(extra=["Connection: b, c"] * 16), 400, "connection"),
+    "33-options-most-empty": (upgrade(Connection="upgrade" + "," * 32), 400, "connection"),
     "no-key": (upgrade(Sec_WebSocket_Key=None), 400, "bad-key"),
     "two-keys": (upgrade(extra=[f"Sec-WebSocket-Key: {KEY}"]), 400, "bad-key"),
     "key-of-15-bytes": (upgrade(Sec_WebSocket_Key=key_of(15)), 400, "bad-key"),
