@@ -163,7 +163,7 @@ def take_slowly(stream, n):
     answer with a reset, by which the rest would be lost."""
     taken, pace = b"", threading.Event()
     while len(taken) < n:
-        pace.wait(0.02)
+        pace.wait(0.05)
         more = stream.receive()
         assert more, f"ended after {len(taken)} of {n} bytes"
         taken += more
@@ -173,7 +173,7 @@ def take_slowly(stream, n):
 
 @KINDS
 def test_slow_client_gets_the_tail_of_what_was_sent(slow_ends, kind):
-    p, client, server = slow_ends(kind, linger_ms=300)
+    p, client, server = slow_ends(kind, linger_ms=1000)
     sender = threading.Thread(target=lambda: (server.send(BULK), server.close()))
     sender.start()
     assert take_slowly(client, len(BULK)) == BULK
@@ -185,7 +185,7 @@ def test_slow_client_gets_the_tail_of_what_was_sent(slow_ends, kind):
 
 @KINDS
 def test_slow_backend_gets_the_tail_of_what_was_sent(slow_ends, kind):
-    p, client, server = slow_ends(kind, linger_ms=300)
+    p, client, server = slow_ends(kind, linger_ms=1000)
     sender = threading.Thread(target=lambda: (client.send(BULK), client.half_close()))
     sender.start()
     assert take_slowly(server, len(BULK)) == BULK
@@ -222,7 +222,7 @@ def test_reset_is_seen_while_the_backend_takes_nothing(proxy, scripted, kind):
     tunnels = [open_tunnel(p, backend) for _ in range(5)]
     for client, _ in tunnels:
         upload_until_it_stops(client)
-    assert idle_cpu(p) < 0.1
+    eventually(lambda: idle_cpu(p) < 0.1)
     for client, _ in tunnels:
         client.reset()
     eventually(lambda: p.descriptors() == before)
@@ -239,7 +239,7 @@ def test_end_is_not_taken_for_a_reset_while_the_backend_takes_nothing(tunnel, ki
     sender = threading.Thread(target=lambda: (client.send(BULK * 8), client.close()))
     sender.start()
     eventually(lambda: p.totals()["records"] != "0")
-    assert idle_cpu(p) < 0.1
+    eventually(lambda: idle_cpu(p) < 0.1)
     assert server.read_to_end() == BULK * 8
     sender.join()
     server.close()

@@ -456,7 +456,7 @@ def main():
         soak.proxy.process.kill()
     done, faults, log = soak.done, soak.faults, soak.log
     gauges = {k: v for k, v in after.items()
-              if k not in ("rss", "fds", "opened", "rejected", "rx", "tx", "log-lost")}
+              if k not in ("rss", "fds", "opened", "rejected", "probes", "full", "rx", "tx", "log-lost")}
     held = {
         f"{done['messages']} messages came back whole and in order": not faults["order"],
         f"{done['tunnels']} tunnels: none lost but {done['excused']} with their backend":
