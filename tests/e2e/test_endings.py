@@ -174,7 +174,7 @@ def take_slowly(stream, n):
 @KINDS
 def test_slow_client_gets_the_tail_of_what_was_sent(slow_ends, kind):
     p, client, server = slow_ends(kind, linger_ms=1000)
-    sender = threading.Thread(target=lambda: (server.send(BULK), server.close()))
+    sender = threading.Thread(target=lambda: (server.send(BULK), server.half_close()))
     sender.start()
     assert take_slowly(client, len(BULK)) == BULK
     assert client.read_to_end() == b""
