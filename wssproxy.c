@@ -78,6 +78,7 @@
 #endif
 
 #define LENGTH(a)       (sizeof(a) / sizeof((a)[0]))
+#define wipe(p, len)    explicit_bzero(p, len)
 #define OWNER(p, type, member)  ((type *)(void *)((char *)(p) - offsetof(type, member)))
 
 enum {
@@ -181,6 +182,13 @@ struct address {
 	uint8_t family;         /* AF_INET, AF_INET6; AF_UNIX: neither ip nor port */
 };
 
+/* Appended to a bound: what is past it is left out, and full is set. */
+struct text {
+	char *p;
+	size_t len, size;
+	int full;
+};
+
 struct session;
 
 struct pool {
@@ -224,16 +232,14 @@ struct trust {
 /* All that config.h names of certificates and keys, read from the files. There are two rings:
  * SIGHUP fills the one not in use. */
 struct keyring {
-	struct identity id[CERTS];
-	struct identity client_id[tls_backends ? BACKENDS : 1]; /* chain_len 0: none */
+	/* of certs[], then of backends[], where chain_len 0 is none */
+	struct identity id[CERTS + (tls_backends ? BACKENDS : 0)];
 	struct trust backend_ca[BACKENDS], client_ca;
 	br_x509_trust_anchor anchor[ANCHORS_MAX];
 	unsigned anchors;
-	unsigned char bytes[ANCHOR_BYTES];      /* what the anchors point to */
-	size_t used;
-	const char *entry, *path;               /* while anchors are read: of config.h, */
-	unsigned index;
-	int one;                                /* 1: which needs that one certificate */
+	char bytes[ANCHOR_BYTES];
+	struct text kept;       /* in there: what the anchors point to */
+	int one;                /* 1: the file that is read has one, which is needed */
 	unsigned users;         /* handshakes that may still point into it */
 };
 
@@ -264,13 +270,15 @@ struct records {
 
 /* Judges the certificate chain of the other side during a handshake. */
 struct verifier {
-	const br_x509_class *vtable;    /* of first-certificate mode */
 	int certs;                      /* of the chain, so far */
-	const br_x509_pkey *pinned;     /* NULL: any */
 	br_name_element name;           /* where the subject's common name goes */
 	union {
 		br_x509_minimal_context minimal;
-		br_x509_decoder_context first;
+		struct {
+			br_x509_knownkey_context known; /* what of them counts: a key */
+			const br_x509_pkey *pinned;     /* that it must be; NULL: any */
+			br_x509_decoder_context decoder;
+		} first;
 	} u;
 };
 
@@ -469,14 +477,8 @@ static const struct {
 
 /* ---- text ----
  *
- * Appended to a bound: what is past it is left out, and full is set. No printf: that of a static
- * musl brings 12 KB, most of it floating point that no MIPS router has in hardware. */
-
-struct text {
-	char *p;
-	size_t len, size;
-	int full;
-};
+ * No printf: that of a static musl brings 12 KB, most of it floating point that no MIPS router has
+ * in hardware. */
 
 static void text_add(struct text *t, const char *p, size_t len)
 {
@@ -486,6 +488,12 @@ static void text_add(struct text *t, const char *p, size_t len)
 	}
 	memcpy(t->p + t->len, p, len);
 	t->len += len;
+}
+
+/* The same for BearSSL's decoders. */
+static void text_push(void *t, const void *p, size_t len)
+{
+	text_add(t, p, len);
 }
 
 static void text_string(struct text *t, const char *s)
@@ -516,13 +524,12 @@ static void text_number(struct text *t, unsigned long long n, unsigned base, uns
 }
 
 /* The compiler checks arguments; what it would take and this does not, lint finds: there are only
- * %s %c %d %u %llu %x, and %0Nx of at least N digits. */
+ * %s %d %u %llu %x, and %0Nx of at least N digits. */
 __attribute__((format(printf, 2, 0)))
 static void text_append(struct text *t, const char *format, va_list ap)
 {
 	const char *next;
 	unsigned digits;
-	char c;
 	int d;
 
 	for (; *(next = strchrnul(format, '%')); format = next + 1) {
@@ -535,10 +542,6 @@ static void text_append(struct text *t, const char *format, va_list ap)
 		switch (*next) {
 		case 's':
 			text_string(t, va_arg(ap, const char *));
-			break;
-		case 'c':
-			c = (char)va_arg(ap, int);
-			text_add(t, &c, 1);
 			break;
 		case 'd':
 			d = va_arg(ap, int);
@@ -647,9 +650,11 @@ static void log_escape(char *out, size_t size, const char *in, size_t len)
 
 	for (i = 0; i < len && t.len + 5 <= size; i++) {
 		unsigned char c = (unsigned char)in[i];
-		int plain = c > ' ' && c < 0x7f && !strchr("\"\\=", c);
 
-		text_format(&t, plain ? "%c" : "\\x%02x", c);
+		if (c > ' ' && c < 0x7f && !strchr("\"\\=", c))
+			text_add(&t, in + i, 1);
+		else
+			text_format(&t, "\\x%02x", c);
 	}
 	out[t.len] = '\0';
 }
@@ -659,22 +664,21 @@ static void log_escape(char *out, size_t size, const char *in, size_t len)
  * again, for a description of its own that does not block. */
 static void log_open(void)
 {
-	if (log_to != SYSLOG) {
-		int fd = isatty(STDERR_FILENO) ?
-			open("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) : -1;
+	int fd;
 
-		log_fd = fd >= 0 ? fd : STDERR_FILENO;
-		return;
+	if (log_to == SYSLOG) {
+		log_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+		log_syslog = log_fd >= 0 && log_connect() == 0;
+		if (log_syslog)
+			return;
+		print(STDERR_FILENO, "wssproxy: config.h: log_to = SYSLOG: /dev/log: %s: "
+			"start a syslog daemon before; logging to stderr", strerror(errno));
+		if (log_fd >= 0)
+			close(log_fd);
 	}
-	log_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	log_syslog = log_fd >= 0 && log_connect() == 0;
-	if (log_syslog)
-		return;
-	print(STDERR_FILENO, "wssproxy: config.h: log_to = SYSLOG: /dev/log: %s: "
-		"start a syslog daemon before; logging to stderr", strerror(errno));
-	if (log_fd >= 0)
-		close(log_fd);
-	log_fd = STDERR_FILENO;
+	fd = isatty(STDERR_FILENO) ?
+		open("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) : -1;
+	log_fd = fd >= 0 ? fd : STDERR_FILENO;
 }
 
 /* ---- lists, hashes, time and timers ---- */
@@ -820,17 +824,13 @@ static socklen_t address_write(const struct address *a, struct sockaddr_storage 
 {
 	struct sockaddr_in *in = (struct sockaddr_in *)(void *)ss;
 	struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)(void *)ss;
+	const int is4 = a->family == AF_INET;
 
 	memset(ss, 0, sizeof *ss);
 	ss->ss_family = a->family;
-	if (a->family == AF_INET) {
-		memcpy(&in->sin_addr, a->ip, 4);
-		in->sin_port = htons(a->port);
-		return sizeof *in;
-	}
-	memcpy(&in6->sin6_addr, a->ip, 16);
-	in6->sin6_port = htons(a->port);
-	return sizeof *in6;
+	in->sin_port = htons(a->port);
+	memcpy(is4 ? (void *)&in->sin_addr : &in6->sin6_addr, a->ip, is4 ? 4 : 16);
+	return is4 ? sizeof *in : sizeof *in6;
 }
 
 /* Its leading bits; what is behind them in key stays as it is. */
@@ -891,6 +891,11 @@ static const char *address_format(const struct address *a, int with_port, char o
 	return out;
 }
 
+static int is_digit(char c)
+{
+	return c >= '0' && c <= '9';
+}
+
 /* Digits only, at most 18 of them. */
 static int number_parse(const char *buf, struct span s, uint64_t *out)
 {
@@ -898,7 +903,7 @@ static int number_parse(const char *buf, struct span s, uint64_t *out)
 
 	*out = 0;
 	for (i = 0; i < s.len; i++) {
-		if (buf[s.at + i] < '0' || buf[s.at + i] > '9')
+		if (!is_digit(buf[s.at + i]))
 			return 0;
 		*out = *out * 10 + (uint64_t)(buf[s.at + i] - '0');
 	}
@@ -928,38 +933,23 @@ static int address_parse(struct address *a, const char *host, const char *port)
 
 /* ---- PEM and keys ---- */
 
-/* Overwrites, and is not optimized away. */
-static void wipe(void *p, size_t len)
-{
-	volatile unsigned char *v = p;
-
-	while (len-- > 0)
-		*v++ = 0;
-}
-
-/* The DER of a PEM object. It is written over the text that it is read from, which is longer. */
-struct der {
-	unsigned char *p;
-	size_t len;
+/* What is read from a PEM file. */
+struct pem {
+	/* An object's name and bytes. NULL: taken; pem_other; or what is wrong. */
+	const char *(*take)(void *owner, const char *name, const unsigned char *der, size_t len);
+	const char *none;       /* what is wrong when nothing was taken */
 };
 
-static void der_push(void *ctx, const void *data, size_t len)
-{
-	struct der *d = ctx;
+static const char pem_other[] = "";
 
-	memcpy(d->p + d->len, data, len);
-	d->len += len;
-}
-
-/* Tells `take` of each object of a PEM text, which is lost: its name and bytes. The decoder wants
- * no CR, and the final newline that editors forget: there must be room for one more byte at
- * text[len]. NULL, or what is wrong with it. */
-static const char *pem_walk(char *text, size_t len, void *owner,
-	const char *(*take)(void *, const char *, const unsigned char *, size_t))
+/* Reads a text, which is lost: DER is shorter, and written over it. The decoder wants no CR, and
+ * the final newline that editors forget: there must be room for one more byte at text[len]. NULL,
+ * or what is wrong with it. */
+static const char *pem_walk(const struct pem *pem, void *owner, char *text, size_t len)
 {
-	struct der d = { (unsigned char *)text, 0 };
+	struct text der = { .p = text, .size = len };
 	br_pem_decoder_context dc;
-	const char *error = NULL;
+	const char *none = pem->none, *error = NULL;
 	size_t i, n = 0;
 	int inside = 0;
 
@@ -973,27 +963,22 @@ static const char *pem_walk(char *text, size_t len, void *owner,
 		switch (br_pem_decoder_event(&dc)) {
 		case BR_PEM_BEGIN_OBJ:
 			inside = 1;
-			d.len = 0;
-			br_pem_decoder_setdest(&dc, der_push, &d);
+			der.len = 0;
+			br_pem_decoder_setdest(&dc, text_push, &der);
 			break;
 		case BR_PEM_END_OBJ:
 			inside = 0;
-			error = take(owner, br_pem_decoder_name(&dc), d.p, d.len);
+			error = pem->take(owner, br_pem_decoder_name(&dc),
+				(unsigned char *)der.p, der.len);
+			none = error ? none : NULL;
+			error = error == pem_other ? NULL : error;
 			break;
 		case BR_PEM_ERROR:
 			error = "not valid PEM, or encrypted: decrypt it (openssl pkey)";
 		}
 	}
 	wipe(&dc, sizeof dc);           /* may hold bytes of a key */
-	return error ? error : inside ? "ends inside a PEM object" : NULL;
-}
-
-static const char *too_many(unsigned max, const char *limit)
-{
-	static char text[64];
-
-	string_format(text, sizeof text, "more than %u certificates (%s)", max, limit);
-	return text;
+	return error ? error : inside ? "ends inside a PEM object" : none;
 }
 
 static int is_certificate(const char *name, size_t len)
@@ -1008,9 +993,9 @@ static const char *chain_add(void *owner, const char *name, const unsigned char 
 	unsigned char *p = id->der + id->der_len;
 
 	if (!is_certificate(name, len))
-		return NULL;
+		return pem_other;
 	if (id->chain_len == CHAIN_MAX)
-		return too_many(CHAIN_MAX, "CHAIN_MAX");
+		return "more certificates than CHAIN_MAX";
 	if (len > sizeof id->der - id->der_len)
 		return "larger than CHAIN_BYTES";
 	memcpy(p, der, len);
@@ -1019,62 +1004,23 @@ static const char *chain_add(void *owner, const char *name, const unsigned char 
 	return NULL;
 }
 
-static const char *chain_parse(void *owner, char *text, size_t len)
-{
-	struct identity *id = owner;
-	const char *error;
-
-	id->chain_len = id->der_len = 0;
-	error = pem_walk(text, len, id, chain_add);
-	return error || id->chain_len > 0 ? error : "no certificate in it";
-}
+static const struct pem chain_pem = { chain_add, "no certificate in it" };
 
 static const char *key_add(void *owner, const char *name, const unsigned char *der, size_t len)
 {
-	br_skey_decoder_context *key = owner;
+	br_skey_decoder_context *key = &((struct identity *)owner)->key;
 
 	if (strcmp(name, "ENCRYPTED PRIVATE KEY") == 0)
 		return "the key is encrypted: decrypt it (openssl pkey)";
 	if (!strstr(name, "PRIVATE KEY"))
-		return NULL;
+		return pem_other;
 	if (br_skey_decoder_key_type(key))
 		return "more than one private key";
 	br_skey_decoder_push(key, der, len);
 	return br_skey_decoder_last_error(key) ? "not an RSA (up to 4096 bits) or EC key" : NULL;
 }
 
-static const char *key_parse(void *owner, char *text, size_t len)
-{
-	br_skey_decoder_context *key = &((struct identity *)owner)->key;
-	const char *error;
-
-	br_skey_decoder_init(key);
-	error = pem_walk(text, len, key, key_add);
-	return error || br_skey_decoder_key_type(key) ? error : "no private key in it";
-}
-
-/* Bytes of a trust anchor go to the ring; NULL when it is full. */
-static unsigned char *anchor_bytes(struct keyring *ring, const void *data, size_t len)
-{
-	unsigned char *p = ring->bytes + ring->used;
-
-	if (len > sizeof ring->bytes - ring->used)
-		return NULL;
-	memcpy(p, data, len);
-	ring->used += len;
-	return p;
-}
-
-static void anchor_name(void *ctx, const void *data, size_t len)
-{
-	struct keyring *ring = ctx;
-	br_x509_trust_anchor *a = &ring->anchor[ring->anchors];
-
-	if (anchor_bytes(ring, data, len))
-		a->dn.len += len;
-	else
-		a->dn.data = NULL;
-}
+static const struct pem key_pem = { key_add, "no private key in it" };
 
 /* For the log: a subject's common name, or its last attribute of X.520. */
 static void subject_text(char *out, size_t size, const br_x500_name *dn)
@@ -1087,59 +1033,64 @@ static void subject_text(char *out, size_t size, const br_x500_name *dn)
 	log_escape(out, size, name ? (const char *)name + 7 : "-", name ? name[6] : 1);
 }
 
+/* Of what is read: the entry of config.h, and the file that it names. */
+static struct { const char *entry, *path; unsigned index; } reading;
+
+static unsigned char *anchor_keep(struct text *kept, const void *data, size_t len)
+{
+	unsigned char *p = (unsigned char *)kept->p + kept->len;
+
+	text_add(kept, data, len);
+	return p;
+}
+
 /* A certificate becomes a trust anchor: its subject and its key. One of a kind that BearSSL does
  * not know takes no others with it: bundles grow by such, at an update that nobody watches. */
 static const char *anchor_add(void *owner, const char *name, const unsigned char *der, size_t len)
 {
 	struct keyring *ring = owner;
+	struct text *kept = &ring->kept, before = *kept;
 	br_x509_trust_anchor *a = &ring->anchor[ring->anchors];
-	const size_t used = ring->used;
 	br_x509_decoder_context dc;
 	const br_x509_pkey *pk;
 	char subject[80];
 
 	if (!is_certificate(name, len))
-		return NULL;
+		return pem_other;
 	if (ring->anchors == ANCHORS_MAX)
-		return too_many(ANCHORS_MAX, "ANCHORS_MAX");
-	*a = (br_x509_trust_anchor){ .dn = { ring->bytes + ring->used, 0 } };
-	br_x509_decoder_init(&dc, anchor_name, ring);
+		return "more certificates than ANCHORS_MAX";
+	br_x509_decoder_init(&dc, text_push, kept);
 	br_x509_decoder_push(&dc, der, len);
 	pk = br_x509_decoder_get_pkey(&dc);
-	if (a->dn.data && (!pk || (pk->key_type == BR_KEYTYPE_RSA && pk->key.rsa.nlen > 512))) {
+	a->dn.data = (unsigned char *)before.p + before.len;
+	a->dn.len = kept->len - before.len;
+	if (!kept->full && (!pk || (pk->key_type == BR_KEYTYPE_RSA && pk->key.rsa.nlen > 512))) {
 		if (ring->one)
 			return "it is not valid X.509 with an RSA (up to 4096 bits) or EC key";
 		subject_text(subject, sizeof subject, &a->dn);
 		log_line(LOG_WARNING, "warning %s[%u]: %s: subject=%s is skipped: not valid X.509 "
-			"with an RSA (up to 4096 bits) or EC key", text_or(ring->entry),
-			ring->index, text_or(ring->path), subject);
-		ring->used = used;
-		return NULL;
+			"with an RSA (up to 4096 bits) or EC key", reading.entry, reading.index,
+			reading.path, subject);
+		*kept = before;
+		return pem_other;
 	}
-	if (!a->dn.data)
-		return "more certificates than ANCHOR_BYTES hold";
-	a->flags = br_x509_decoder_isCA(&dc) ? BR_X509_TA_CA : 0;
-	a->pkey = *pk;
-	if (pk->key_type == BR_KEYTYPE_RSA) {
-		a->pkey.key.rsa.n = anchor_bytes(ring, pk->key.rsa.n, pk->key.rsa.nlen);
-		a->pkey.key.rsa.e = anchor_bytes(ring, pk->key.rsa.e, pk->key.rsa.elen);
-	} else {
-		a->pkey.key.ec.q = anchor_bytes(ring, pk->key.ec.q, pk->key.ec.qlen);
+	if (pk) {
+		a->pkey = *pk;
+		a->flags = br_x509_decoder_isCA(&dc) ? BR_X509_TA_CA : 0;
 	}
-	if (!(pk->key_type == BR_KEYTYPE_RSA ? a->pkey.key.rsa.e : a->pkey.key.ec.q))
+	if (pk && pk->key_type == BR_KEYTYPE_RSA) {
+		a->pkey.key.rsa.n = anchor_keep(kept, pk->key.rsa.n, pk->key.rsa.nlen);
+		a->pkey.key.rsa.e = anchor_keep(kept, pk->key.rsa.e, pk->key.rsa.elen);
+	} else if (pk) {
+		a->pkey.key.ec.q = anchor_keep(kept, pk->key.ec.q, pk->key.ec.qlen);
+	}
+	if (kept->full)
 		return "more certificates than ANCHOR_BYTES hold";
 	ring->anchors++;
 	return NULL;
 }
 
-static const char *anchors_parse(void *owner, char *text, size_t len)
-{
-	const struct keyring *ring = owner;
-	const unsigned before = ring->anchors;
-	const char *error = pem_walk(text, len, owner, anchor_add);
-
-	return error || ring->anchors > before ? error : "no certificate in it that can be used";
-}
+static const struct pem anchors_pem = { anchor_add, "no certificate in it that can be used" };
 
 /* Whether the private key belongs to this public one. RSA: what one signs, the other verifies
  * (BearSSL computes no modulus of 4096 bits). */
@@ -1184,91 +1135,77 @@ static const char *identity_check(const struct identity *id)
 	return match ? NULL : "its first certificate is not that of the key";
 }
 
-/* A whole file into buf, with room for one byte more. Its length, or -1 with *error set. */
-static ssize_t file_read(const char *path, char *buf, size_t size, const char **error)
-{
-	size_t len = 0;
-	ssize_t n = 1;
-	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-
-	if (fd < 0) {
-		*error = strerror(errno);
-		return -1;
-	}
-	while (len < size - 1 && (n = read(fd, buf + len, size - 1 - len)) > 0)
-		len += (size_t)n;
-	if (n < 0)
-		*error = strerror(errno);
-	else if (len == size - 1)
-		*error = "too large for a PEM file";
-	close(fd);
-	if (n >= 0 && len < size - 1)
-		return (ssize_t)len;
-	wipe(buf, len);
-	return -1;
-}
-
-/* Reads one PEM file with the given parser. NULL, or what is wrong with it. */
-static const char *pem_file(void *owner, const char *path,
-	const char *(*parse)(void *, char *, size_t))
-{
-	const char *error = NULL;
-	ssize_t len = file_read(path, file_text, sizeof file_text, &error);
-
-	if (len >= 0) {
-		error = parse(owner, file_text, (size_t)len);
-		wipe(file_text, (size_t)len + 1);
-	}
-	return error;
-}
-
 /* What keyring_load found to be wrong: which entry, which file, what. */
 static char fault[LOG_LINE / 2];
 
-static int fault_set(const char *entry, unsigned i, const char *path, const char *what)
+/* Whether nothing is. */
+static int fault_none(const char *what)
 {
-	string_format(fault, sizeof fault, "%s[%u]: %s: %s", entry, i, text_or(path), what);
-	return 0;
+	if (what)
+		string_format(fault, sizeof fault, "%s[%u]: %s: %s", reading.entry, reading.index,
+			text_or(reading.path), what);
+	return !what;
+}
+
+/* 1: files are read, but nothing is taken from them; those that can't be are named in the log. */
+static int only_look;
+
+/* Reads a PEM file. 1, or 0 and the fault. */
+static int pem_load(const struct pem *pem, void *owner, const char *entry, unsigned i,
+	const char *path)
+{
+	const size_t room = sizeof file_text - 1;
+	const char *what;
+	size_t len = 0;
+	ssize_t n = 1;
+	int fd = path ? open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY) : -1;
+
+	reading.entry = entry;
+	reading.index = i;
+	reading.path = path;
+	while (fd >= 0 && len < room && (n = read(fd, file_text + len, room - len)) > 0)
+		len += (size_t)n;
+	what = !path ? "a PEM file is needed" :
+		fd < 0 || n < 0 ? strerror(errno) : len == room ? "too large for a PEM file" :
+		only_look ? NULL : pem_walk(pem, owner, file_text, len);
+	wipe(file_text, len + 1);
+	if (fd >= 0)
+		close(fd);
+	if (fault_none(what))
+		return 1;
+	if (only_look)
+		log_line(LOG_WARNING, "warning %s for user and chroot_dir: SIGHUP will fail",
+			fault);
+	return only_look;
 }
 
 static int identity_load(struct identity *id, const char *entry, unsigned i, const char *chain,
 	const char *key)
 {
 	struct stat st;
-	const char *what;
 
-	if (!chain || !key)
-		return fault_set(entry, i, chain, "certificate and key go together");
-	if ((what = pem_file(id, chain, chain_parse)) != NULL)
-		return fault_set(entry, i, chain, what);
-	if ((what = pem_file(id, key, key_parse)) != NULL)
-		return fault_set(entry, i, key, what);
+	id->chain_len = id->der_len = 0;
+	br_skey_decoder_init(&id->key);
+	if (!pem_load(&chain_pem, id, entry, i, chain) || !pem_load(&key_pem, id, entry, i, key))
+		return 0;
+	if (only_look)
+		return 1;
 	if (stat(key, &st) == 0 && (st.st_mode & (S_IRWXG | S_IRWXO)))
 		log_line(LOG_WARNING, "warning key=%s is open to group or others: chmod 600", key);
-	what = identity_check(id);
-	return what ? fault_set(entry, i, chain, what) : 1;
+	reading.path = chain;
+	return fault_none(identity_check(id));
 }
 
 static int trust_load(struct keyring *ring, struct trust *t, const char *entry, unsigned i,
 	const char *path, int one)
 {
-	const char *what;
-
 	t->first = ring->anchors;
-	ring->entry = entry;
-	ring->index = i;
-	ring->path = path;
 	ring->one = one;
-	what = path ? pem_file(ring, path, anchors_parse) : "a PEM file is needed";
+	if (!pem_load(&anchors_pem, ring, entry, i, path))
+		return 0;
 	t->count = ring->anchors - t->first;
-	if (!what && one && t->count != 1)
-		what = "one certificate is wanted, there are several";
-	return what ? fault_set(entry, i, path, what) : 1;
-}
-
-static int trust_used(const struct backend *b)
-{
-	return b->tls == TLS_VERIFY || b->tls == TLS_PIN;
+	return fault_none(one && t->count > 1 ? "one certificate is wanted, there are several" :
+		NULL);
 }
 
 /* The first backend that trusts the same file in the same way, for they often share a bundle. */
@@ -1289,11 +1226,11 @@ static int keyring_load_backends(struct keyring *ring)
 	for (i = 0; i < BACKENDS; i++) {
 		const struct backend *b = &backends[i];
 
-		ring->client_id[i].chain_len = 0;
+		ring->id[CERTS + i].chain_len = 0;
 		if ((b->cert || b->key) &&
-		    !identity_load(&ring->client_id[i], "backends", i, b->cert, b->key))
+		    !identity_load(&ring->id[CERTS + i], "backends", i, b->cert, b->key))
 			return 0;
-		if (!trust_used(b))
+		if (b->tls != TLS_VERIFY && b->tls != TLS_PIN)
 			continue;
 		first = trust_first(i);
 		if (first < i)
@@ -1312,8 +1249,6 @@ static void keyring_wipe(struct keyring *ring)
 
 	for (i = 0; i < LENGTH(ring->id); i++)
 		wipe(ring->id[i].room, sizeof ring->id[i].room);
-	for (i = 0; i < LENGTH(ring->client_id); i++)
-		wipe(ring->client_id[i].room, sizeof ring->client_id[i].room);
 }
 
 /* Fills a keyring with what config.h names. 1, or 0 and the fault. */
@@ -1322,7 +1257,7 @@ static int keyring_load(struct keyring *ring)
 	unsigned i;
 
 	ring->anchors = 0;
-	ring->used = 0;
+	ring->kept = (struct text){ .p = ring->bytes, .size = sizeof ring->bytes };
 	for (i = 0; i < CERTS; i++)
 		if (!identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key))
 			return 0;
@@ -1382,12 +1317,22 @@ static int socket_unsent(int fd)
 	return ioctl(fd, TIOCOUTQ, &n) == 0 ? n : 0;
 }
 
+/* -1, and errno as it is. */
+static int close_failed(int fd)
+{
+	const int error = errno;
+
+	close(fd);
+	errno = error;
+	return -1;
+}
+
 /* A listening socket for an address, -1 and errno. */
 static int listener_bind(const struct address *a, int dual)
 {
 	struct sockaddr_storage ss;
 	socklen_t len = address_write(a, &ss);
-	int error, fd = socket(a->family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	int fd = socket(a->family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
 	if (fd < 0)
 		return -1;
@@ -1397,10 +1342,7 @@ static int listener_bind(const struct address *a, int dual)
 	socket_tune(fd);
 	if (bind(fd, (struct sockaddr *)&ss, len) == 0 && listen(fd, SOMAXCONN) == 0)
 		return fd;
-	error = errno;
-	close(fd);
-	errno = error;
-	return -1;
+	return close_failed(fd);
 }
 
 static const char *const kinds[] = { "WSS", "WS", "REDIRECT" };
@@ -1522,30 +1464,12 @@ static void become_do(const struct become *b, const char *root)
 	core_forbid();          /* which a change of user may have undone */
 }
 
-static void file_foretell(const char *entry, unsigned i, const char *path)
-{
-	if (path && access(path, R_OK) < 0)
-		log_line(LOG_WARNING, "warning %s[%u]: %s: %s for user and chroot_dir: SIGHUP will "
-			"fail", entry, i, path, strerror(errno));
-}
-
 /* What SIGHUP will not find, or may not read, is said now, not when the certificate has expired. */
 static void files_foretell(void)
 {
-	unsigned i;
-
-	for (i = 0; i < CERTS; i++) {
-		file_foretell("certs", i, certs[i].chain);
-		file_foretell("certs", i, certs[i].key);
-	}
-	file_foretell("client_ca", 0, client_ca);
-	if (!tls_backends)
-		return;         /* theirs are not read */
-	for (i = 0; i < BACKENDS; i++) {
-		file_foretell("backends", i, trust_used(&backends[i]) ? backends[i].ca : NULL);
-		file_foretell("backends", i, backends[i].cert);
-		file_foretell("backends", i, backends[i].key);
-	}
+	only_look = 1;
+	keyring_load(&keyrings[1]);
+	only_look = 0;
 }
 
 /* ---- the system calls that the loop makes ----
@@ -2682,7 +2606,7 @@ static int server_dial(unsigned i, unsigned which)
 	struct sockaddr_storage ss;
 	struct sockaddr_un *sun = (struct sockaddr_un *)(void *)&ss;
 	socklen_t len = address_write(a, &ss);
-	int fd, error;
+	int fd;
 
 	if (a->family == AF_UNIX) {
 		string_format(sun->sun_path, sizeof sun->sun_path, "%s", backends[i].host + 5);
@@ -2695,10 +2619,7 @@ static int server_dial(unsigned i, unsigned which)
 		socket_tune(fd);
 	if (connect(fd, (struct sockaddr *)&ss, len) == 0 || errno == EINPROGRESS)
 		return fd;
-	error = errno;
-	close(fd);
-	errno = error;
-	return -1;
+	return close_failed(fd);
 }
 
 /* Active checks: every check_ms a TCP connect, to each address until one answers; one that has not
@@ -3743,33 +3664,20 @@ static void tls_ring_release(struct session *s)
 
 /* The certificates of backends that are pinned, or not verified: only the first of the chain
  * counts, and of it only the key. */
-static void first_start_chain(const br_x509_class **ctx, const char *name)
-{
-	(void)name;
-	OWNER(ctx, struct verifier, vtable)->certs = 0;
-}
-
 static void first_start_cert(const br_x509_class **ctx, uint32_t len)
 {
-	struct verifier *v = OWNER(ctx, struct verifier, vtable);
-
 	(void)len;
-	if (v->certs++ == 0)
-		br_x509_decoder_init(&v->u.first, NULL, NULL);
+	OWNER(ctx, struct verifier, u.first.known.vtable)->certs++;
 }
 
 static void first_append(const br_x509_class **ctx, const unsigned char *buf, size_t len)
 {
-	struct verifier *v = OWNER(ctx, struct verifier, vtable);
+	struct verifier *v = OWNER(ctx, struct verifier, u.first.known.vtable);
+	br_x509_decoder_context *dc = &v->u.first.decoder;
 
 	/* bytes behind the certificate's end crash BearSSL's decoder */
-	if (v->certs == 1 && br_x509_decoder_last_error(&v->u.first) == BR_ERR_X509_TRUNCATED)
-		br_x509_decoder_push(&v->u.first, buf, len);
-}
-
-static void first_end_cert(const br_x509_class **ctx)
-{
-	(void)ctx;
+	if (v->certs == 1 && br_x509_decoder_last_error(dc) == BR_ERR_X509_TRUNCATED)
+		br_x509_decoder_push(dc, buf, len);
 }
 
 static int pkey_equal(const br_x509_pkey *a, const br_x509_pkey *b)
@@ -3786,28 +3694,32 @@ static int pkey_equal(const br_x509_pkey *a, const br_x509_pkey *b)
 
 static unsigned first_end_chain(const br_x509_class **ctx)
 {
-	struct verifier *v = OWNER(ctx, struct verifier, vtable);
-	const br_x509_pkey *pk = v->certs > 0 ? br_x509_decoder_get_pkey(&v->u.first) : NULL;
+	struct verifier *v = OWNER(ctx, struct verifier, u.first.known.vtable);
+	const br_x509_pkey *pk = br_x509_decoder_get_pkey(&v->u.first.decoder);
 
 	if (!pk)
-		return v->certs > 0 ? (unsigned)br_x509_decoder_last_error(&v->u.first) :
-			BR_ERR_X509_EMPTY_CHAIN;
-	return !v->pinned || pkey_equal(pk, v->pinned) ? 0 : FAULT_PIN;
+		return (unsigned)br_x509_decoder_last_error(&v->u.first.decoder);
+	v->u.first.known.pkey = *pk;
+	return !v->u.first.pinned || pkey_equal(pk, v->u.first.pinned) ? 0 : FAULT_PIN;
 }
 
-static const br_x509_pkey *first_get_pkey(const br_x509_class *const *ctx, unsigned *usages)
+/* Takes any chain whose first certificate has that key; NULL: any key. */
+static void verifier_first(struct verifier *v, br_ssl_engine_context *eng,
+	const br_x509_pkey *pinned)
 {
-	struct verifier *v = OWNER(ctx, struct verifier, vtable);
+	static br_x509_class class;
 
-	if (usages)
-		*usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
-	return br_x509_decoder_get_pkey(&v->u.first);
+	class = br_x509_knownkey_vtable;
+	class.start_cert = first_start_cert;
+	class.append = first_append;
+	class.end_chain = first_end_chain;
+	v->u.first.known.vtable = &class;
+	v->u.first.known.usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
+	v->u.first.pinned = pinned;
+	br_x509_decoder_init(&v->u.first.decoder, NULL, NULL);
+	v->certs = 0;
+	br_ssl_engine_set_x509(eng, &v->u.first.known.vtable);
 }
-
-static const br_x509_class first_class = {
-	sizeof(struct verifier), first_start_chain, first_start_cert, first_append, first_end_cert,
-	first_end_chain, first_get_pkey,
-};
 
 /* Readies an engine for the backend that was just connected to. 0: no entropy. */
 static int tls_dial(struct session *s)
@@ -3816,7 +3728,7 @@ static int tls_dial(struct session *s)
 	struct verifier *v = &s->hd->u.verifier;
 	struct server *server = &servers[s->server];
 	const unsigned i = (unsigned)s->server;
-	const struct identity *id = &keyring->client_id[i];
+	const struct identity *id = &keyring->id[CERTS + i];
 	br_ssl_engine_context *eng = &u->tls.eng;
 
 	if (!u->made) {
@@ -3827,14 +3739,11 @@ static int tls_dial(struct session *s)
 	}
 	leg_attach(&s->backend, &s->rec->side[tls_backends]);
 	leg_start(s, &s->backend, eng);
-	if (backends[i].tls == TLS_VERIFY) {
+	if (backends[i].tls == TLS_VERIFY)
 		verifier_chain(v, eng, keyring, &keyring->backend_ca[i]);
-	} else {
-		v->vtable = &first_class;
-		v->pinned = backends[i].tls == TLS_PIN ?
-			&keyring->anchor[keyring->backend_ca[i].first].pkey : NULL;
-		br_ssl_engine_set_x509(eng, &v->vtable);
-	}
+	else
+		verifier_first(v, eng, backends[i].tls == TLS_PIN ?
+			&keyring->anchor[keyring->backend_ca[i].first].pkey : NULL);
 	br_ssl_client_set_client_certificate(&u->tls, NULL);
 	if (id->chain_len > 0 && br_skey_decoder_get_rsa(&id->key))
 		br_ssl_client_set_single_rsa(&u->tls, id->chain, id->chain_len,

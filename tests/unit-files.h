@@ -4,29 +4,32 @@ static struct identity identity;
 static struct guard pem_text;
 
 /* The parsers may write one byte behind the text; more would meet the guard page. */
-static const char *pem_parse_into(void *owner, const char *(*parse)(void *, char *, size_t),
-	const char *pem, size_t len)
+static const char *pem_parse_into(struct identity *id, const struct pem *what, const char *pem,
+	size_t len)
 {
 	char *text = guard_room(&pem_text, len + 1);
 
 	memcpy(text, pem, len);
-	return parse(owner, text, len);
+	if (what == &chain_pem)
+		id->chain_len = id->der_len = 0;
+	else
+		br_skey_decoder_init(&id->key);
+	return pem_walk(what, id, text, len);
 }
 
-static const char *pem_parse(const char *(*parse)(void *, char *, size_t), const char *pem,
-	size_t len)
+static const char *pem_parse(const struct pem *what, const char *pem, size_t len)
 {
-	return pem_parse_into(&identity, parse, pem, len);
+	return pem_parse_into(&identity, what, pem, len);
 }
 
 static const char *chain_of(const char *pem)
 {
-	return pem_parse(chain_parse, pem, strlen(pem));
+	return pem_parse(&chain_pem, pem, strlen(pem));
 }
 
 static const char *key_of(const char *pem)
 {
-	return pem_parse(key_parse, pem, strlen(pem));
+	return pem_parse(&key_pem, pem, strlen(pem));
 }
 
 /* The text with each line end replaced. */
@@ -155,7 +158,7 @@ static void test_pem_chain_bad(void)
 
 	for (i = 0; i < COUNT(bad); i++) {
 		at("%s", bad[i].name);
-		CHECK_ERROR(pem_parse(chain_parse, bad[i].pem, bad[i].len));
+		CHECK_ERROR(pem_parse(&chain_pem, bad[i].pem, bad[i].len));
 	}
 	at("a good one after all that");
 	CHECK_GOOD(chain_of(PEM_EC_CERT));
@@ -183,14 +186,14 @@ static void test_pem_chain_limits(void)
 	CHECK_GOOD(chain_of(PEM_EC_CERT));
 }
 
-static void truncate_all(const char *(*parse)(void *, char *, size_t), const char *pem, size_t from,
+static void truncate_all(const struct pem *what, const char *pem, size_t from,
 	size_t to)
 {
 	size_t n;
 
 	for (n = from; n <= to; n++) {
 		with("%zu bytes", n);
-		CHECK_ERROR(pem_parse(parse, pem, n));
+		CHECK_ERROR(pem_parse(what, pem, n));
 	}
 }
 
@@ -202,16 +205,16 @@ static void test_pem_truncated(void)
 		parameters[] = PEM_EC_PARAMETERS PEM_EC_KEY, rsa[] = PEM_RSA_KEY8;
 
 	at("a certificate");
-	truncate_all(chain_parse, chain, 0, sizeof chain - sizeof "-----END CERTIFICATE-----\n");
+	truncate_all(&chain_pem, chain, 0, sizeof chain - sizeof "-----END CERTIFICATE-----\n");
 	at("the second of two");
-	truncate_all(chain_parse, two, sizeof chain - 1 + strlen("-----BEGIN C"),
+	truncate_all(&chain_pem, two, sizeof chain - 1 + strlen("-----BEGIN C"),
 		sizeof two - sizeof "-----END CERTIFICATE-----\n");
 	at("a key");
-	truncate_all(key_parse, key, 0, sizeof key - sizeof "-----END EC PRIVATE KEY-----\n");
+	truncate_all(&key_pem, key, 0, sizeof key - sizeof "-----END EC PRIVATE KEY-----\n");
 	at("a key behind its parameters");
-	truncate_all(key_parse, parameters, 0, sizeof parameters - sizeof "-----END EC PRIVATE KEY-----\n");
+	truncate_all(&key_pem, parameters, 0, sizeof parameters - sizeof "-----END EC PRIVATE KEY-----\n");
 	at("an RSA key");
-	truncate_all(key_parse, rsa, 0, sizeof rsa - sizeof "-----END PRIVATE KEY-----\n");
+	truncate_all(&key_pem, rsa, 0, sizeof rsa - sizeof "-----END PRIVATE KEY-----\n");
 }
 
 /* ---- keys ---- */
@@ -327,7 +330,7 @@ static void test_pem_key_large(void)
 		}
 		n += (size_t)sprintf(pem + n, "-----END RSA PRIVATE KEY-----\n");
 		memset(owner.behind, 0xdb, sizeof owner.behind);
-		pem_parse_into(&owner.id, key_parse, pem, n);
+		pem_parse_into(&owner.id, &key_pem, pem, n);
 		for (i = 0; i < sizeof owner.behind; i++)
 			CHECK_INT(owner.behind[i], 0xdb);
 	}
@@ -370,6 +373,8 @@ static void test_key_matches(void)
 static struct keyring *ring_empty(void)
 {
 	memset(&keyrings[1], 0, sizeof keyrings[1]);
+	reading.entry = reading.path = "none";
+	keyrings[1].kept = (struct text){ .p = keyrings[1].bytes, .size = ANCHOR_BYTES };
 	return &keyrings[1];
 }
 
@@ -382,7 +387,7 @@ static const char *anchors_of(struct keyring *ring, const char *pem)
 	if (text == NULL)
 		exit(2);
 	memcpy(text, pem, len);
-	error = anchors_parse(ring, text, len);
+	error = pem_walk(&anchors_pem, ring, text, len);
 	free(text);                     /* the anchors must not point into it */
 	return error;
 }
@@ -461,7 +466,7 @@ static void test_anchors_bad(void)
 	for (i = n = 0; i < ANCHORS_MAX; i++)
 		n += (size_t)sprintf(text + n, PEM_RSA4096_CERT);
 	CHECK_ERROR(anchors_of(ring, text));
-	CHECK(ring->used <= ANCHOR_BYTES);
+	CHECK(ring->kept.len <= ANCHOR_BYTES);
 	free(text);
 }
 
@@ -570,28 +575,28 @@ static void test_keyring_wiped(void)
 	CHECK(is_wiped(key, sizeof *key));
 }
 
-static void test_file_read(void)
+/* A file that is as large as there is room for, or is none. */
+static void test_pem_load(void)
 {
-	const char *error = NULL;
-	char *buf = guard_room(&input, 100);
+	static char large[sizeof file_text];
 
 	directory_enter();
-	file_write("large", "0123456789", 10);
-	CHECK_INT(file_read("large", buf, 100, &error), 10);
-	CHECK_BYTES(buf, 10, "0123456789", 10);
-	CHECK_INT(file_read("large", guard_room(&input, 12), 12, &error), 10);
-	CHECK(error == NULL);
+	memset(large, '\n', sizeof large);
+	memcpy(large, PEM_EC_CERT, strlen(PEM_EC_CERT));
+	file_write("large", large, sizeof large - 2);
+	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, "large"), 1);
+	CHECK(is_wiped(file_text, sizeof file_text));
 	/* never so much that no byte is left behind it */
-	buf = guard_room(&input, 10);
-	CHECK_INT(file_read("large", buf, 10, &error), -1);
-	CHECK_BYTES(buf, 9, "\0\0\0\0\0\0\0\0", 9);
-	CHECK(error != NULL);
-	error = NULL;
-	CHECK_INT(file_read("missing", guard_room(&input, 10), 10, &error), -1);
-	CHECK(error != NULL && strlen(error) > 0);
-	error = NULL;
-	CHECK_INT(file_read(".", guard_room(&input, 10), 10, &error), -1);
-	CHECK(error != NULL && strlen(error) > 0);
+	file_write("large", large, sizeof large - 1);
+	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, "large"), 0);
+	CHECK_STR(fault, "certs[3]: large: too large for a PEM file");
+	CHECK(is_wiped(file_text, sizeof file_text));
+	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, "missing"), 0);
+	CHECK_STR(fault, "certs[3]: missing: No such file or directory");
+	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, "."), 0);
+	CHECK_STR(fault, "certs[3]: .: Is a directory");
+	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, NULL), 0);
+	CHECK(strstr(fault, "certs[3]: NULL: a PEM file is needed") == fault);
 	directory_leave();
 }
 

@@ -12,12 +12,12 @@ static struct session *tls_session(void)
 	tables_init();
 	suites_init();
 	keyring = &keyrings[0];
-	CHECK_GOOD(pem_parse_into(&keyring->id[0], chain_parse, LIT(EC_AND_EC2)));
-	CHECK_GOOD(pem_parse_into(&keyring->id[0], key_parse, LIT(PEM_EC_KEY)));
-	CHECK_GOOD(pem_parse_into(&keyring->id[1], chain_parse, LIT(PEM_RSA_CERT)));
-	CHECK_GOOD(pem_parse_into(&keyring->id[1], key_parse, LIT(PEM_RSA_KEY)));
-	CHECK_GOOD(pem_parse_into(&keyring->id[2], chain_parse, LIT(PEM_EC_CERT)));
-	CHECK_GOOD(pem_parse_into(&keyring->id[2], key_parse, LIT(PEM_EC_KEY)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[0], &chain_pem, LIT(EC_AND_EC2)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[0], &key_pem, LIT(PEM_EC_KEY)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[1], &chain_pem, LIT(PEM_RSA_CERT)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[1], &key_pem, LIT(PEM_RSA_KEY)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[2], &chain_pem, LIT(PEM_EC_CERT)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[2], &key_pem, LIT(PEM_EC_KEY)));
 	s = session_make(0);
 	CHECK(head_borrow(s) && records_borrow(s));
 	CHECK_INT(tls_start(s), 1);
@@ -31,8 +31,7 @@ static void peer_start(const char *name)
 
 	br_ssl_client_init_full(&peer, &unused, NULL, 0);
 	memset(&peer_trust, 0, sizeof peer_trust);
-	peer_trust.vtable = &first_class;
-	br_ssl_engine_set_x509(&peer.eng, &peer_trust.vtable);
+	verifier_first(&peer_trust, &peer.eng, NULL);
 	br_ssl_engine_inject_entropy(&peer.eng, seed, sizeof seed);
 	br_ssl_engine_set_buffer(&peer.eng, peer_buf, sizeof peer_buf, 1);
 	CHECK_INT(br_ssl_client_reset(&peer, name, 0), 1);
@@ -212,7 +211,7 @@ static void test_tls_names(void)
 		s = tls_session();
 		peer_start(cases[i].name);
 		tls_handshake(s);
-		CHECK_INT(first_get_pkey((const br_x509_class *const *)&peer_trust.vtable, NULL)->key_type,
+		CHECK_INT(peer_trust.u.first.known.pkey.key_type,
 			cases[i].key_type);
 		CHECK_INT(peer_trust.certs, cases[i].chain_len);
 		br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
@@ -621,11 +620,13 @@ static void test_tls_answer_cut(void)
 /* ---- pinned certificates ---- */
 
 /* What the judge says of a chain that comes in pieces of that size. */
-static unsigned judge(struct verifier *v, const char *pem, size_t piece)
+static unsigned judge(const br_x509_pkey *pinned, const char *pem, size_t piece)
 {
-	const br_x509_class **ctx = &v->vtable;
+	static struct verifier v;
+	const br_x509_class **ctx = &v.u.first.known.vtable;
 	size_t i, at_byte, n;
 
+	verifier_first(&v, &peer.eng, pinned);
 	identity.chain_len = 0;
 	if (*pem != '\0')
 		CHECK_GOOD(chain_of(pem));
@@ -644,29 +645,29 @@ static unsigned judge(struct verifier *v, const char *pem, size_t piece)
 
 static void test_pinned(void)
 {
-	static struct verifier v = { .vtable = &first_class };
 	struct keyring *ring = ring_empty();
+	const br_x509_pkey *pinned;
 	size_t piece;
 
 	CHECK_GOOD(anchors_of(ring, PEM_EC_CERT PEM_RSA_CERT));
 	for (piece = 1; piece < 5000; piece *= 7) {
 		at("pieces of %zu", piece);
-		v.pinned = NULL;                                /* TLS_NOVERIFY */
-		CHECK_INT(judge(&v, PEM_EC_CERT, piece), 0);
-		CHECK_INT(judge(&v, PEM_RSA_CERT PEM_EC_CERT, piece), 0);
-		CHECK(judge(&v, "", piece) != 0);
-		v.pinned = &ring->anchor[0].pkey;
-		CHECK_INT(judge(&v, PEM_EC_CERT, piece), 0);
-		CHECK_INT(judge(&v, PEM_EC_CERT PEM_RSA_CERT, piece), 0);
-		CHECK(judge(&v, PEM_EC2_CERT, piece) != 0);
-		CHECK(judge(&v, PEM_P384_CERT, piece) != 0);
-		CHECK(judge(&v, PEM_RSA_CERT, piece) != 0);
-		CHECK(judge(&v, PEM_EC2_CERT PEM_EC_CERT, piece) != 0);         /* the first counts */
-		CHECK(judge(&v, "", piece) != 0);
-		v.pinned = &ring->anchor[1].pkey;
-		CHECK_INT(judge(&v, PEM_RSA_CERT, piece), 0);
-		CHECK(judge(&v, PEM_RSA4096_CERT, piece) != 0);
-		CHECK(judge(&v, PEM_EC_CERT, piece) != 0);
+		pinned = NULL;                                /* TLS_NOVERIFY */
+		CHECK_INT(judge(pinned, PEM_EC_CERT, piece), 0);
+		CHECK_INT(judge(pinned, PEM_RSA_CERT PEM_EC_CERT, piece), 0);
+		CHECK(judge(pinned, "", piece) != 0);
+		pinned = &ring->anchor[0].pkey;
+		CHECK_INT(judge(pinned, PEM_EC_CERT, piece), 0);
+		CHECK_INT(judge(pinned, PEM_EC_CERT PEM_RSA_CERT, piece), 0);
+		CHECK(judge(pinned, PEM_EC2_CERT, piece) != 0);
+		CHECK(judge(pinned, PEM_P384_CERT, piece) != 0);
+		CHECK(judge(pinned, PEM_RSA_CERT, piece) != 0);
+		CHECK(judge(pinned, PEM_EC2_CERT PEM_EC_CERT, piece) != 0);         /* the first counts */
+		CHECK(judge(pinned, "", piece) != 0);
+		pinned = &ring->anchor[1].pkey;
+		CHECK_INT(judge(pinned, PEM_RSA_CERT, piece), 0);
+		CHECK(judge(pinned, PEM_RSA4096_CERT, piece) != 0);
+		CHECK(judge(pinned, PEM_EC_CERT, piece) != 0);
 	}
 }
 
@@ -723,7 +724,8 @@ static void test_cbc_odd(void)
  * given. */
 static void test_pinned_longer(void)
 {
-	static struct verifier v = { .vtable = &first_class };
+	static struct verifier v;
+	const br_x509_class **ctx = &v.u.first.known.vtable;
 	static unsigned char der[4096];
 	struct keyring *ring = ring_empty();
 	size_t piece, len, i, n;
@@ -732,18 +734,18 @@ static void test_pinned_longer(void)
 	CHECK_GOOD(chain_of(PEM_EC_CERT));
 	len = identity.chain[0].data_len;
 	memcpy(der, identity.chain[0].data, len);
-	v.pinned = &ring->anchor[0].pkey;
 	for (piece = 1; piece < sizeof der; piece *= 2) {
 		at("pieces of %zu", piece);
-		first_class.start_chain(&v.vtable, "any.example");
-		first_class.start_cert(&v.vtable, sizeof der);
+		verifier_first(&v, &peer.eng, &ring->anchor[0].pkey);
+		(*ctx)->start_chain(ctx, "any.example");
+		(*ctx)->start_cert(ctx, sizeof der);
 		for (i = 0; i < sizeof der; i += n) {
 			n = sizeof der - i < piece ? sizeof der - i : piece;
-			first_class.append(&v.vtable, der + i, n);
+			(*ctx)->append(ctx, der + i, n);
 		}
-		first_class.end_cert(&v.vtable);
-		CHECK(first_class.end_chain(&v.vtable) == 0 || i > len);
-		CHECK_INT(judge(&v, PEM_EC_CERT, piece), 0);
+		(*ctx)->end_cert(ctx);
+		CHECK((*ctx)->end_chain(ctx) == 0 || i > len);
+		CHECK_INT(judge(&ring->anchor[0].pkey, PEM_EC_CERT, piece), 0);
 	}
 }
 
@@ -763,15 +765,15 @@ static void test_anchors_skipped(void)
 	for (i = 0; i < COUNT(odd); i++) {
 		at("certificate %zu", i);
 		ring = ring_empty();
-		ring->entry = "backends";
-		ring->index = 3;
-		ring->path = "ca.pem";
+		reading.entry = "backends";
+		reading.index = 3;
+		reading.path = "ca.pem";
 		snprintf(text, sizeof text, "%s%s%s", PEM_EC_CERT, odd[i].pem, PEM_RSA_CERT);
 		CHECK_GOOD(anchors_of(ring, text));
 		CHECK_INT(ring->anchors, 2);
 		check_anchor(&ring->anchor[0], PEM_EC_CERT);
 		check_anchor(&ring->anchor[1], PEM_RSA_CERT);
-		CHECK_INT(ring->used, ring->anchor[1].pkey.key.rsa.e +
+		CHECK_INT(ring->kept.len, (char *)ring->anchor[1].pkey.key.rsa.e +
 			ring->anchor[1].pkey.key.rsa.elen - ring->bytes);
 		CHECK(ring->anchor[1].dn.data == ring->anchor[0].pkey.key.ec.q +
 			ring->anchor[0].pkey.key.ec.qlen);

@@ -76,7 +76,7 @@ static const struct test tests[] = {
 	TEST(anchors_bad),
 	TEST(keyring_load),
 	TEST(keyring_wiped),
-	TEST(file_read),
+	TEST(pem_load),
 	TEST(name_fits),
 	TEST(text_format),
 	TEST(text_full),

@@ -672,7 +672,9 @@ static void proxy_start(void)
 	suites_init();
 	servers_init();
 	certs_init();
-	MUST(!chain_parse(&chat, text, sizeof text - 2) && !key_parse(&chat, key, sizeof key - 2));
+	MUST(!pem_walk(&chain_pem, &chat, text, sizeof text - 2));
+	br_skey_decoder_init(&chat.key);
+	MUST(!pem_walk(&key_pem, &chat, key, sizeof key - 2));
 	for (i = 0; i < 2; i++) {
 		br_x509_decoder_init(&known_keys[i], NULL, NULL);
 		br_x509_decoder_push(&known_keys[i], keyring->id[i].chain[0].data,

@@ -1,4 +1,4 @@
-/* pem.c - fuzzes the files of certificates and keys: chain_parse, key_parse, anchors_parse,
+/* pem.c - fuzzes the files of certificates and keys: chain_pem, key_pem, anchors_pem,
  * identity_check. The first byte chooses what the rest is: PEM; or DER, to be wrapped as PEM, for
  * base64 keeps a fuzzer from what lies behind it. */
 #include "fuzz.h"
@@ -6,10 +6,8 @@
 static struct identity identity;
 static struct keyring ring;
 
-typedef const char *parser(void *owner, char *text, size_t len);
-
 /* Parses a copy with one byte of room, as pem_walk asks for; `cr` puts CR before each LF. */
-static const char *parse(parser *p, void *owner, const char *text, size_t len, int cr)
+static const char *parse(const struct pem *what, void *owner, const char *text, size_t len, int cr)
 {
 	char *copy = malloc(2 * len + 1);
 	const char *error;
@@ -21,7 +19,11 @@ static const char *parse(parser *p, void *owner, const char *text, size_t len, i
 		copy[n++] = text[i];
 	}
 	copy = realloc(copy, n + 1);
-	error = p(owner, copy, n);
+	if (what == &chain_pem)
+		identity.chain_len = identity.der_len = 0;
+	else if (what == &key_pem)
+		br_skey_decoder_init(&identity.key);
+	error = pem_walk(what, owner, copy, n);
 	free(copy);
 	return error;
 }
@@ -43,14 +45,14 @@ static void chain_must(const char *error)
 
 static void within_ring(const unsigned char *p, size_t len)
 {
-	MUST(p >= ring.bytes && p + len <= ring.bytes + ring.used);
+	MUST((char *)p >= ring.bytes && (char *)p + len <= ring.bytes + ring.kept.len);
 }
 
 static void anchors_must(const char *error)
 {
 	unsigned i;
 
-	MUST(ring.anchors <= ANCHORS_MAX && ring.used <= sizeof ring.bytes);
+	MUST(ring.anchors <= ANCHORS_MAX && ring.kept.len <= sizeof ring.bytes);
 	MUST(error || ring.anchors > 0);
 	for (i = 0; i < ring.anchors; i++) {
 		const br_x509_trust_anchor *a = &ring.anchor[i];
@@ -68,22 +70,23 @@ static void anchors_must(const char *error)
 
 static void text_must(const char *text, size_t len)
 {
-	const char *chain = parse(chain_parse, &identity, text, len, 0), *key;
+	const char *chain = parse(&chain_pem, &identity, text, len, 0), *key;
 	size_t certificates = identity.chain_len;
 
 	chain_must(chain);
-	MUST(parse(chain_parse, &identity, text, len, 1) == chain);
+	MUST(parse(&chain_pem, &identity, text, len, 1) == chain);
 	MUST(identity.chain_len == certificates);
-	key = parse(key_parse, &identity, text, len, 0);
+	key = parse(&key_pem, &identity, text, len, 0);
 	MUST(key || br_skey_decoder_key_type(&identity.key) != 0);
-	MUST(parse(key_parse, &identity, text, len, 1) == key);
+	MUST(parse(&key_pem, &identity, text, len, 1) == key);
 	if (!chain && !key)
 		identity_check(&identity);
 	log_fd = -1;            /* anchors that are skipped */
 	ring.anchors = 0;
-	ring.used = 0;
-	anchors_must(parse(anchors_parse, &ring, text, len, 0));
-	anchors_must(parse(anchors_parse, &ring, text, len, 0));        /* a second file */
+	reading.entry = reading.path = "none";
+	ring.kept = (struct text){ .p = ring.bytes, .size = sizeof ring.bytes };
+	anchors_must(parse(&anchors_pem, &ring, text, len, 0));
+	anchors_must(parse(&anchors_pem, &ring, text, len, 0));        /* a second file */
 }
 
 /* A certificate chain of the other side as it comes in records: in pieces, and with more behind. */
@@ -110,10 +113,11 @@ static void judge_must(const br_x509_class **ctx, const unsigned char *der, size
 static void peer_must(const unsigned char *der, size_t len, size_t piece)
 {
 	static br_ssl_engine_context eng;
-	struct verifier v = { .vtable = &first_class };
+	struct verifier v;
 	struct trust all = { 0, ring.anchors };
 
-	judge_must(&v.vtable, der, len, piece);
+	verifier_first(&v, &eng, NULL);
+	judge_must(&v.u.first.known.vtable, der, len, piece);
 	verifier_chain(&v, &eng, &ring, &all);
 	judge_must(&v.u.minimal.vtable, der, len, piece);
 }

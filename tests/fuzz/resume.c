@@ -219,8 +219,7 @@ static void client_connect(void)
 	br_ssl_client_init_full(&t->u.client, &t->unused, NULL, 0);
 	p->eng = eng = &t->u.client.eng;
 	memset(&w->verifier, 0, sizeof w->verifier);
-	w->verifier.vtable = &first_class;
-	br_ssl_engine_set_x509(eng, &w->verifier.vtable);
+	verifier_first(&w->verifier, eng, NULL);
 	br_ssl_engine_set_protocol_names(eng, (const char **)protocols, 1);
 	br_ssl_engine_set_versions(eng, BR_TLS10, how & 1 ? BR_TLS12 - (how >> 1 & 1) : BR_TLS12);
 	world_random(seed, sizeof seed);
