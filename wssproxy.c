@@ -1661,13 +1661,18 @@ static void descriptors_raise(void)
 
 static int is_alnum(unsigned char c)
 {
-	return (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z');
+	return is_digit((char)c) || ((c | 32) >= 'a' && (c | 32) <= 'z');
 }
 
-static int is_token_char(unsigned char c)          /* RFC 9110 5.6.2 */
+/* Where letters, digits, and the others given, end. */
+static size_t word_end(const char *buf, size_t at, size_t end, const char *others)
 {
-	return c && (is_alnum(c) || strchr("!#$%&'*+-.^_`|~", c));
+	while (at < end && buf[at] && (is_alnum((unsigned char)buf[at]) || strchr(others, buf[at])))
+		at++;
+	return at;
 }
+
+static const char in_token[] = "!#$%&'*+-.^_`|~";       /* RFC 9110 5.6.2 */
 
 /* What no text of a head may hold; a tab is white space. */
 static int is_control(unsigned char c)
@@ -1682,57 +1687,63 @@ static char lower(char c)
 
 static int hex_digit(char c)
 {
-	return c >= '0' && c <= '9' ? c - '0' :
+	return is_digit(c) ? c - '0' :
 		lower(c) >= 'a' && lower(c) <= 'f' ? lower(c) - 'a' + 10 : -1;
 }
 
-/* Whether a span is this word, given in lower case. */
-static int span_is(const char *buf, struct span s, const char *word)
+/* From byte `at` up to `end`. */
+static struct span span_of(size_t at, size_t end)
 {
-	size_t i;
-
-	for (i = 0; i < s.len && word[i]; i++)
-		if (lower(buf[s.at + i]) != word[i])
-			return 0;
-	return i == s.len && !word[i];
+	return (struct span){ (uint16_t)at, (uint16_t)(end - at) };
 }
 
-static int span_equal(const char *buf, struct span a, struct span b)
+/* The same without the white space around it. */
+static struct span span_trimmed(const char *buf, size_t at, size_t end)
 {
-	size_t i = 0;
+	while (at < end && (buf[at] == ' ' || buf[at] == '\t'))
+		at++;
+	while (end > at && (buf[end - 1] == ' ' || buf[end - 1] == '\t'))
+		end--;
+	return span_of(at, end);
+}
 
-	while (i < a.len && i < b.len && lower(buf[a.at + i]) == lower(buf[b.at + i]))
-		i++;
-	return i == a.len && i == b.len;
+/* In any case. There is no NUL in what was parsed. */
+static int span_is(const char *buf, struct span s, const char *word)
+{
+	return s.len == strlen(word) && strncasecmp(buf + s.at, word, s.len) == 0;
+}
+
+static int span_begins(const char *buf, struct span s, const char *word)
+{
+	s.len = s.len < strlen(word) ? s.len : (uint16_t)strlen(word);
+	return span_is(buf, s, word);
 }
 
 /* Takes the next element off a comma-separated list (RFC 9110 5.6.1), white space trimmed. 0: no
  * more. Empty elements are skipped. */
 static int list_next(const char *buf, struct span *list, struct span *out)
 {
-	const char *p = buf + list->at, *end = p + list->len, *comma;
-	size_t len;
+	while (list->len > 0) {
+		const size_t at = list->at, end = at + list->len;
+		const char *comma = memchr(buf + at, ',', list->len);
+		const size_t stop = comma ? (size_t)(comma - buf) : end;
+		const struct span s = span_trimmed(buf, at, stop);
 
-	while (p < end && (*p == ',' || *p == ' ' || *p == '\t'))
-		p++;
-	if (p == end)
-		return 0;
-	comma = memchr(p, ',', (size_t)(end - p));
-	len = (size_t)((comma ? comma : end) - p);
-	list->at = (uint16_t)(p - buf + (ptrdiff_t)len);
-	list->len = (uint16_t)(end - p - (ptrdiff_t)len);
-	while (len > 0 && (p[len - 1] == ' ' || p[len - 1] == '\t'))
-		len--;
-	*out = (struct span){ (uint16_t)(p - buf), (uint16_t)len };
-	return 1;
+		*list = span_of(comma ? stop + 1 : end, end);
+		if (s.len > 0) {
+			*out = s;
+			return 1;
+		}
+	}
+	return 0;
 }
 
-static int list_has(const char *buf, struct span list, const char *word)
+static int list_has(const char *buf, struct span list, const char *word, size_t len)
 {
 	struct span s;
 
 	while (list_next(buf, &list, &s))
-		if (span_is(buf, s, word))
+		if (s.len == len && strncasecmp(buf + s.at, word, len) == 0)
 			return 1;
 	return 0;
 }
@@ -1805,41 +1816,17 @@ static unsigned name_find(const char *buf, struct span s)
 static int field_parse(struct head *h, const char *buf, size_t at, size_t end)
 {
 	struct field *f = &h->field[h->nfields];
-	size_t i = at, stop = end;
+	size_t colon = word_end(buf, at, end, in_token), i;
 
-	while (i < end && is_token_char((unsigned char)buf[i]))
-		i++;
-	if (i == at || i == end || buf[i] != ':')
+	if (colon == at || colon == end || buf[colon] != ':')
 		return 0;
-	f->name = (struct span){ (uint16_t)at, (uint16_t)(i - at) };
-	f->is = (uint8_t)name_find(buf, f->name);
-	i++;
-	while (i < stop && (buf[i] == ' ' || buf[i] == '\t'))
-		i++;
-	while (stop > i && (buf[stop - 1] == ' ' || buf[stop - 1] == '\t'))
-		stop--;
-	f->value = (struct span){ (uint16_t)i, (uint16_t)(stop - i) };
-	for (; i < stop; i++)
+	for (i = colon; i < end; i++)
 		if (is_control((unsigned char)buf[i]))
 			return 0;
+	f->name = span_of(at, colon);
+	f->is = (uint8_t)name_find(buf, f->name);
+	f->value = span_trimmed(buf, colon + 1, end);
 	h->nfields++;
-	return 1;
-}
-
-/* Splits the start line at its first two spaces into part[]. 0: fewer than two. */
-static int start_split(struct head *h, const char *buf, size_t at, size_t end)
-{
-	unsigned i;
-
-	for (i = 0; i < 2; i++) {
-		const char *space = memchr(buf + at, ' ', end - at);
-
-		if (!space)
-			return 0;
-		h->part[i] = (struct span){ (uint16_t)at, (uint16_t)(space - buf - (ptrdiff_t)at) };
-		at = (size_t)(space - buf) + 1;
-	}
-	h->part[2] = (struct span){ (uint16_t)at, (uint16_t)(end - at) };
 	return 1;
 }
 
@@ -1849,54 +1836,51 @@ static int version_parse(const char *buf, struct span s)
 	const char *p = buf + s.at;
 
 	if (s.len != 8 || memcmp(p, "HTTP/", 5) != 0 || p[6] != '.' ||
-	    p[5] < '0' || p[5] > '9' || p[7] < '0' || p[7] > '9')
+	    !is_digit(p[5]) || !is_digit(p[7]))
 		return 0;
 	return (p[5] - '0') * 10 + p[7] - '0';
 }
 
 static enum why request_line_parse(struct head *h, const char *buf, size_t end)
 {
-	size_t i;
+	const size_t method = word_end(buf, 0, end, in_token);
+	const char *space = method < end && buf[method] == ' ' ?
+		memchr(buf + method + 1, ' ', end - method - 1) : NULL;
+	size_t i, stop;
 	int version;
 
-	if (!start_split(h, buf, 0, end) || h->part[0].len == 0 || h->part[1].len == 0)
+	if (!space || method == 0)
 		return WHY_REQUEST_LINE;
-	for (i = 0; i < h->part[0].len; i++)
-		if (!is_token_char((unsigned char)buf[i]))
-			return WHY_REQUEST_LINE;
+	stop = (size_t)(space - buf);
+	h->part[0] = span_of(0, method);
+	h->part[1] = span_of(method + 1, stop);
+	h->part[2] = span_of(stop + 1, end);
 	version = version_parse(buf, h->part[2]);
-	if (version == 0)
+	if (version == 0 || h->part[1].len == 0)
 		return WHY_REQUEST_LINE;
-	for (i = 0; i < h->part[1].len; i++) {
-		unsigned char c = (unsigned char)buf[h->part[1].at + i];
-
-		if (c <= ' ' || c >= 0x7f || c == '#')
+	for (i = method + 1; i < stop; i++)
+		if ((unsigned char)buf[i] <= ' ' || (unsigned char)buf[i] >= 0x7f || buf[i] == '#')
 			return WHY_TARGET;
-	}
 	return version == 11 ? WHY_NONE : WHY_HTTP_VERSION;
 }
 
 static enum why status_line_parse(struct head *h, const char *buf, size_t end)
 {
-	const char *code;
+	const char *code = buf + 9;
 	size_t i;
 	int version;
 
 	/* the reason phrase and even the space before it may be missing */
-	if (!start_split(h, buf, 0, end)) {
-		if (end < 12)
-			return WHY_BAD_RESPONSE;
-		h->part[0] = (struct span){ 0, 8 };
-		h->part[1] = (struct span){ 9, (uint16_t)(end - 9) };
-		h->part[2] = (struct span){ (uint16_t)end, 0 };
-	}
-	version = version_parse(buf, h->part[0]);
-	code = buf + h->part[1].at;
-	if ((version != 10 && version != 11) || buf[8] != ' ' || h->part[1].len != 3 ||
-	    code[0] < '1' || code[0] > '5' || code[1] < '0' || code[1] > '9' ||
-	    code[2] < '0' || code[2] > '9')
+	if (end < 12 || buf[8] != ' ' || (end > 12 && buf[12] != ' '))
 		return WHY_BAD_RESPONSE;
-	for (i = h->part[2].at; i < end; i++)
+	h->part[0] = span_of(0, 8);
+	h->part[1] = span_of(9, 12);
+	h->part[2] = span_of(end > 12 ? 13 : 12, end);
+	version = version_parse(buf, h->part[0]);
+	if ((version != 10 && version != 11) || code[0] < '1' || code[0] > '5' ||
+	    !is_digit(code[1]) || !is_digit(code[2]))
+		return WHY_BAD_RESPONSE;
+	for (i = 12; i < end; i++)
 		if (is_control((unsigned char)buf[i]))
 			return WHY_BAD_RESPONSE;
 	return WHY_NONE;
@@ -1970,15 +1954,13 @@ static void facts_read(struct facts *f, const struct head *h, const char *buf)
 	for (i = 0; i < h->nfields; i++) {
 		const unsigned is = h->field[i].is;
 		const struct span value = h->field[i].value;
-		struct span rest = value, option;
 
 		if (is == NAME_CONNECTION) {
-			while (list_next(buf, &rest, &option))
-				f->upgrade |= span_is(buf, option, "upgrade");
+			f->upgrade |= list_has(buf, value, "upgrade", 7);
 			for (f->options++, k = 0; k < value.len; k++)
 				f->options += buf[value.at + k] == ',';
 		} else if (is == NAME_UPGRADE) {
-			f->websocket |= list_has(buf, value, "websocket");
+			f->websocket |= list_has(buf, value, "websocket", 9);
 		} else if (is == NAME_LENGTH) {
 			if (!number_parse(buf, value, &n) || (f->count[is] > 0 && n != f->length))
 				f->bad_framing = 1;
@@ -1994,77 +1976,58 @@ static void facts_read(struct facts *f, const struct head *h, const char *buf)
 /* Host or authority: uri-host [ ":" port ] (RFC 9110 7.2, RFC 3986 3.2.2), the host not empty. */
 static int host_valid(const char *buf, struct span s)
 {
-	const char *p = buf + s.at, *end = p + s.len, *close;
+	size_t i = s.at, end = i + s.len;
 
-	if (p < end && *p == '[') {
-		close = memchr(p, ']', s.len);
-		if (!close || close == p + 1)
+	if (s.len > 0 && buf[i] == '[') {
+		do
+			i++;
+		while (i < end && (hex_digit(buf[i]) >= 0 || buf[i] == ':' || buf[i] == '.'));
+		if (i == s.at + 1u || i == end || buf[i++] != ']')
 			return 0;
-		for (p++; p < close; p++)
-			if (hex_digit(*p) < 0 && *p != ':' && *p != '.')
-				return 0;
-		p++;
-	} else {
-		for (close = p; p < end && *p != ':'; p++)
-			if (!is_alnum((unsigned char)*p) &&
-			    (!*p || !strchr("-._~!$&'()*+,;=%", *p)))
-				return 0;
-		if (p == close)
-			return 0;
+	} else if ((i = word_end(buf, i, end, "-._~!$&'()*+,;=%")) == s.at) {
+		return 0;
 	}
-	if (p < end && *p == ':')
-		for (p++; p < end && *p >= '0' && *p <= '9'; p++)
+	if (i < end && buf[i] == ':')
+		for (i++; i < end && is_digit(buf[i]); i++)
 			;
-	return p == end;
+	return i == end;
 }
 
 /* The target in origin-form, its authority as Host (RFC 9112 3.2). */
 static enum why target_parse(struct request *r, const char *buf)
 {
-	static const char *const schemes[] = { "http", "https", "ws", "wss" };
-	struct span t = r->head.part[1], scheme = { t.at, 0 }, host;
-	const char *end = buf + t.at + t.len, *p;
-	unsigned i;
+	static const char *const schemes[] = { "http://", "https://", "ws://", "wss://" };
+	const struct span t = r->head.part[1];
+	const size_t end = t.at + t.len;
+	struct span host;
+	size_t i, at;
 
 	r->target = t;
 	if (buf[t.at] == '/')
 		return WHY_NONE;
 	if (t.len == 1 && buf[t.at] == '*')
 		return span_is(buf, r->head.part[0], "options") ? WHY_NONE : WHY_TARGET;
-	p = memchr(buf + t.at, ':', t.len);
-	if (!p || end - p < 3 || memcmp(p, "://", 3) != 0)
-		return WHY_TARGET;
-	scheme.len = (uint16_t)(p - (buf + t.at));
-	for (i = 0; i < LENGTH(schemes) && !span_is(buf, scheme, schemes[i]); i++)
+	for (i = 0; !span_begins(buf, t, schemes[i]); i++)
+		if (i + 1 == LENGTH(schemes))
+			return WHY_TARGET;
+	at = t.at + strlen(schemes[i]);
+	for (i = at; i < end && buf[i] != '/' && buf[i] != '?'; i++)
 		;
-	if (i == LENGTH(schemes))
-		return WHY_TARGET;
-	p += 3;
-	host.at = (uint16_t)(p - buf);
-	while (p < end && *p != '/' && *p != '?')
-		p++;
-	host.len = (uint16_t)(p - buf - host.at);
+	host = span_of(at, i);
 	if (!host_valid(buf, host))
 		return WHY_TARGET;
 	r->host = host;
-	r->target = (struct span){ (uint16_t)(p - buf), (uint16_t)(end - p) };
+	r->target = span_of(i, end);
 	return WHY_NONE;
 }
 
 /* Sec-WebSocket-Key: 16 bytes in base64, so 22 digits and "==". */
 static int key_valid(const char *buf, struct span s)
 {
-	size_t i;
+	const size_t digits_end = s.at + 22u;
 
-	if (s.len != 24 || memcmp(buf + s.at + 22, "==", 2) != 0)
-		return 0;
-	for (i = 0; i < 22; i++) {
-		unsigned char c = (unsigned char)buf[s.at + i];
-
-		if (!is_alnum(c) && c != '+' && c != '/')
-			return 0;
-	}
-	return 1;
+	return s.len == 24 && word_end(buf, s.at, digits_end, "+/") == digits_end &&
+		memcmp(buf + digits_end, "==", 2) == 0;
 }
 
 /* Whether an Origin is that of the Host asked for, on http or https: the names have no case, and
@@ -2090,7 +2053,8 @@ static int origin_same(const char *buf, struct span origin, struct span host)
 			if (both[k].len > len && memcmp(buf + both[k].at + both[k].len - len,
 			    schemes[i].port, len) == 0)
 				both[k].len = (uint16_t)(both[k].len - len);
-		return span_equal(buf, both[0], both[1]);
+		return both[0].len == both[1].len &&
+			strncasecmp(buf + both[0].at, buf + both[1].at, both[0].len) == 0;
 	}
 	return 0;
 }
@@ -2202,13 +2166,10 @@ static int is_dropped(const struct head *h, const char *buf, unsigned i)
 	const int flags = field_names[f->is].flags;
 	unsigned k;
 
-	for (k = 0; k < h->nfields && !(flags & (HOP | KEPT)); k++) {
-		struct span list = h->field[k].value, s;
-
-		while (h->field[k].is == NAME_CONNECTION && list_next(buf, &list, &s))
-			if (span_equal(buf, s, f->name))
-				return 1;
-	}
+	for (k = 0; k < h->nfields && !(flags & (HOP | KEPT)); k++)
+		if (h->field[k].is == NAME_CONNECTION &&
+		    list_has(buf, h->field[k].value, buf + f->name.at, f->name.len))
+			return 1;
 	for (k = 0; k < i && f->is == NAME_LENGTH; k++)
 		if (h->field[k].is == NAME_LENGTH)
 			return 1;
@@ -2230,13 +2191,12 @@ static void render_forwarded(struct text *t, const struct head *h, const char *b
 	unsigned i;
 
 	text_string(t, "X-Forwarded-For: ");
-	for (i = 0; i < h->nfields && x_forwarded_for == APPEND; i++) {
-		if (h->field[i].value.len == 0 ||
-		    !span_is(buf, h->field[i].name, "x-forwarded-for"))
-			continue;
-		text_span(t, buf, h->field[i].value);
-		text_string(t, ", ");
-	}
+	for (i = 0; i < h->nfields && x_forwarded_for == APPEND; i++)
+		if (h->field[i].value.len > 0 &&
+		    span_is(buf, h->field[i].name, "x-forwarded-for")) {
+			text_span(t, buf, h->field[i].value);
+			text_string(t, ", ");
+		}
 	text_format(t, "%s\r\nX-Forwarded-Proto: %s\r\nX-Real-IP: %s\r\n", f->client, f->proto,
 		f->client);
 }
@@ -2306,18 +2266,16 @@ static void base64(const unsigned char *in, size_t len, char *out)
 {
 	static const char digit[] =
 		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-	size_t i;
+	size_t bit;
 
-	for (i = 0; i < len; i += 3) {
-		unsigned v = (unsigned)in[i] << 16;
+	for (bit = 0; bit < 8 * len; bit += 6) {
+		const unsigned char *p = in + bit / 8;
+		unsigned two = (unsigned)p[0] << 8 | (p + 1 < in + len ? p[1] : 0);
 
-		v |= i + 1 < len ? (unsigned)in[i + 1] << 8 : 0;
-		v |= i + 2 < len ? in[i + 2] : 0;
-		*out++ = digit[v >> 18];
-		*out++ = digit[v >> 12 & 63];
-		*out++ = i + 1 < len ? digit[v >> 6 & 63] : '=';
-		*out++ = i + 2 < len ? digit[v & 63] : '=';
+		*out++ = digit[two >> (10 - bit % 8) & 63];
 	}
+	for (; bit % 24 > 0; bit += 6)
+		*out++ = '=';
 	*out = '\0';
 }
 
@@ -2373,13 +2331,11 @@ static int chunked_byte(struct chunked *c, char b)
 		c->digits = 0;
 		return b == '\n' ? CHUNK_SIZE : -1;
 	case CHUNK_TRAILER:
-		if (b == '\r')
-			return CHUNK_END_LF;
-		return is_token_char((unsigned char)b) ? CHUNK_TRAILER_LINE : -1;
+		return b == '\r' ? CHUNK_END_LF :
+			word_end(&b, 0, 1, in_token) ? CHUNK_TRAILER_LINE : -1;
 	case CHUNK_TRAILER_LINE:
-		if (b == '\r')
-			return CHUNK_TRAILER_LF;
-		return is_control((unsigned char)b) ? -1 : CHUNK_TRAILER_LINE;
+		return b == '\r' ? CHUNK_TRAILER_LF :
+			is_control((unsigned char)b) ? -1 : CHUNK_TRAILER_LINE;
 	case CHUNK_TRAILER_LF:
 		return b == '\n' ? CHUNK_TRAILER : -1;
 	default:
@@ -2405,12 +2361,9 @@ static size_t chunked_scan(struct chunked *c, const char *buf, size_t len)
 			continue;
 		}
 		next = chunked_byte(c, buf[i]);
-		if (next < 0) {
-			c->bad = 1;
-			break;
-		}
+		c->bad = next < 0;
 		c->state = (uint8_t)next;
-		i++;
+		i += !c->bad;
 	}
 	return i;
 }
@@ -2684,8 +2637,9 @@ static void checks_poll(void)
 /* ---- names ----
  *
  * getaddrinfo blocks, for half a minute when it likes, so a child of ours calls it: forked before
- * keys are read and before chroot hides /etc, it lives as long as we do and only if a backend has
- * a name. One byte asks for a backend; struct resolved comes back. */
+ * keys are read and before chroot hides /etc, but after signals were blocked, it lives as long as
+ * we do and only if a backend has a name. One byte asks for a backend, and struct resolved comes
+ * back. */
 
 struct resolved {
 	uint8_t index, count;
@@ -2708,17 +2662,12 @@ static void resolver_look(struct resolved *r)
 
 static void resolver_child(int fd, const struct become *b)
 {
-	struct resolved r;
+	static struct resolved r;
 
-	signal(SIGHUP, SIG_IGN);
-	signal(SIGINT, SIG_IGN);
-	signal(SIGTERM, SIG_IGN);
-	signal(SIGUSR1, SIG_IGN);
 	become_do(b, NULL);
 	prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
 	if (seccomp)
 		filter_set(resolver_calls, LENGTH(resolver_calls));
-	memset(&r, 0, sizeof r);
 	while (read(fd, &r.index, 1) == 1) {
 		if (r.index >= BACKENDS)
 			break;
@@ -2732,13 +2681,12 @@ static void resolver_child(int fd, const struct become *b)
 static void resolver_start(const struct become *b)
 {
 	int pair[2];
-	unsigned i, names = 0;
+	unsigned i;
 	pid_t pid;
 
-	for (i = 0; i < BACKENDS; i++)
-		names += servers[i].by_name;
-	if (names == 0)
-		return;
+	for (i = 0; !servers[i].by_name; i++)
+		if (i + 1 == BACKENDS)
+			return;
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
 		die("resolver: socketpair: %s", strerror(errno));
 	if ((pid = fork()) < 0)
@@ -2856,19 +2804,12 @@ static void cookie_make(struct server *v)
 		text_format(&t, "%02x", hash[i]);
 }
 
-/* Whether a resolver could know it: "_" is in names of containers. */
-static int name_valid(const char *name)
-{
-	while (is_alnum((unsigned char)*name) || (*name && strchr("-._", *name)))
-		name++;
-	return !*name;
-}
-
 /* Host and port of a backend: a socket's path, an address, or a name. */
 static void server_place(unsigned i)
 {
 	const struct backend *b = &backends[i];
 	struct server *v = &servers[i];
+	struct address *a = &v->address[0];
 
 	if (!b->host || !*b->host)
 		die("config.h: backends[%u]: host is missing", i);
@@ -2878,21 +2819,20 @@ static void server_place(unsigned i)
 		if (!b->host[5] ||
 		    strlen(b->host + 5) >= sizeof ((struct sockaddr_un *)0)->sun_path)
 			die("config.h: backends[%u]: %s: path missing or too long", i, b->host);
-		v->address[0].family = AF_UNIX;
+		a->family = AF_UNIX;
 		v->addresses = 1;
 		string_format(v->name, sizeof v->name, "%s", b->host);
 		return;
 	}
-	if (!address_parse(&v->address[0], "0.0.0.0", b->port) || v->address[0].port == 0)
-		die("config.h: backends[%u]: port \"%s\": give 1 to 65535", i,
-			text_or(b->port));
-	v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
+	if (!address_parse(a, "0.0.0.0", b->port) || a->port == 0)
+		die("config.h: backends[%u]: port \"%s\": give 1 to 65535", i, text_or(b->port));
+	v->addresses = (uint8_t)address_parse(a, b->host, b->port);
 	v->by_name = !v->addresses;
-	if (v->addresses && v->address[0].family == AF_INET6 && v->address[0].ip[0] == 0xfe &&
-	    (v->address[0].ip[1] & 0xc0) == 0x80)
+	if (v->addresses && a->family == AF_INET6 && a->ip[0] == 0xfe && (a->ip[1] & 0xc0) == 0x80)
 		die("config.h: backends[%u]: \"%s\" is link-local, which needs an interface, too: "
 			"give it an address that is not, or a unix: socket", i, b->host);
-	if (v->by_name && !name_valid(b->host))
+	/* what a resolver could know: "_" is in names of containers */
+	if (v->by_name && b->host[word_end(b->host, 0, strlen(b->host), "-._")])
 		die("config.h: backends[%u]: \"%s\" is no address and can't be a name: no scheme, "
 			"port, path, brackets or zone", i, b->host);
 	if (v->by_name && !resolve_names)
@@ -6049,10 +5989,9 @@ static void texts_check(void)
 {
 	unsigned i;
 
-	for (i = 0; cookie_name[i]; i++)
-		if (!is_token_char((unsigned char)cookie_name[i]))
-			die("config.h: cookie_name \"%s\": no token (RFC 6265 4.1.1): letters, "
-				"digits, - and _ will do", cookie_name);
+	if (cookie_name[word_end(cookie_name, 0, strlen(cookie_name), in_token)])
+		die("config.h: cookie_name \"%s\": no token (RFC 6265 4.1.1): letters, digits, - "
+			"and _ will do", cookie_name);
 	for (i = 0; i < LENGTH(origins); i++) {
 		const char *o = origins[i];
 
