@@ -1507,7 +1507,6 @@ struct filter_op {              /* struct sock_filter */
 enum { LOAD = 0x20, EQUAL = 0x15, ABOVE = 0x35, AND = 0x54, RETURN = 0x06 };
 #define KILL 0x80000000         /* before Linux 4.14: the thread, of which there is one */
 #define LET 0x7fff0000
-#define LET_UNIX (LET | 1)      /* the same to the kernel; see filter_loop */
 #ifdef FILTER_MACHINE
 #define FAIL (0x00050000 | EPERM)
 #define FILTER_START { LOAD, 0, 0, 4 }, { EQUAL, 1, 0, FILTER_MACHINE }, { RETURN, 0, 0, KILL }, \
@@ -1529,8 +1528,8 @@ static struct filter_op loop_calls[] = {
 	ON(recv, LET), ON(send, LET),
 #endif
 	ON(ppoll, LET), ON(epoll_ctl, LET), ON(epoll_pwait, LET), ON(restart_syscall, LET),
-#ifdef SYS_poll
-	ON(poll, LET), ON(epoll_wait, LET), LET_IF(open, 1, ~READING, 0),
+#ifdef SYS_poll                         /* all but the youngest machines */
+	ON(poll, LET), ON(epoll_wait, LET), ON(stat, LET), LET_IF(open, 1, ~READING, 0),
 #endif
 #ifdef SYS_clock_gettime
 	ON(clock_gettime, LET),
@@ -1551,7 +1550,6 @@ static struct filter_op loop_calls[] = {
 	KILL_UNLESS(socket, 1, ~(SOCK_CLOEXEC | SOCK_NONBLOCK), SOCK_STREAM),
 	KILL_UNLESS(socket, 2, -1, 0),
 	LET_IF(socket, 0, -1, AF_INET), LET_IF(socket, 0, -1, AF_INET6),
-	IF(SYS_socket, 0, -1, AF_UNIX, 0, 1, LET_UNIX),
 	LET_IF(ioctl, 1, -1, TIOCOUTQ),
 #ifdef __i386__
 	ON(socketcall, LET),            /* all of the above; its arguments are out of reach */
@@ -1559,14 +1557,8 @@ static struct filter_op loop_calls[] = {
 	/* certificates, at SIGHUP; and the end */
 	LET_IF(openat, 2, ~READING, 0),
 	LET_IF(fcntl, 1, -1, F_SETFD),  /* musl's open, for O_CLOEXEC */
-#ifdef SYS_fcntl64
-	LET_IF(fcntl64, 1, -1, F_SETFD),
-#endif
-#ifdef SYS_stat
-	ON(stat, LET),
-#endif
-#ifdef SYS_stat64
-	ON(stat64, LET), ON(fstatat64, LET),
+#ifdef SYS_fcntl64                      /* 32 bits */
+	LET_IF(fcntl64, 1, -1, F_SETFD), ON(stat64, LET), ON(fstatat64, LET),
 #endif
 #ifdef SYS_newfstatat
 	ON(newfstatat, LET),
@@ -1575,6 +1567,7 @@ static struct filter_op loop_calls[] = {
 	ON(statx, LET),
 #endif
 	ON(exit_group, LET),
+	LET_IF(socket, 0, -1, AF_UNIX), /* the last: see filter_loop */
 	{ RETURN, 0, 0, KILL },
 };
 
@@ -1592,13 +1585,10 @@ static const struct filter_op resolver_calls[] = {
 #endif
 	ON(ptrace, FAIL), ON(process_vm_readv, FAIL), ON(process_vm_writev, FAIL),
 	LET_IF(prlimit64, 0, -1, 0), ON(prlimit64, FAIL),
-#ifdef SYS_io_uring_setup
-	ON(io_uring_setup, FAIL),       /* its calls are seen by no filter */
-#endif
 	ON(kill, FAIL), ON(tkill, FAIL), ON(tgkill, FAIL),
 	ON(rt_sigqueueinfo, FAIL), ON(rt_tgsigqueueinfo, FAIL),
-#ifdef SYS_pidfd_send_signal
-	ON(pidfd_send_signal, FAIL),
+#ifdef SYS_io_uring_setup               /* whose calls no filter sees; of the same Linux, 5.1 */
+	ON(io_uring_setup, FAIL), ON(pidfd_send_signal, FAIL),
 #endif
 	ON(listen, FAIL), ON(accept4, FAIL),
 	{ RETURN, 0, 0, LET },
@@ -1626,9 +1616,7 @@ static int filter_loop(void)
 	for (i = 0; i < BACKENDS && !is_unix(&backends[i]); i++)
 		;
 	if (i == BACKENDS)
-		for (i = 0; i < LENGTH(loop_calls); i++)
-			if (loop_calls[i].code == RETURN && loop_calls[i].k == LET_UNIX)
-				loop_calls[i].k = KILL;
+		loop_calls[LENGTH(loop_calls) - 3].k = KILL;    /* the verdict on AF_UNIX */
 	return filter_set(loop_calls, LENGTH(loop_calls));
 }
 
@@ -1642,9 +1630,7 @@ static void descriptors_raise(void)
 		die("getrlimit: %s", strerror(errno));
 	if (r.rlim_cur >= need)
 		return;
-	r.rlim_cur = need;
-	if (r.rlim_max < need)
-		r.rlim_max = need;
+	r = (struct rlimit){ need, r.rlim_max < need ? need : r.rlim_max };
 	if (setrlimit(RLIMIT_NOFILE, &r) < 0)
 		die("config.h: max_sessions = %u needs %u descriptors, which the system does not "
 			"grant (%s): raise the limit (ulimit -n) or lower max_sessions",
