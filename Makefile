@@ -16,6 +16,9 @@ OUT     ?= wssproxy
 # A source tree of BearSSL, which is built with the same compiler and linked in; empty: the
 # system's library.
 BEARSSL ?=
+# Added for its curves, which are most of a full handshake: half their time on x86-64, four fifths
+# on ARM, for 9 to 13 KB. MIPS gains next to nothing by it.
+CURVE_CFLAGS ?= $$(case $$($(CC) -dumpmachine) in (x86_64*|aarch64*|arm*) echo -O3;; esac)
 # Where `make demo` listens.
 PORT    ?= 8443
 # How long `make fuzz` runs each target, and `make soak`.
@@ -28,20 +31,24 @@ SMALL   = -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables
 FLAGS   = -std=c11 -D_GNU_SOURCE -DVERSION='"$(VERSION)"' -DCONFIG='"$(CONFIG)"' -I. \
 	$(BEARSSL:%=-isystem %/inc) $(PIC) $(SMALL) $(CPPFLAGS) $(CFLAGS) \
 	-Wl,--gc-sections $(LDFLAGS)
-# Objects of the library lie inside its tree, apart for each compiler and its flags.
-OBJECTS = build/$$(echo '$(CC) $(CFLAGS)' | cksum | tr -dc 0-9)
+# Objects of the library lie inside its tree, apart for each compiler and its flags. The curves come
+# first, with theirs; `lib` finds them made.
+OBJECTS = build/$$(echo '$(CC) $(LIBFLAGS)' $(CURVE_CFLAGS) | cksum | tr -dc 0-9)
+LIBFLAGS = $(PIC) $(SMALL) $(CFLAGS)
+LIBMAKE = $(MAKE) BUILD=$(OBJECTS) CC='$(CC)' AR="$${AR:-$$($(CC) -print-prog-name=ar)}"
+CURVES  = $$(for f in src/ec/ec_[cp]*_m[36]?.c; do echo $(OBJECTS)/obj/$$(basename $$f c)o; done)
 
 all: $(OUT)
 
 $(OUT): $(SRC) wssproxy.c wssproxy.h $(CONFIG) $(OUT).flags
-	@test -z '$(BEARSSL)' || { cd '$(BEARSSL)' && mkdir -p $(OBJECTS)/obj && $(MAKE) lib BUILD=$(OBJECTS) \
-	CC='$(CC)' CFLAGS='$(PIC) $(SMALL) $(CFLAGS)' AR="$${AR:-$$($(CC) -print-prog-name=ar)}"; }
+	@test -z '$(BEARSSL)' || { cd '$(BEARSSL)' && mkdir -p $(OBJECTS)/obj && \
+	$(LIBMAKE) CFLAGS='$(LIBFLAGS) '"$(CURVE_CFLAGS)" $(CURVES) && $(LIBMAKE) CFLAGS='$(LIBFLAGS)' lib; }
 	tree='$(BEARSSL)'; $(CC) $(FLAGS) $${SOURCE_DATE_EPOCH:+-DBUILD_TIME=$$SOURCE_DATE_EPOCH} \
 	-o $@ $(SRC) $(LDLIBS) $${tree:+-L$$tree/$(OBJECTS)} -lbearssl
 
 # What the program was last built with: another compiler or other flags build it again.
 $(OUT).flags: FORCE
-	@echo '$(CC) $(FLAGS) $(LDLIBS) $(BEARSSL)' "$$SOURCE_DATE_EPOCH" >$@.new; \
+	@echo '$(CC) $(FLAGS) $(LDLIBS) $(BEARSSL)' $(CURVE_CFLAGS) "$$SOURCE_DATE_EPOCH" >$@.new; \
 	if cmp -s $@.new $@; then rm -f $@.new; else mv $@.new $@; fi
 
 config.h: config.def.h
