@@ -92,17 +92,17 @@ static const enum x_forwarded_for x_forwarded_for = APPEND;
 /* A 101 of the backend must carry the right Sec-WebSocket-Accept; 0 is for backends that can't. */
 static const int check_accept = 1;
 
-/* How many sessions there can be, and how many of them can be busy at one moment. A session costs
- * 4.5 KB (5 KB until its answer), a busy one 62 KB more: record buffers (50 KB) while a byte is on
- * its way, and a head buffer (12 KB) while a head is. No memory is taken after start; wssproxy -t
- * prints the sum. When all buffers are lent, sessions wait for one; see stall_ms. A quarter of the
- * record buffers is never lent to clients that have yet to ask, and half of the head buffers never
- * to those of any one address. */
+/* How many sessions there can be, and how many of them have buffers at one moment. A session costs
+ * 4.5 KB (6 KB until its answer); each of max_busy costs 75 KB: record buffers (50 KB), and two
+ * places (12 KB) for heads above 0.8 KB that wait for their rest or their backend. A session has
+ * buffers for a turn, not while it waits for somebody, so 8 serve bulk on all sessions at once as
+ * fast as 64. Many requests with long heads at a time (cookies) to backends far away may want more.
+ * No memory is taken after start; wssproxy -t prints the sum. What the kernel holds comes on top:
+ * of each connection 64 KB that are not on their way yet, and what has come in and waits. */
 #define max_sessions    512
 #define max_busy        64
 
-/* Sessions of one address, 0: no limit. When buffers are scarce, an address that holds fewer of
- * them goes first, whatever this is. IPv6 addresses with the same source_bits6 (1 to 64) in front
+/* Sessions of one address, 0: no limit. IPv6 addresses with the same source_bits6 (1 to 64) in front
  * count as one. Sites have a /56 or a /48 as well, which is 256 or 65536 of /64: with 64, four of
  * them fill the table; with 48, some providers' customers share one. */
 static const unsigned max_per_ip   = 128;
@@ -122,8 +122,9 @@ static const unsigned idle_ms      = 3600000;   /* * a tunnel, a plain answer; 0
 static const unsigned linger_ms    = 5000;      /* * after one side ended, for the other to end;
                                                  * as long as that takes bytes, it begins anew */
 
-/* When buffers are scarce, a session that holds one for so long and moves less than 16 KB meanwhile
- * is closed; before its answer, its connect_ms, handshake_ms or response_ms counts as over. */
+/* Who keeps others waiting for buffers for so long, and moves less than 16 KB meanwhile, is closed;
+ * before its answer, its connect_ms, handshake_ms or response_ms counts as over. It must hold what
+ * can't be put down: a long head, a certificate chain amid its check, bytes that nobody takes. */
 static const unsigned stall_ms     = 5000;
 
 /* SIGTERM: how long sessions may go on before they are closed. */

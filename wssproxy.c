@@ -15,11 +15,12 @@
  * Records are read ahead of it, and bulk into a spare set of buffers: a copy for fewer calls.
  *
  * A session is one slot of a static table. It owns its two descriptors and its TLS context, and
- * borrows, from static pools, a head buffer (while a head is on its way) and record buffers (while
- * a byte is). When these are scarce, sessions take turns, and those whose address holds least go
- * first. A session at rest owns nothing but its slot and, before its answer, a note of what was
- * asked. One that neither side has stopped for park_ms waits in an epoll set, not in poll()'s
- * array, which so costs nothing for those that rest, nor for those that talk and never block.
+ * borrows record buffers from a static pool, for a turn: who waits for a peer waits with empty
+ * hands, but for what can't be put down (see 'what sessions borrow'). So few buffers serve many, in
+ * the order in which they ask. A session at rest owns nothing but its slot and, before its answer,
+ * a note of what was asked. One that neither side has stopped for park_ms waits in an epoll set,
+ * not in poll()'s array, which so costs nothing for those that rest, nor for those that talk and
+ * never block.
  *
  * A session is in one state; states[] says how to step it, and what it ends with when its time
  * there, which has a queue of its own, is over:
@@ -84,13 +85,16 @@
 enum {
 	HEAD_EXTRA = 512,       /* what request_render may add to a head */
 	HEAD_ROOM = head_max + HEAD_EXTRA,
-	/* fewer than record buffers, from 4 on: strangers, who need both, never hold them all */
-	HEADS = max_busy - max_busy / 4,
-	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring */
+	NOTE_TEXT = 1024,       /* bytes of a head that waits without a shelf, */
+	SHELVES = 2 * max_busy, /* of which there are so many */
+	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring: a record, at least */
 	BULK = 3 * 16384,       /* bytes in the clear that one recv brings of who sends bulk, */
 	READ_BULK = BULK + 512, /* and bytes of records */
 	SHARE = 32768,          /* bytes after which a side is not read any more in one run: others,
 	                         * and handshakes, are waiting (bulk on a slow CPU) */
+	UNSENT = 65536,         /* bytes in a socket's queue that are not on their way yet; from there
+				 * on it takes none (downloads at 100 KB/s, clients that do not read) */
+	RECEIVE_ROOM = 1 << 18, /* bytes of a receive buffer that may have to hold a record for long */
 	ACCEPTS = 16,           /* connections taken from a listener in one turn */
 	CHAIN_MAX = 8,          /* certificates of a chain */
 	CHAIN_BYTES = 16384,    /* their DER, in all */
@@ -103,8 +107,6 @@ enum {
 	STALL_BYTES = 16384,    /* within stall_ms: what a buffer holds; less is no progress */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
 	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
-	WAITERS_LOOK = 512,     /* and waiting ones, to find the one to serve next, */
-	CROWD_LOOK = 4096,      /* besides those that may not have what is free */
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
 	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory, */
 	POLL_PAUSE_MS = 50,     /* and poll */
@@ -154,7 +156,7 @@ enum state {
  * own, and these. */
 enum {
 	Q_PARK = STATES,        /* sessions that may leave poll()'s array */
-	Q_STALL,                /* sessions that hold a buffer, by their last progress */
+	Q_STALL,                /* sessions that hold what others may want, by their last progress */
 	Q_RESOLVE,              /* backends whose name is to be tried again */
 	Q_CHECK,                /* backends whose next active check is due */
 	Q_REDIAL,               /* sessions that could not dial yet, instead of Q_STALL */
@@ -207,8 +209,7 @@ struct source {
 	unsigned char key[9];   /* IPv4 address, or the front of an IPv6 one; family */
 	unsigned sessions;
 	unsigned young;         /* those in HANDSHAKE or HEAD */
-	unsigned held;          /* buffers lent to them, */
-	unsigned heads;         /* and of these, head buffers */
+	unsigned shelves;       /* lent to them */
 };
 
 /* A certificate chain and its key. */
@@ -270,6 +271,7 @@ struct records {
 
 /* Judges the certificate chain of the other side during a handshake. */
 struct verifier {
+	int begun;                      /* 1: it has seen of a chain what nobody will show again */
 	int certs;                      /* of the chain, so far */
 	br_name_element name;           /* where the subject's common name goes */
 	union {
@@ -282,26 +284,33 @@ struct verifier {
 	} u;
 };
 
-/* Lent while a head is on its way: from the handshake or the first byte until the request is out,
- * and from the answer's first byte until its head is out. Sessions that need both buffers take this
- * one first and give it back last, so that none that holds records ever waits for a head. */
+/* Where heads are read, judged and rendered. There is one, for the session that runs; what of a
+ * head has to wait for a peer is put aside meanwhile. */
 struct head_buffer {
-	void *next_free;
 	size_t len;             /* bytes in use */
 	size_t off;             /* of them, sent */
 	union {
-		struct verifier verifier;       /* in handshakes */
 		struct request request;         /* in HEAD */
 		struct response response;       /* in RESPONSE */
 	} u;
-	uint8_t resumable;      /* 1: as far as its ClientHello says; */
-	unsigned char name_hash[br_sha256_SIZE];        /* of the server name in there */
 	char bytes[HEAD_ROOM];
 };
 
-/* What is remembered of a request until its answer; there is one for each session. */
+/* Lent for what has to stay where it is while a peer is awaited. */
+struct shelf {
+	void *next_free;
+	struct session *owner;          /* NULL: none */
+	struct verifier verifier;       /* of a handshake that asks for certificates, */
+	char text[HEAD_ROOM];           /* a head too long for the note */
+};
+
+/* What is remembered of a session until its answer; there is one for each. */
 struct note {
 	void *next_free;
+	uint8_t resumable;      /* 1: as far as its ClientHello says; */
+	unsigned char name_hash[br_sha256_SIZE];        /* of the server name in there */
+	uint16_t len, off;      /* of a head that was put aside; 0: none */
+	char text[NOTE_TEXT];   /* where it lies unless it is longer */
 	unsigned interim;       /* 1xx answers so far */
 	char accept[29];        /* the Sec-WebSocket-Accept that a 101 must carry */
 	char host[128], path[256];      /* for the log, cut to size */
@@ -318,8 +327,12 @@ struct leg {
 	size_t at, end;                 /* and of that, not taken yet */
 	uint16_t room;                  /* what an empty output buffer of the engine offers */
 	uint16_t empty_records;         /* in a row, without application data */
-	uint8_t in;                     /* in this run: poll said so, no short read otherwise */
-	uint8_t full;                   /* in this run: its socket takes no more */
+	uint8_t in;                     /* there may be something to read: poll said so, and no
+					 * read has found the end of it since */
+	uint8_t full;                   /* its socket takes no more until poll says so */
+	_Bool grown;                    /* its receive buffer was, see leg_peek */
+	uint16_t mark;                  /* its SO_RCVLOWAT: it waits for a record of that many
+					 * bytes to be whole; 0: for any byte */
 	_Bool more;                     /* what is sent now has more coming behind it, */
 	_Bool corked;                   /* and the kernel may hold back what was sent last */
 	_Bool started;                  /* since it rested, plaintext was put into it */
@@ -339,6 +352,7 @@ enum {
 	BACKEND_IN  = 8,
 	BACKEND_OUT = 16,
 	EXPIRED     = 32,       /* the state's timeout */
+	CLIENT_OUT  = 64,
 };
 
 struct session {
@@ -350,7 +364,6 @@ struct session {
 	uint8_t young;          /* 1: counted in source->young */
 	uint8_t opened;         /* 1: has its line `open` in the log */
 	uint8_t rejected;       /* 1: has its line `reject` */
-	uint8_t reply;          /* enum why: the answer that REPLY has yet to write */
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
 	uint8_t framing;        /* enum framing, of the answer */
 	uint8_t parked;         /* 1: waits in the epoll set, and has no slot */
@@ -376,10 +389,11 @@ struct session {
 	struct address peer;
 	struct source *source;
 	struct records *rec;
-	struct head_buffer *hd;
+	struct head_buffer *hd; /* while it runs, if it has to do with a head */
+	struct shelf *shelf;
 	struct note *note;
 	struct keyring *ring;   /* while a handshake is under way */
-	struct link wait;       /* for a buffer, a handshake turn, or in runnable */
+	struct link wait;       /* for buffers, a shelf, a handshake turn, or in runnable */
 	struct timer timer;     /* the state's */
 	struct timer park;
 	struct timer stall;
@@ -424,7 +438,8 @@ enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_CHECK = FD_LISTEN + LISTE
 
 static struct session sessions[max_sessions];
 static struct records records[max_busy];
-static struct head_buffer heads[HEADS];
+static struct head_buffer head_buffer;
+static struct shelf shelves[SHELVES];
 static struct note notes[max_sessions];
 static struct upstream upstreams[tls_backends ? max_sessions : 1];      /* beside sessions[] */
 static struct source sources[max_sessions];
@@ -438,7 +453,7 @@ static unsigned char cache_store[session_cache * 100 + 1];
 static br_ssl_session_cache_lru cache;
 static uint16_t suites[LENGTH(ciphers)];        /* ciphers[], in this CPU's order */
 
-static struct pool session_pool, records_pool, heads_pool, note_pool, source_pool;
+static struct pool session_pool, records_pool, shelf_pool, note_pool, source_pool;
 static struct queue queues[QUEUES];
 static struct link turns[2];    /* sessions whose handshake has input: begun, not begun */
 static struct link runnable;    /* sessions that were given what they waited for */
@@ -1299,6 +1314,7 @@ static void socket_tune(int fd)
 	}
 	if (user_timeout_ms > 0)
 		socket_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, user_timeout_ms);
+	socket_option(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT);
 }
 
 /* Makes close send RST instead of FIN. */
@@ -2907,7 +2923,18 @@ static void source_release(struct source *o, const struct address *a)
 	pool_return(&source_pool, o);
 }
 
-/* ---- what sessions borrow ---- */
+/* ---- what sessions borrow ----
+ *
+ * Buffers are borrowed for a turn, when the bytes that they are for are there and can go on. While
+ * it waits for a peer, a session holds what can't be put down, and nothing else:
+ *
+ *   record buffers  with what a socket did not take, or a record whose rest has yet to come. From
+ *                   half of them lent on, no record is read that is not there to its end, nor one
+ *                   while the side that it is for is not writable (uploads and tunnels whose records
+ *                   come in pieces; readers that are slow); handshakes never read one in pieces
+ *   a shelf         with a verifier that has begun, or a head that is longer than a note
+ *
+ * Who holds record buffers does not wait for a shelf, so those who hold a shelf get theirs. */
 
 static unsigned char no_records[32];    /* what a resting engine's offsets are based on */
 
@@ -2939,31 +2966,23 @@ static void leg_attach(struct leg *l, struct buffers *b)
 static void records_attach(struct session *s, void *item)
 {
 	s->rec = item;
-	s->source->held++;
 	leg_attach(&s->client, &s->rec->side[0]);
 	if (tls_backends && s->backend.eng)
 		leg_attach(&s->backend, &s->rec->side[tls_backends]);
 }
 
-static void head_attach(struct session *s, void *item)
+static void shelf_attach(struct session *s, void *item)
 {
-	s->hd = item;
-	s->source->held++;
-	s->source->heads++;
-	memset(s->hd, 0, offsetof(struct head_buffer, bytes));
-}
-
-/* Whether it must wait though there be items: half of the head buffers is out of reach of the
- * strangers of any one address. It waits for one that they return. */
-static int is_greedy(const struct session *s, const struct pool *p)
-{
-	return p == &heads_pool && s->young && s->source->heads >= (HEADS + 1) / 2;
+	s->shelf = item;
+	s->shelf->owner = s;
+	s->shelf->verifier.begun = 0;
+	s->source->shelves++;
 }
 
 /* 0: s waits for an item, and will be run when it has one. */
 static int session_borrow(struct session *s, struct pool *p)
 {
-	void *item = is_greedy(s, p) ? NULL : pool_lend(p);
+	void *item = pool_lend(p);
 
 	if (item)
 		p->attach(s, item);
@@ -2972,63 +2991,17 @@ static int session_borrow(struct session *s, struct pool *p)
 	return item != NULL;
 }
 
-/* Who is served next; NULL: nobody. Those whose answer has come go before all; then those whose
- * address holds the fewest buffers, so that none keeps the others out, however many its sessions;
- * then those that have waited longest. */
-static struct session *waiter_next(const struct pool *p)
-{
-	const struct link *l = p->waiters.next;
-	struct session *best = NULL;
-	unsigned rank, least = UINT_MAX, looked = 0, crowd = 0;
-
-	for (; l != &p->waiters && looked < WAITERS_LOOK && crowd < CROWD_LOOK; l = l->next) {
-		struct session *s = OWNER(l, struct session, wait);
-
-		if (is_greedy(s, p)) {
-			crowd++;        /* of two addresses at most, with max_per_ip each */
-			continue;
-		}
-		looked++;
-		rank = s->state == RESPONSE ? 0 : 1 + s->source->held;
-		if (rank >= least)
-			continue;
-		least = rank;
-		best = s;
-	}
-	return best;
-}
-
-/* Whether somebody waits who could have the head buffer that s holds. */
-static int head_wanted(const struct session *s)
-{
-	const struct link *l = heads_pool.waiters.next;
-	unsigned looked = 0;
-
-	for (; l != &heads_pool.waiters && looked < CROWD_LOOK; looked++, l = l->next) {
-		const struct session *other = OWNER(l, struct session, wait);
-
-		if (!is_greedy(other, &heads_pool) || other->source == s->source)
-			return 1;
-	}
-	return 0;
-}
-
-/* An item is free: for one that waits, if any. */
+/* An item is free: for who has waited longest, if anyone does. */
 static void session_pass(struct pool *p, void *item)
 {
-	struct session *next = waiter_next(p);
+	struct session *next = OWNER(p->waiters.next, struct session, wait);
 
-	if (!next) {
+	if (!pool_wanted(p)) {
 		pool_return(p, item);
 		return;
 	}
 	p->attach(next, item);
 	link_append(&runnable, &next->wait);
-}
-
-static int head_borrow(struct session *s)
-{
-	return s->hd || session_borrow(s, &heads_pool);
 }
 
 static int records_borrow(struct session *s)
@@ -3059,22 +3032,59 @@ static void records_return(struct session *s)
 	if (!r)
 		return;
 	s->rec = NULL;
-	s->source->held--;
 	leg_detach(&s->client);
 	leg_detach(&s->backend);
 	session_pass(&records_pool, r);
 }
 
-static void head_return(struct session *s)
+static void *shelf_release(struct session *s)
 {
-	struct head_buffer *hd = s->hd;
+	struct shelf *shelf = s->shelf;
 
-	if (!hd)
+	shelf->owner = NULL;
+	s->shelf = NULL;
+	s->source->shelves--;
+	return shelf;
+}
+
+static void shelf_return(struct session *s)
+{
+	if (s->shelf)
+		session_pass(&shelf_pool, shelf_release(s));
+}
+
+/* Takes the shelf of a client amid its long head, of the address that holds most, if s's own holds
+ * less by two: no address has them all, and a crowd behind one address waits among itself. That
+ * client's time is over. (Heads of 1.1 KB without an end, from one address.) */
+static void shelf_rob(struct session *s)
+{
+	unsigned i, most = s->source->shelves + 1;
+	struct session *victim = NULL;
+	struct link *t;
+
+	for (i = 0; i < LENGTH(shelves); i++) {
+		struct session *o = shelves[i].owner;
+
+		if (o && o->state == HEAD && link_alone(&o->wait) && o->source->shelves > most) {
+			most = o->source->shelves;
+			victim = o;
+		}
+	}
+	if (!victim)
 		return;
-	s->hd = NULL;
-	s->source->held--;
-	s->source->heads--;
-	session_pass(&heads_pool, hd);
+	shelf_attach(s, shelf_release(victim));
+	victim->note->len = 0;
+	victim->timer.due = now;
+	t = &victim->timer.link;
+	link_drop(t);
+	link_append(queues[HEAD].list.next, t);
+}
+
+static int shelf_borrow(struct session *s)
+{
+	if (!s->shelf && pool_empty(&shelf_pool))
+		shelf_rob(s);
+	return s->shelf || session_borrow(s, &shelf_pool);
 }
 
 static struct note *note_take(struct session *s)
@@ -3091,6 +3101,57 @@ static void note_return(struct session *s)
 	if (s->note)
 		pool_return(&note_pool, s->note);
 	s->note = NULL;
+}
+
+/* Bytes of a head that are there, put aside or not. */
+static size_t head_len(const struct session *s)
+{
+	return s->hd ? s->hd->len : s->note ? s->note->len : 0;
+}
+
+static char *head_place(const struct session *s)
+{
+	return s->note->len > NOTE_TEXT ? s->shelf->text : s->note->text;
+}
+
+/* The head buffer, with what was put aside. It is parsed anew: there is not much of it, or it came
+ * in pieces that cost more. */
+static struct head_buffer *head_load(struct session *s)
+{
+	struct head_buffer *hd = &head_buffer;
+
+	if (s->hd)
+		return s->hd;
+	s->hd = hd;
+	memset(hd, 0, offsetof(struct head_buffer, bytes));
+	if (s->note && s->note->len > 0) {
+		hd->len = s->note->len;
+		hd->off = s->note->off;
+		memcpy(hd->bytes, head_place(s), hd->len);
+		s->note->len = 0;
+	}
+	return hd;
+}
+
+/* The run is over: puts aside what has to wait. 0: there is no place. */
+static int head_store(struct session *s)
+{
+	const struct head_buffer *hd = s->hd;
+	struct note *note;
+
+	s->hd = NULL;
+	if (!hd || hd->off == hd->len)
+		return 1;
+	if (hd->len > NOTE_TEXT && !s->shelf) {
+		if (pool_empty(&shelf_pool))
+			return 0;
+		shelf_attach(s, pool_lend(&shelf_pool));
+	}
+	note = note_take(s);
+	note->len = (uint16_t)hd->len;
+	note->off = (uint16_t)hd->off;
+	memcpy(head_place(s), hd->bytes, hd->len);
+	return 1;
 }
 
 /* ---- TLS set-up ---- */
@@ -3316,13 +3377,23 @@ static struct bytes vector_take(struct bytes *from, int bytes)
 	return v;
 }
 
-/* Whether the first record is there to its end. What is no TLS, or too large, is: no more bytes
- * would help. */
-static int record_whole(const unsigned char *p, size_t len)
+/* Bytes of the records in front that are there to their ends, up to the first with application data
+ * or that alone; if none is, need gets what the first one has. Where BearSSL fails at a header, all
+ * is whole: no more bytes would help. */
+static size_t records_whole(const unsigned char *p, size_t len, size_t *need)
 {
-	size_t need = len < 5 ? 5 : 5 + (size_t)(p[3] << 8 | p[4]);
+	size_t at = 0;
 
-	return (len > 0 && p[0] != 22) || need > READ_AHEAD || len >= need;
+	for (;;) {
+		const size_t left = len - at;
+
+		*need = left < 5 ? 5 : 5 + (size_t)(p[at + 3] << 8 | p[at + 4]);
+		if (left >= 5 && (p[at + 1] != 3 || *need > READ_AHEAD))
+			return len;
+		if (left < *need || (at > 0 && p[at] == 23))
+			return at;
+		at += *need;
+	}
 }
 
 /* What a ClientHello says that a session must not be resumed in spite of. */
@@ -3402,7 +3473,7 @@ static void cache_key(const struct session *s, br_ssl_session_parameters *p)
 	unsigned i;
 
 	for (i = 0; i < sizeof p->session_id; i++)
-		p->session_id[i] ^= s->hd->name_hash[i];
+		p->session_id[i] ^= s->note->name_hash[i];
 }
 
 static void cache_save(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
@@ -3413,7 +3484,7 @@ static void cache_save(const br_ssl_session_cache_class **ctx, br_ssl_server_con
 
 	(void)ctx;
 	cache_key(s, &p);
-	if (s->hd->resumable)
+	if (s->note->resumable)
 		cache.vtable->save(&cache.vtable, cc, &p);
 	wipe(&p, sizeof p);
 }
@@ -3426,7 +3497,7 @@ static int cache_load(const br_ssl_session_cache_class **ctx, br_ssl_server_cont
 
 	(void)ctx;
 	cache_key(s, params);
-	found = s->hd->resumable && cache.vtable->load(&cache.vtable, cc, params);
+	found = s->note->resumable && cache.vtable->load(&cache.vtable, cc, params);
 	cache_key(s, params);
 	return found;
 }
@@ -3440,17 +3511,17 @@ static const br_ssl_session_cache_class *named_cache = &named_cache_class;
  * the engine has none either, so that no other reading of it can make it answer one. */
 static void hello_note(struct session *s)
 {
-	struct head_buffer *hd = s->hd;
+	struct note *note = note_take(s);
 	const struct leg *l = &s->client;
 	struct hello h;
 	br_sha256_context c;
 
-	hd->resumable = (uint8_t)hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end },
-		&h);
-	br_ssl_engine_set_protocol_names(l->eng, protocols, !hd->resumable || h.alpn);
+	note->resumable = (uint8_t)hello_read((struct bytes){ l->ahead + l->at,
+		l->ahead + l->end }, &h);
+	br_ssl_engine_set_protocol_names(l->eng, protocols, !note->resumable || h.alpn);
 	br_sha256_init(&c);
 	br_sha256_update(&c, h.name.p, (size_t)(h.name.end - h.name.p));
-	br_sha256_out(&c, hd->name_hash);
+	br_sha256_out(&c, note->name_hash);
 }
 
 /* What engines of both sides have in common. */
@@ -3521,6 +3592,12 @@ static time_t clock_floor(void)
 	return t > (time_t)BUILD_TIME ? t : (time_t)BUILD_TIME;
 }
 
+static void chain_start(const br_x509_class **ctx, const char *name)
+{
+	OWNER(ctx, struct verifier, u.minimal.vtable)->begun = 1;
+	br_x509_minimal_vtable.start_chain(ctx, name);
+}
+
 /* A certificate without length ends the chain: each costs a signature, a stranger may have made
  * them all, and BearSSL takes as many as come, dozens in a step of the handshake. */
 static void chain_start_cert(const br_x509_class **ctx, uint32_t len)
@@ -3546,24 +3623,22 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 		br_x509_minimal_set_hash(m, i, hashes[i]);
 	br_x509_minimal_set_time(m, (uint32_t)(t / 86400 + 719528), (uint32_t)(t % 86400));
 	class = br_x509_minimal_vtable;
+	class.start_chain = chain_start;
 	class.start_cert = chain_start_cert;
 	m->vtable = &class;
 	v->certs = 0;
 	br_ssl_engine_set_x509(eng, &m->vtable);
 }
 
-/* The client must show a certificate; its common name is noted. */
-static void tls_ask_certificate(struct session *s)
+/* Readies the verifier of a client's certificate, whose common name is noted. */
+static void client_verify(struct session *s)
 {
 	static unsigned char oid_cn[] = { 3, 0x55, 4, 3 };
-	struct verifier *v = &s->hd->u.verifier;
-	const struct trust *trust = &keyring->client_ca;
+	struct verifier *v = &s->shelf->verifier;
 
-	verifier_chain(v, &s->tls.eng, keyring, trust);
-	v->name = (br_name_element){ oid_cn, note_take(s)->subject, sizeof s->note->subject, 0 };
+	verifier_chain(v, &s->tls.eng, s->ring, &s->ring->client_ca);
+	v->name = (br_name_element){ oid_cn, s->note->subject, sizeof s->note->subject, 0 };
 	br_x509_minimal_set_name_elements(&v->u.minimal, &v->name, 1);
-	br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + trust->first,
-		trust->count);
 }
 
 /* Readies the engine for a ClientHello. 0: no entropy. */
@@ -3576,7 +3651,8 @@ static int tls_start(struct session *s)
 	s->policy.vtable = &policy_class;
 	br_ssl_server_set_policy(&s->tls, &s->policy.vtable);
 	if (client_ca)
-		tls_ask_certificate(s);
+		br_ssl_server_set_trust_anchor_names_alt(&s->tls,
+			s->ring->anchor + s->ring->client_ca.first, s->ring->client_ca.count);
 	return br_ssl_server_reset(&s->tls) != 0;
 }
 
@@ -3592,8 +3668,11 @@ static void tls_ring_release(struct session *s)
  * counts, and of it only the key. */
 static void first_start_cert(const br_x509_class **ctx, uint32_t len)
 {
+	struct verifier *v = OWNER(ctx, struct verifier, u.first.known.vtable);
+
 	(void)len;
-	OWNER(ctx, struct verifier, u.first.known.vtable)->certs++;
+	v->begun = 1;
+	v->certs++;
 }
 
 static void first_append(const br_x509_class **ctx, const unsigned char *buf, size_t len)
@@ -3647,11 +3726,23 @@ static void verifier_first(struct verifier *v, br_ssl_engine_context *eng,
 	br_ssl_engine_set_x509(eng, &v->u.first.known.vtable);
 }
 
+/* Readies the verifier of a backend's certificate. */
+static void backend_verify(struct session *s)
+{
+	const struct trust *trust = &s->ring->backend_ca[s->server];
+	const enum tls_mode mode = backends[s->server].tls;
+
+	if (mode == TLS_VERIFY)
+		verifier_chain(&s->shelf->verifier, s->backend.eng, s->ring, trust);
+	else
+		verifier_first(&s->shelf->verifier, s->backend.eng, mode == TLS_PIN ?
+			&s->ring->anchor[trust->first].pkey : NULL);
+}
+
 /* Readies an engine for the backend that was just connected to. 0: no entropy. */
 static int tls_dial(struct session *s)
 {
 	struct upstream *u = &upstreams[tls_backends ? s - sessions : 0];
-	struct verifier *v = &s->hd->u.verifier;
 	struct server *server = &servers[s->server];
 	const unsigned i = (unsigned)s->server;
 	const struct identity *id = &keyring->id[CERTS + i];
@@ -3665,11 +3756,6 @@ static int tls_dial(struct session *s)
 	}
 	leg_attach(&s->backend, &s->rec->side[tls_backends]);
 	leg_start(s, &s->backend, eng);
-	if (backends[i].tls == TLS_VERIFY)
-		verifier_chain(v, eng, keyring, &keyring->backend_ca[i]);
-	else
-		verifier_first(v, eng, backends[i].tls == TLS_PIN ?
-			&keyring->anchor[keyring->backend_ca[i].first].pkey : NULL);
 	br_ssl_client_set_client_certificate(&u->tls, NULL);
 	if (id->chain_len > 0 && br_skey_decoder_get_rsa(&id->key))
 		br_ssl_client_set_single_rsa(&u->tls, id->chain, id->chain_len,
@@ -3756,7 +3842,7 @@ static int leg_fault(const struct session *s, const struct leg *l)
 
 	if (error == BR_ERR_UNSUPPORTED_VERSION && l->buf && l->buf->ibuf[1] != 3)
 		return FAULT_NOT_TLS;
-	return error == BR_ERR_X509_EXPIRED && s->hd && verifier_early(&s->hd->u.verifier) ?
+	return error == BR_ERR_X509_EXPIRED && s->shelf && verifier_early(&s->shelf->verifier) ?
 		FAULT_NOT_YET_VALID : error;
 }
 
@@ -3774,7 +3860,7 @@ static const struct fault *fault_find(int error)
  * Each moves what it can at once and says whether anything moved; relay_pump repeats them until
  * every one waits on a descriptor, for decrypted bytes raise no event. A read that brings less
  * than there was room for has emptied the socket, or stopped at urgent data: poll will tell when
- * there is more. */
+ * there is more. What poll told is kept (leg.in, leg.full) until a call finds it otherwise. */
 
 static enum party leg_party(const struct session *s, const struct leg *l)
 {
@@ -3949,11 +4035,20 @@ static int leg_send(struct session *s, struct leg *l)
 	return moved;
 }
 
+/* How many bytes poll is to wait for, 0: any. */
+static void leg_mark(struct leg *l, size_t bytes)
+{
+	if (bytes != l->mark)
+		socket_option(l->fd, SOL_SOCKET, SO_RCVLOWAT, bytes ? (unsigned)bytes : 1);
+	l->mark = (uint16_t)bytes;
+}
+
 /* Socket to memory. Bytes, 0: none now. */
 static size_t leg_read(struct session *s, struct leg *l, unsigned char *p, size_t room)
 {
 	ssize_t n = recv(l->fd, p, room, 0);
 
+	leg_mark(l, 0);
 	l->filled = n < (ssize_t)room ? 0 : l->filled < 2 ? l->filled + 1 : 2;
 	l->left = n < l->left ? (uint16_t)(l->left - (n > 0 ? n : 0)) : 0;
 	if (n < (ssize_t)room || l->left == 0)
@@ -3977,13 +4072,29 @@ static int leg_between(const struct leg *l)
 	return br_ssl_engine_recvrec_buf(l->eng, &len) == l->buf->ibuf && len == 5;
 }
 
-/* Sessions that wait for record buffers take turns with those that have them. In the clear, who
- * empties a buffer comes to rest by itself, but records are read ahead beyond their ends: while
- * others wait, a run ends the record that it is in and begins one at most, so that nothing of the
- * next keeps its buffers from them. Who is slow at it meets stall_ms. */
-static int leg_yields(const struct leg *l)
+/* Whether what is read must be there to its end, and go on at once. */
+static int records_scarce(void)
 {
-	return l->eng && pool_wanted(&records_pool);
+	return records_pool.lent > records_pool.count / 2;
+}
+
+/* Whether what a side sends would have to wait, for the other takes nothing. */
+static int leg_dammed(const struct session *s, const struct leg *l)
+{
+	const struct leg *to = l == &s->client ? &s->backend : &s->client;
+
+	return to->full && !to->fin && (l == &s->backend || s->up_left > 0);
+}
+
+/* Whether a side may be read, as far as the other is concerned. */
+static int leg_heard(struct session *s, struct leg *l)
+{
+	struct leg *to = l == &s->client ? &s->backend : &s->client;
+	struct pollfd p = { .fd = to->fd, .events = POLLOUT };
+
+	if (!to->full && to->fd >= 0 && records_scarce() && poll(&p, 1, 0) == 0)
+		to->full = 1;
+	return !leg_dammed(s, l);
 }
 
 /* Chooses the place to read ahead into, when all before was taken. A side that twice in a row has
@@ -3992,22 +4103,69 @@ static int leg_yields(const struct leg *l)
 static void leg_place(struct session *s, struct leg *l)
 {
 	l->at = l->end = 0;
-	if (!l->spare && !s->hd && l->filled == 2 && records_pool.lent <= records_pool.count / 2)
+	if (!l->spare && s->state >= RESPONSE && l->filled == 2 &&
+	    records_pool.lent < records_pool.count / 2)
 		l->spare = pool_lend(&records_pool);
 	l->ahead = l->spare ? l->spare->bulk : l->buf ? l->buf->ahead : NULL;
+}
+
+/* How many of the bytes that a socket has for a leg are to be read, so that none is of a record that
+ * is not there to its end. 0: none; poll tells when the first one is whole, or shows its length. If
+ * it tells of less, no more will come, or the socket has no room for more: all are read, then. Room
+ * is made before, for what is left of a page counts as a page (records in pieces, for a minute). */
+static size_t leg_peek(struct session *s, struct leg *l, unsigned char *p, size_t room)
+{
+	ssize_t n = recv(l->fd, p, room, MSG_PEEK);
+	size_t need, whole = n > 0 ? records_whole(p, (size_t)n, &need) : 0;
+
+	if (n == 0 || whole > 0)
+		return whole + (n == 0);                /* its end is there to be read */
+	if (n < 0) {
+		leg_error(s, l);
+		l->in = 0;
+		return 0;
+	}
+	if (n < l->mark)
+		return (size_t)n;
+	if (!l->grown)
+		socket_option(l->fd, SOL_SOCKET, SO_RCVBUF, RECEIVE_ROOM);
+	l->grown = 1;
+	leg_mark(l, need);
+	l->in = 0;
+	return 0;
+}
+
+/* How many of so many bytes of a head may be read: a long one may have to wait for its rest, or its
+ * backend, on a shelf, so that must be there. 0: none, and it waits for one. */
+static size_t head_fit(struct session *s, size_t len, int whole)
+{
+	const size_t most = NOTE_TEXT - HEAD_EXTRA / 2, have = head_len(s);
+
+	if (s->shelf || len == 0 || have + len <= most)
+		return len;
+	if (!whole && have < most)
+		return most - have;
+	return shelf_borrow(s) ? len : 0;
 }
 
 /* Socket to read-ahead, behind what is there. */
 static int leg_recv(struct session *s, struct leg *l)
 {
+	const int records = l->eng || (l == &s->client && !s->plain);
 	size_t room, rest, n;
 
 	if (l->at == l->end)
 		leg_place(s, l);
 	room = (l->spare ? sizeof l->spare->bulk : sizeof l->buf->ahead) - l->end;
-	if (leg_yields(l) && br_ssl_engine_recvrec_buf(l->eng, &rest))
-		room = rest;
-	n = leg_read(s, l, l->ahead + l->end, room);
+	if (records && l->end == 0 && (s->state < REQUEST || records_scarce())) {
+		if (!l->eng || leg_between(l))
+			room = leg_peek(s, l, l->ahead, room);
+		else if (br_ssl_engine_recvrec_buf(l->eng, &rest) && rest < room)
+			room = rest;
+	}
+	if (s->state == HEAD)
+		room = head_fit(s, room, records);
+	n = room > 0 ? leg_read(s, l, l->ahead + l->end, room) : 0;
 	l->end += n;
 	return n > 0;
 }
@@ -4064,8 +4222,7 @@ static int leg_fill(struct session *s, struct leg *l)
 	size_t len;
 	int error, moved = 0;
 
-	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len) &&
-	    !(leg_yields(l) && l->left < SHARE && leg_between(l)))
+	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len) && leg_heard(s, l))
 		moved = leg_recv(s, l);
 	if (!l->eng)
 		return moved;
@@ -4101,6 +4258,7 @@ static void leg_finish(struct session *s, struct leg *l)
 		return;
 	if (l->fd >= 0)
 		shutdown(l->fd, SHUT_WR);
+	leg_mark(l, 0);
 	l->fin = 1;
 }
 
@@ -4175,7 +4333,7 @@ static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 	size_t len;
 
 	if (!l->eng && l->at == l->end) {
-		if (!l->in || l->eof)
+		if (!l->in || l->eof || !leg_heard(s, l))
 			return 0;
 		leg_place(s, l);
 		if (!l->spare)
@@ -4225,7 +4383,7 @@ static int relay_head(struct session *s, unsigned char *room, size_t len)
 	leg_put(&s->client, len);
 	hd->off += len;
 	if (hd->off == hd->len)
-		head_return(s);
+		s->hd = NULL;
 	return 1;
 }
 
@@ -4328,7 +4486,7 @@ static void text_location(struct text *t, const struct head_buffer *hd)
 static void reply_compose(struct session *s, enum why why)
 {
 	struct text t = { .p = scratch, .size = HEAD_ROOM };
-	struct head_buffer *hd = s->hd;
+	struct head_buffer *hd = head_load(s);
 	unsigned status = whys[why].status;
 	char body[96];
 	size_t len = string_format(body, sizeof body, "%u %s: %s\n", status, status_text(status),
@@ -4391,7 +4549,7 @@ static int is_probe(const struct session *s, enum why why)
 	return (why == WHY_EOF || why == WHY_RESET || why == WHY_TIMEOUT ||
 		why == WHY_HANDSHAKE_TIMEOUT || why == WHY_HEAD_TIMEOUT) &&
 		(s->state == HANDSHAKE ? !s->client.eng : s->state == HEAD) &&
-		s->client.at == s->client.end && (!s->hd || s->hd->len == 0) &&
+		s->client.at == s->client.end && head_len(s) == 0 &&
 		recv(s->client.fd, &byte, 1, MSG_PEEK) <= 0;
 }
 
@@ -4443,7 +4601,7 @@ static enum state session_fail(struct session *s, enum why why)
 		return FREE;
 	session_reject(s, whys[why].status, why);
 	s->rejected = 1;
-	s->reply = (uint8_t)why;
+	reply_compose(s, why);
 	server_leave(s);
 	s->up_left = 0;
 	s->broken = 0;          /* if anything was, it was the backend */
@@ -4471,9 +4629,11 @@ static int leg_handshake(struct session *s, struct leg *l)
 
 	l->more = 1;            /* a flight is of several records */
 	if (!leg_send(s, l)) {
-		do
+		do {
 			light = l->at < l->end && l->ahead[l->at] == 20;
-		while (leg_feed(s, l) && l->at < l->end && (light || l->ahead[l->at] == 20));
+			if (light && s->shelf)
+				s->shelf->verifier.begun = 0;   /* it is done */
+		} while (leg_feed(s, l) && l->at < l->end && (light || l->ahead[l->at] == 20));
 	}
 	leg_send(s, l);
 	l->more = 0;
@@ -4485,6 +4645,7 @@ static int leg_handshake(struct session *s, struct leg *l)
 
 		if (f->alert)   /* still in the clear */
 			send(l->fd, alert, sizeof alert, MSG_NOSIGNAL);
+		leg_discard(l); /* or a reset would overtake it */
 		session_broke(s, l, (enum why)f->why);
 		return 0;
 	}
@@ -4512,15 +4673,16 @@ static int looks_like_http(const struct leg *l)
 static enum state handshake_step(struct session *s)
 {
 	struct leg *l = &s->client;
+	size_t need;
 
-	if (!head_borrow(s) || !records_borrow(s))
+	if ((client_ca && !shelf_borrow(s)) || !records_borrow(s))
 		return HANDSHAKE;
 	if (l->in && (!l->eng || l->at == l->end))
 		leg_recv(s, l);
 	if (l->eof || s->broken)
 		return FREE;
 	if (!l->eng) {
-		if (!record_whole(l->ahead, l->end))
+		if (!records_whole(l->ahead, l->end, &need))
 			return HANDSHAKE;
 		if (looks_like_http(l)) {
 			s->plain = 1;
@@ -4530,10 +4692,10 @@ static enum state handshake_step(struct session *s)
 		if (!tls_start(s))
 			return session_fail(s, WHY_NO_RANDOM);
 	}
-	if (leg_handshake(s, l)) {
-		memset(&s->hd->u, 0, sizeof s->hd->u);
+	if (client_ca && !s->shelf->verifier.begun)
+		client_verify(s);
+	if (leg_handshake(s, l))
 		return HEAD;
-	}
 	return s->broken ? FREE : HANDSHAKE;
 }
 
@@ -4620,9 +4782,9 @@ static enum state head_step(struct session *s)
 	size_t len, room;
 	enum why why;
 
-	if (!head_borrow(s) || !records_borrow(s))
+	if (!records_borrow(s))
 		return HEAD;
-	hd = s->hd;
+	hd = head_load(s);
 	do {
 		leg_send(s, &s->client);
 		while ((p = leg_readable(&s->client, &len)) != NULL) {
@@ -4762,10 +4924,14 @@ static enum state backend_handshake_step(struct session *s)
 	const struct keyring *ring = s->ring ? s->ring : keyring;
 	const int expired = s->ready & EXPIRED;
 
-	if (!expired && !records_borrow(s))
+	if (!expired && s->rec && !s->shelf && pool_empty(&shelf_pool))
+		return session_fail(s, WHY_NO_RESOURCES);       /* or they would wait in a ring */
+	if (!expired && (!shelf_borrow(s) || !records_borrow(s)))
 		return BACKEND_HANDSHAKE;
 	if (!l->eng && (expired || !tls_dial(s)))
 		return session_fail(s, WHY_NO_RESOURCES);
+	if (!expired && !s->shelf->verifier.begun)
+		backend_verify(s);
 	if (!expired && l->at == l->end && l->in)
 		leg_recv(s, l);
 	if (!expired && !s->broken && !l->eof && leg_handshake(s, l)) {
@@ -4780,12 +4946,13 @@ static enum state backend_handshake_step(struct session *s)
 
 static enum state request_step(struct session *s)
 {
-	struct head_buffer *hd = s->hd;
+	struct head_buffer *hd;
 	size_t len, n;
 	int sent;
 
 	if (s->backend.eng && !records_borrow(s))
 		return REQUEST;
+	hd = head_load(s);
 	n = backend_write(s, hd->bytes + hd->off, hd->len - hd->off);
 	sent = leg_send(s, &s->backend);        /* what its engine made of that */
 	if (s->broken || s->backend.fin)
@@ -4901,7 +5068,6 @@ static enum state response_done(struct session *s)
 	if (!answer_place(s, &r))
 		return session_fail(s, WHY_LARGE_RESPONSE);
 	log_open_session(s, r.status);
-	note_return(s);
 	if (s->upgrade)
 		s->up_left = r.framing == BODY_TUNNEL ? UINT64_MAX : 0;
 	return r.framing == BODY_TUNNEL ? RELAY : EXCHANGE;
@@ -4939,11 +5105,11 @@ static enum state response_step(struct session *s)
 
 	if (s->up_left == 0 && !s->backend.in && !s->rec)
 		return RESPONSE;
-	if (!head_borrow(s) || !records_borrow(s))
+	if (!records_borrow(s))
 		return RESPONSE;
-	hd = s->hd;
 	if (!response_upload(s))
 		return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
+	hd = head_load(s);
 	do {
 		if (s->backend.eng)
 			leg_fill(s, &s->backend);
@@ -5019,15 +5185,11 @@ static enum state relay_step(struct session *s)
 			return FREE;
 		b->eof = 1;
 	}
-	if (s->reply) {
-		if (!head_borrow(s))
-			return REPLY;
-		reply_compose(s, s->reply);
-		s->reply = WHY_NONE;
-	}
 	if (!c->fin) {
 		if (!records_borrow(s))
 			return s->ready & EXPIRED ? DRAIN : s->state;
+		if (head_len(s) > 0)
+			head_load(s);
 		relay_pump(s);
 		if (!s->broken && s->state == EXCHANGE && b->eof && b->fd >= 0)
 			answer_leave(s);
@@ -5176,8 +5338,9 @@ static void session_close(struct session *s)
 	close(s->client.fd);
 	server_leave(s);
 	tls_ring_release(s);
+	s->hd = NULL;
 	records_return(s);
-	head_return(s);
+	shelf_return(s);
 	note_return(s);
 	session_age(s, 0);
 	source_release(s->source, &s->peer);
@@ -5192,17 +5355,18 @@ static void session_close(struct session *s)
 }
 
 /* Whether nothing is on its way in a leg's buffers: an engine stands at a record boundary both
- * ways, or its side has ended amid one. */
+ * ways (in a handshake nothing can be put into it, and its room is 0), or its side has ended amid
+ * one. */
 static int leg_rests(const struct leg *l)
 {
 	size_t len;
 
-	if (l->at != l->end || (l->buf && l->buf->out_end > 0))
+	if (l->at != l->end || leg_pending(l, &len))
 		return 0;
 	if (!l->buf || !l->eng)
 		return 1;
-	return (leg_between(l) || (l->eof && !leg_readable(l, &len))) &&
-		br_ssl_engine_sendapp_buf(l->eng, &len) != NULL && len == l->room;
+	br_ssl_engine_sendapp_buf(l->eng, &len);
+	return len == l->room && (leg_between(l) || (l->eof && !leg_readable(l, &len)));
 }
 
 /* Whether the record buffers are of no use to a session now. */
@@ -5210,52 +5374,55 @@ static int session_rests(const struct session *s)
 {
 	if (s->client.fin)
 		return 1;       /* what comes now is thrown away */
-	return s->state != HANDSHAKE && s->state != BACKEND_HANDSHAKE && s->state != REPLY &&
-		leg_rests(&s->client) && leg_rests(&s->backend);
+	return leg_rests(&s->client) && leg_rests(&s->backend);
 }
 
-/* The same of the head buffer: nothing of a head is there, and none is in want of records. */
-static int head_rests(const struct session *s)
+/* The same of its shelf: no long head lies there, and no verifier is at work. */
+static int shelf_rests(const struct session *s)
 {
-	return (s->state == HEAD || s->state == RESPONSE) && s->hd->len == 0 && !s->rec &&
+	const int handshake = s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE;
+
+	return head_len(s) <= NOTE_TEXT && !(handshake && (s->rec || s->shelf->verifier.begun)) &&
 		link_alone(&s->wait);
 }
 
 /* What to poll a leg for. One with buffers reads when all before was taken; an engine that was
  * closed, or that nobody listens to, may want no more records, but its end is awaited. */
-static short leg_events(const struct leg *l)
+static short leg_events(const struct session *s, const struct leg *l)
 {
 	unsigned state = l->eng ? br_ssl_engine_current_state(l->eng) : BR_SSL_RECVREC;
 	size_t len;
-	int in = !l->eof;
+	int in = !l->eof && !leg_dammed(s, l);
 
 	if (l->buf)
 		in = in && l->at == l->end && ((state & BR_SSL_RECVREC) ||
 			(l->fin && !(state & BR_SSL_RECVAPP)));
-	return (short)((in ? POLLIN : 0) | (!l->fin && leg_pending(l, &len) ? POLLOUT : 0));
+	return (short)((in ? POLLIN : 0) |
+		(!l->fin && (l->full || leg_pending(l, &len)) ? POLLOUT : 0));
 }
 
 static short client_events(const struct session *s)
 {
 	if (is_watched(s))
-		return POLLRDHUP;
+		return s->client.full && link_alone(&s->wait) ? POLLRDHUP | POLLOUT : POLLRDHUP;
 	if (s->state == HANDSHAKE && !s->client.eng)
 		return POLLIN;
-	return leg_events(&s->client);
+	return leg_events(s, &s->client);
 }
 
 static short backend_events(const struct session *s)
 {
+	const struct leg *l = &s->backend;
 	size_t len;
 	int in, out;
 
 	if (s->state == CONNECT || s->state == REQUEST)
 		return POLLOUT;
-	if (s->backend.eng)
-		return leg_events(&s->backend);
-	in = !s->backend.eof && (s->state == RESPONSE || s->client.fin || !s->rec ||
-		(!s->hd && leg_room(&s->client, &len)));
-	out = !s->backend.fin && s->up_left > 0 && leg_readable(&s->client, &len);
+	if (l->eng)
+		return leg_events(s, l);
+	in = !l->eof && !leg_dammed(s, l) && (s->state == RESPONSE || s->client.fin || !s->rec ||
+		(head_len(s) == 0 && leg_room(&s->client, &len)));
+	out = !l->fin && (l->full || (s->up_left > 0 && leg_readable(&s->client, &len)));
 	return (short)((in ? POLLIN : 0) | (out ? POLLOUT : 0));
 }
 
@@ -5289,13 +5456,14 @@ static void session_watch(struct session *s)
 	p[1].fd = wish[1] ? s->backend.fd : -1;
 }
 
-/* Whether a session that stays as it is may leave poll()'s array: it waits for either side. */
+/* Whether a session that stays as it is may leave poll()'s array: it waits for either side. (What
+ * a mark does to edges depends on the kernel.) */
 static int session_may_park(const struct session *s)
 {
 	const struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
 
-	return s->state >= RESPONSE && s->state <= EXCHANGE && !s->rec && !s->hd &&
-		p[0].events && p[1].events;
+	return s->state >= RESPONSE && s->state <= EXCHANGE && !s->rec && !s->shelf &&
+		!s->client.mark && !s->backend.mark && p[0].events && p[1].events;
 }
 
 /* Whether a parked session that was run can stay: it wishes what the set tells, which tells each
@@ -5304,8 +5472,9 @@ static int session_stays_parked(const struct session *s)
 {
 	short wish[2];
 
-	if (!s->parked || s->rec || s->hd || s->backend.fd < 0 || s->client.in || s->backend.in ||
-	    s->client.left == 0 || s->backend.left == 0)
+	if (!s->parked || s->rec || s->shelf || s->backend.fd < 0 || s->client.in ||
+	    s->backend.in || s->client.left == 0 || s->backend.left == 0 || s->client.mark ||
+	    s->backend.mark)
 		return 0;
 	session_wishes(s, wish);
 	return wish[0] == s->armed[0] && wish[1] == s->armed[1];
@@ -5314,20 +5483,23 @@ static int session_stays_parked(const struct session *s)
 /* After a run: gives back what is not needed, restarts what measures progress. */
 static void session_settle(struct session *s)
 {
+	const int redial = s->state == CONNECT && s->backend.fd < 0;
+
 	if (s->client.at == s->client.end)
 		spare_return(&s->client);
 	if (s->backend.at == s->backend.end)
 		spare_return(&s->backend);
 	if (s->rec && session_rests(s))
 		records_return(s);
-	if (s->hd && head_rests(s))
-		head_return(s);
-	if (!s->rec && !s->hd)
+	if (s->shelf && shelf_rests(s))
+		shelf_return(s);
+	if (s->state >= RELAY && head_len(s) == 0)
+		note_return(s);
+	if (!s->rec && !s->shelf && !redial)
 		link_drop(&s->stall.link);
 	else if (link_alone(&s->stall.link) || (s->moved && (!s->fed ||
 	    s->rx + s->tx - s->stall_from >= STALL_BYTES))) {
-		timer_start(&queues[s->state == CONNECT && s->backend.fd < 0 ? Q_REDIAL : Q_STALL],
-			&s->stall);
+		timer_start(&queues[redial ? Q_REDIAL : Q_STALL], &s->stall);
 		s->stall_from = s->rx + s->tx;
 	}
 	if (s->fed)
@@ -5356,6 +5528,15 @@ static enum state client_lost(struct session *s)
 	return FREE;
 }
 
+/* Notes what poll or epoll has found. */
+static void session_told(struct session *s, unsigned ready)
+{
+	s->client.in |= (ready & CLIENT_IN) != 0;
+	s->backend.in |= (ready & BACKEND_IN) != 0;
+	s->client.full &= !(ready & CLIENT_OUT);
+	s->backend.full &= !(ready & BACKEND_OUT);
+}
+
 /* Runs a session: steps it until its state stays, then settles it. The one place where states
  * change and sessions end. `ready` is what poll found. */
 static void session_run(struct session *s, unsigned ready)
@@ -5365,9 +5546,7 @@ static void session_run(struct session *s, unsigned ready)
 
 	link_drop(&s->wait);
 	s->ready = (uint8_t)ready;
-	s->client.in = (ready & CLIENT_IN) != 0;
-	s->backend.in = (ready & BACKEND_IN) != 0;
-	s->client.full = s->backend.full = 0;
+	session_told(s, ready);
 	s->client.more = s->backend.more = 0;
 	s->client.left = s->backend.left = SHARE;
 	s->moved = s->fed = 0;
@@ -5388,6 +5567,10 @@ static void session_run(struct session *s, unsigned ready)
 	}
 	if (next != FREE && (ready & CLIENT_RESET) && s->client.in && client_open(s))
 		next = client_lost(s);  /* it is not read, for the backend takes nothing */
+	if (next != FREE && !head_store(s)) {
+		session_end(s, BY_PROXY, WHY_NO_RESOURCES);
+		next = FREE;
+	}
 	if (next == FREE)
 		session_close(s);
 	else
@@ -5422,6 +5605,7 @@ static void session_event(struct session *s, unsigned ready)
 {
 	if ((s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE) && link_alone(&s->wait) &&
 	    !(ready & CLIENT_GONE)) {
+		session_told(s, ready);
 		turn_await(s);
 		session_watch(s);
 	} else {
@@ -5563,7 +5747,7 @@ static int timers_next(void)
 	for (i = 0; i < QUEUES; i++) {
 		const struct timer *t = OWNER(queues[i].list.next, struct timer, link);
 
-		if (i == Q_STALL && !pool_wanted(&records_pool) && !pool_wanted(&heads_pool))
+		if (i == Q_STALL && !pool_wanted(&records_pool) && !pool_wanted(&shelf_pool))
 			continue;
 		if (!link_alone(&queues[i].list) && t->due < due)
 			due = t->due;
@@ -5578,31 +5762,28 @@ static int timers_next(void)
 		(int)(due - now);
 }
 
-/* When others wait for a buffer, closes who sat on one with too little progress for stall_ms. */
+/* When others wait for what a session holds, closes who made too little progress for stall_ms. */
 static void stallers_close(void)
 {
-	struct link *list = &queues[Q_STALL].list, *l, *next;
-	int want_records = pool_wanted(&records_pool);
-	int want_heads = pool_wanted(&heads_pool);
+	const int records_wanted = pool_wanted(&records_pool);
+	const int shelves_wanted = pool_wanted(&shelf_pool);
+	struct timer *t;
 
-	for (l = list->next; l != list && (want_records || want_heads); l = next) {
-		struct session *s = OWNER(l, struct session, stall.link);
+	while ((records_wanted || shelves_wanted) && (t = timer_due(&queues[Q_STALL])) != NULL) {
+		struct session *s = OWNER(t, struct session, stall);
 
-		next = l->next;
-		if (s->stall.due > now)
+		if (!link_alone(&s->wait) || !((records_wanted && s->rec) ||
+		    (shelves_wanted && s->shelf))) {
+			timer_start(&queues[Q_STALL], &s->stall);
+		} else if (s->state >= CONNECT && s->state <= RESPONSE) {
+			/* its time is over: the next backend, or an answer */
+			session_run(s, EXPIRED);
 			return;
-		if (link_alone(&s->wait) && ((want_records && s->rec) ||
-		    (want_heads && s->hd && head_wanted(s)))) {
-			if (s->state >= CONNECT && s->state <= RESPONSE) {
-				/* its time is over: the next backend, or an answer */
-				session_run(s, EXPIRED);
-				return;
-			}
+		} else {
 			session_end(s, BY_PROXY, WHY_STALL);
 			session_close(s);
 			return;
 		}
-		timer_start(&queues[Q_STALL], &s->stall);
 	}
 }
 
@@ -5639,6 +5820,7 @@ static void timers_run(void)
 static unsigned ready_of(unsigned client, unsigned backend)
 {
 	return (client & (POLLIN | POLLHUP | POLLERR) ? CLIENT_IN : 0) |
+		(client & (POLLOUT | POLLHUP | POLLERR) ? CLIENT_OUT : 0) |
 		(client & (POLLRDHUP | POLLHUP | POLLERR) ? CLIENT_GONE : 0) |
 		(client & (POLLHUP | POLLERR) ? CLIENT_RESET : 0) |
 		(backend & (POLLIN | POLLHUP | POLLERR) ? BACKEND_IN : 0) |
@@ -5677,6 +5859,7 @@ static void session_unpark(struct session *s, unsigned side, unsigned events)
 	if (!s->parked) {
 		s->armed[side] = 0;
 		epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+		fds[FD_SESSIONS + 2 * s->slot + (int)side].revents = 0; /* the same, of before */
 	} else if (events & ~(unsigned)EPOLLIN) {
 		session_wake(s);
 	}
@@ -5707,12 +5890,12 @@ static void sessions_turn(void)
 	if (!link_alone(turn)) {
 		l = turn->next;
 		link_drop(l);
-		session_run(OWNER(l, struct session, wait), CLIENT_IN | BACKEND_IN);
+		session_run(OWNER(l, struct session, wait), 0);
 	}
 	while (!link_alone(&runnable)) {
 		l = runnable.next;
 		link_drop(l);
-		session_event(OWNER(l, struct session, wait), CLIENT_IN | BACKEND_IN);
+		session_event(OWNER(l, struct session, wait), 0);
 	}
 }
 
@@ -5770,7 +5953,7 @@ static void stats(void)
 
 	log_line(LOG_INFO, "stats sessions=%u awake=%u records=%u heads=%u opened=%llu "
 		"rejected=%llu probes=%llu full=%llu rx=%llu tx=%llu log-lost=%llu",
-		session_pool.lent, awake_len, records_pool.lent, heads_pool.lent, totals.opened,
+		session_pool.lent, awake_len, records_pool.lent, shelf_pool.lent, totals.opened,
 		totals.rejected, totals.probes, totals.full, totals.rx, totals.tx,
 		totals.log_lost);
 	for (i = 0; i < BACKENDS; i++) {
@@ -5891,8 +6074,8 @@ static void tables_init(void)
 	pool_init(&session_pool, sessions, sizeof sessions[0], max_sessions);
 	pool_init(&records_pool, records, sizeof records[0], max_busy);
 	records_pool.attach = records_attach;
-	pool_init(&heads_pool, heads, sizeof heads[0], HEADS);
-	heads_pool.attach = head_attach;
+	pool_init(&shelf_pool, shelves, sizeof shelves[0], LENGTH(shelves));
+	shelf_pool.attach = shelf_attach;
 	pool_init(&note_pool, notes, sizeof notes[0], max_sessions);
 	pool_init(&source_pool, sources, sizeof sources[0], max_sessions);
 	for (i = 0; i < FD_SESSIONS; i++) {
@@ -6019,7 +6202,7 @@ static void certs_init(void)
 
 static unsigned memory_kb(void)
 {
-	return (unsigned)((sizeof sessions + sizeof records + sizeof heads + sizeof notes +
+	return (unsigned)((sizeof sessions + sizeof records + sizeof shelves + sizeof head_buffer + sizeof notes +
 		sizeof sources + sizeof buckets + sizeof keyrings + sizeof servers +
 		sizeof upstreams + sizeof cache_store + sizeof fds + sizeof awake +
 		sizeof scratch + sizeof file_text) / 1024);
@@ -6031,7 +6214,7 @@ static int check_print(void)
 	return !print(STDOUT_FILENO, "wssproxy: config.h and its files are good\n"
 		"memory: at most %u KB of tables: %u sessions of %u bytes, %u busy of %u bytes",
 		memory_kb(), (unsigned)max_sessions, (unsigned)sizeof sessions[0],
-		(unsigned)max_busy, (unsigned)(sizeof records[0] + sizeof heads[0]));
+		(unsigned)max_busy, (unsigned)(sizeof records[0] + sizeof shelves[0]));
 }
 
 /* wssproxy -v */

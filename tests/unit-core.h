@@ -378,7 +378,7 @@ static void test_timers_next(void)
 	CHECK_INT(timers_next(), head_ms - park_ms);
 	link_append(&records_pool.waiters, &other->wait);
 	CHECK_INT(timers_next(), stall_ms);
-	link_append(&heads_pool.waiters, &other->wait);
+	link_append(&shelf_pool.waiters, &other->wait);
 	CHECK_INT(timers_next(), stall_ms);
 	link_drop(&other->wait);
 	CHECK_INT(timers_next(), head_ms - park_ms);
@@ -430,77 +430,62 @@ static void test_pool(void)
 	CHECK(pool_lend(&p) == NULL);
 }
 
-/* Buffers go to those first whose address holds the fewest, however late they come. */
-static void test_pool_fair(void)
+/* A client amid a long head loses its place to one whose address holds less by two, and no other
+ * does: of the address that holds most, and not while it waits for us. */
+static void test_shelf_rob(void)
 {
-	static struct source many, few, none;
-	struct session *s[max_busy + 4];
+	static struct source many, some[SHELVES], none;
+	struct session *s[SHELVES + 2];
+	struct shelf *shelf;
 	unsigned i;
 
 	tables_init();
+	memset(shelves, 0, sizeof shelves);
 	for (i = 0; i < COUNT(s); i++) {
 		s[i] = session_make(i);
-		s[i]->plain = 1;
-		s[i]->state = RELAY;
-		s[i]->source = i == 0 || i == max_busy + 2 ? &few : i == max_busy + 3 ? &none : &many;
-		CHECK_INT(records_borrow(s[i]), i < max_busy);
+		s[i]->source = i < 3 ? &many : i < SHELVES ? &some[i] : &none;
+		session_enter(s[i], HEAD);
+		note_take(s[i])->len = NOTE_TEXT + 1;
+		if (i < SHELVES)
+			CHECK_INT(shelf_borrow(s[i]), 1);
 	}
-	CHECK_INT(many.held, max_busy - 1);
-	CHECK_INT(few.held, 1);
-	records_return(s[1]);
-	CHECK(s[max_busy + 3]->rec && none.held == 1);
-	records_return(s[0]);
-	CHECK(s[max_busy + 2]->rec && few.held == 1);
-	records_return(s[2]);
-	CHECK(s[max_busy]->rec && !s[max_busy + 1]->rec);       /* of equals, who has waited longest */
-	CHECK_INT(many.held, max_busy - 2);
-	CHECK_INT(head_borrow(s[max_busy]), 1);
-	CHECK_INT(many.held, max_busy - 1);
-	CHECK_INT(many.heads, 1);
-	head_return(s[max_busy]);
-	for (i = 0; i < COUNT(s); i++)
-		records_return(s[i]);
-	CHECK_INT(many.held + few.held + none.held, 0);
-}
+	CHECK_INT(many.shelves, 3);
+	CHECK_INT(some[3].shelves, 1);
+	link_append(&runnable, &s[0]->wait);            /* waits for us */
+	s[1]->state = CONNECT;                          /* its backend */
+	shelf = s[2]->shelf;
+	CHECK_INT(shelf_borrow(s[SHELVES]), 1);
+	CHECK(s[SHELVES]->shelf == shelf && shelf->owner == s[SHELVES]);
+	CHECK(s[2]->shelf == NULL && s[2]->note->len == 0);
+	CHECK(timer_due(&queues[HEAD]) == &s[2]->timer);
+	CHECK(s[0]->shelf && s[1]->shelf && s[3]->shelf);
+	CHECK_INT(many.shelves, 2);
+	CHECK_INT(none.shelves, 1);
 
-/* The strangers of one address leave half of the head buffers to others. */
-static void test_pool_greedy(void)
-{
-	static struct source many, few;
-	struct session *s[HEADS + 1];
-	const unsigned half = (HEADS + 1) / 2;
-	unsigned i;
-
-	tables_init();
+	CHECK_INT(shelf_borrow(s[SHELVES + 1]), 0);    /* 2 is no more than its own by two */
+	CHECK(!link_alone(&s[SHELVES + 1]->wait));
+	s[1]->state = HEAD;
+	none.shelves = 0;
+	CHECK_INT(shelf_borrow(s[SHELVES + 1]), 1);
+	CHECK(!s[1]->shelf);
 	for (i = 0; i < COUNT(s); i++) {
-		s[i] = session_make(i);
-		s[i]->state = HEAD;
-		s[i]->young = 1;
-		s[i]->source = i < HEADS ? &many : &few;
+		link_drop(&s[i]->timer.link);
+		session_age(s[i], 0);
 	}
-	for (i = 0; i < HEADS; i++)
-		CHECK_INT(head_borrow(s[i]), i < half);
-	CHECK_INT(head_borrow(s[HEADS]), 1);
-	head_return(s[HEADS]);
-	CHECK(!s[half]->hd);
-	CHECK_INT(heads_pool.lent, half);
-	head_return(s[0]);
-	CHECK(s[half]->hd != NULL);
-	CHECK_INT(heads_pool.lent, half);
 }
 
 /* Who finds no buffer waits, and is served first come, first served. */
 static void test_pool_waiters(void)
 {
-	struct session *s[max_busy + 3];
+	struct session *s[SHELVES + 3];
 	struct records *r;
 	struct buffers *b;
-	struct head_buffer *h;
 	unsigned i;
 
 	tables_init();
-	for (i = 0; i < COUNT(s); i++) {
+	for (i = 0; i < COUNT(s); i++)
 		s[i] = session_make(i);
+	for (i = 0; i < max_busy + 3; i++) {
 		s[i]->plain = 1;
 		CHECK_INT(records_borrow(s[i]), i < max_busy);
 		CHECK((s[i]->rec != NULL) == (i < max_busy));
@@ -526,24 +511,87 @@ static void test_pool_waiters(void)
 	records_return(s[1]);
 	CHECK_INT(records_pool.lent, max_busy - 1);
 
-	for (i = 0; i < HEADS; i++)
-		CHECK_INT(head_borrow(s[i]), 1);
-	h = s[1]->hd;
-	h->len = h->off = 5;
-	h->resumable = 1;
-	h->u.request.head.at = 7;
-	CHECK_INT(head_borrow(s[HEADS]), 0);
-	head_return(s[1]);
-	CHECK(s[1]->hd == NULL && s[HEADS]->hd == h);
-	CHECK(h->len == 0 && h->off == 0 && h->resumable == 0 && h->u.request.head.at == 0);
+	for (i = 0; i < SHELVES; i++)
+		CHECK_INT(shelf_borrow(s[i]), 1);
+	s[1]->shelf->verifier.begun = 1;
+	CHECK_INT(shelf_borrow(s[SHELVES]), 0);
+	CHECK_INT(shelf_borrow(s[SHELVES + 1]), 0);
+	shelf_return(s[1]);
+	CHECK(s[1]->shelf == NULL && s[SHELVES]->shelf->owner == s[SHELVES]);
+	CHECK_INT(s[SHELVES]->shelf->verifier.begun, 0);
+	shelf_return(s[2]);
+	CHECK(s[SHELVES + 1]->shelf && link_alone(&shelf_pool.waiters));
+}
 
-	CHECK_INT(head_borrow(s[0]) + head_borrow(s[HEADS + 1]) + head_borrow(s[1]), 1);
-	s[HEADS + 2]->state = RESPONSE;                 /* goes before those two */
-	CHECK_INT(head_borrow(s[HEADS + 2]), 0);
-	head_return(s[2]);
-	CHECK(s[HEADS + 2]->hd && !s[HEADS + 1]->hd);
-	head_return(s[3]);
-	CHECK(s[HEADS + 1]->hd && !s[1]->hd);
+/* A head that waits is the same when it is wanted again, wherever it lay. */
+static void test_head_store(void)
+{
+	static const size_t lens[] = { 1, NOTE_TEXT, NOTE_TEXT + 1, HEAD_ROOM };
+	struct session *s, *other;
+	size_t i;
+
+	for (i = 0; i < COUNT(lens); i++) {
+		at("%u bytes", (unsigned)lens[i]);
+		tables_init();
+		s = session_make(0);
+		other = session_make(1);
+		CHECK_INT(head_len(s), 0);
+		CHECK(head_load(s) == &head_buffer && head_buffer.len == 0);
+		CHECK_INT(head_store(s), 1);
+		CHECK(!s->hd && !s->note);
+		head_load(s);
+		head_buffer.len = lens[i];
+		head_buffer.off = lens[i] / 2;
+		memset(head_buffer.bytes, 'a', lens[i]);
+		CHECK_INT(head_store(s), 1);
+		CHECK_INT(head_len(s), lens[i]);
+		CHECK_INT(s->shelf != NULL, lens[i] > NOTE_TEXT);
+		CHECK_INT(shelf_rests(s) || !s->shelf, lens[i] <= NOTE_TEXT);
+		head_load(other);
+		memset(head_buffer.bytes, 'b', HEAD_ROOM);
+		head_buffer.u.request.head.at = 7;
+		other->hd = NULL;
+		head_load(s);
+		CHECK_INT(head_buffer.len, lens[i]);
+		CHECK_INT(head_buffer.off, lens[i] / 2);
+		CHECK_INT(head_buffer.u.request.head.at, 0);
+		CHECK(head_buffer.bytes[0] == 'a' && head_buffer.bytes[lens[i] - 1] == 'a');
+		head_buffer.off = lens[i];              /* all is out */
+		CHECK_INT(head_store(s), 1);
+		CHECK_INT(head_len(s), 0);
+	}
+	while (!pool_empty(&shelf_pool))
+		pool_lend(&shelf_pool);
+	head_load(other)->len = NOTE_TEXT + 1;
+	CHECK_INT(head_store(other), 0);
+}
+
+/* What is whole of the records that have come, and what the first one lacks. */
+static void test_records_whole(void)
+{
+	static const struct { const char *bytes; size_t len, whole, need; } cases[] = {
+		{ "", 0, 0, 5 },
+		{ "\x16", 1, 0, 5 }, { "\x16\3\3\0", 4, 0, 5 }, { "\x17\3\3\0\2", 5, 0, 7 },
+		{ "\x17\3\3\0\2a", 6, 0, 7 }, { "\x17\3\3\0\2ab", 7, 7, 0 },
+		{ "\x17\3\3\0\0", 5, 5, 0 }, { "\x17\3\3\0\2ab\x15", 8, 7, 0 },
+		{ "\x17\3\3\0\1a\x17\3\3\0\2a", 12, 6, 0 },
+		{ "\x17\3\3\0\1a\x14\3\3\0\1b", 12, 12, 0 },
+		{ "\x14\3\3\0\1a\x16\3\3\0\1b\x17\3\3\0\1c", 18, 12, 0 },
+		{ "\x17\3\3\0\1a\x17\3\3\0\1b", 12, 6, 0 },
+		{ "\x17\3\3\x41\xfb", 5, 0, READ_AHEAD },
+		{ "\x17\3\3\x41\xfc", 5, 5, 0 },            /* larger than any */
+		{ "\x18\3\3\0\2", 5, 0, 7 }, { "\x17\2\3\0\2", 5, 5, 0 }, { "GET ", 4, 0, 5 }, { "GET /", 5, 5, 0 },
+		{ "\x17\3\3\0\1aGET /", 11, 11, 0 }, { "\x13\3\4\0\1", 5, 0, 6 },
+	};
+	size_t i, need;
+
+	for (i = 0; i < COUNT(cases); i++) {
+		at("case %u", (unsigned)i);
+		CHECK_INT(records_whole((const unsigned char *)cases[i].bytes, cases[i].len, &need),
+			cases[i].whole);
+		if (cases[i].need)
+			CHECK_INT(need, cases[i].need);
+	}
 }
 
 /* ---- addresses ---- */
@@ -1225,16 +1273,13 @@ static void test_whys(void)
 	CHECK_STR(whys[WHY_KEY].text, "bad-key");
 }
 
-static struct head_buffer head_of_test;
-
 /* A session whose request is this one, and has no answer yet. */
 static struct session *session_asking(const char *request)
 {
 	struct session *s = session_make(0);
 	const char *buf;
 
-	memset(&head_of_test, 0, sizeof head_of_test);
-	s->hd = &head_of_test;
+	head_load(s);
 	request_feed(&s->hd->u.request, request, strlen(request), ONCE, 0, &buf);
 	memcpy(s->hd->bytes, request, strlen(request));
 	s->hd->len = strlen(request);
@@ -1573,7 +1618,7 @@ static void test_sessions_closed(void)
 		CHECK_INT(session_pool.lent, 0);
 		CHECK_INT(source_pool.lent, 0);
 		CHECK_INT(records_pool.lent, 0);
-		CHECK_INT(heads_pool.lent, 0);
+		CHECK_INT(shelf_pool.lent, 0);
 		CHECK_INT(awake_len, 0);
 		CHECK_INT(crowds, 0);
 		rejects_over();
@@ -1700,15 +1745,16 @@ static void test_bulk(void)
 			}
 			CHECK_INT(l->filled, 2);
 			CHECK(l->spare == NULL);                /* nothing is in it, but it was there */
-			CHECK_INT(records_pool.fresh, busy + 1 + (busy + 1 <= max_busy / 2));
-			/* bytes that the other does not take stay in it, and go with it */
+			CHECK_INT(records_pool.fresh, busy + 1 + (busy + 1 < max_busy / 2));
+			/* bytes that the other does not take stay in it, and go with it; when buffers
+			 * are scarce they are not read at all */
 			setsockopt(k == 0 ? s->backend.fd : s->client.fd, SOL_SOCKET, SO_SNDBUF, &least,
 				sizeof least);
 			for (i = 0; i < 8; i++)
 				(void)!send(ends[k], scratch, sizeof scratch, 0);
 			session_run(s, ready);
-			CHECK_INT(l->spare != NULL, busy + 1 <= max_busy / 2);
-			CHECK_INT(records_pool.lent, busy + 1 + (l->spare != NULL));
+			CHECK_INT(l->spare != NULL, busy + 1 < max_busy / 2);
+			CHECK_INT(records_pool.lent, busy + (l->spare ? 2 : busy + 1 <= max_busy / 2));
 			session_close(s);
 			CHECK_INT(records_pool.lent, busy);
 			close(ends[1]);
@@ -1748,7 +1794,7 @@ static void test_stallers(void)
 	log_open_pipe();
 	now = 1000;
 	client_connects("192.0.2.1");                   /* has another kind of buffer: not in the way */
-	CHECK(head_borrow(&sessions[0]));
+	CHECK(shelf_borrow(&sessions[0]));
 	timer_start(&queues[Q_STALL], &sessions[0].stall);
 	for (i = 0; i < max_busy; i++) {
 		client_connects("192.0.2.2");

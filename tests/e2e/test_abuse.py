@@ -68,19 +68,19 @@ def test_strangers_leave_buffers_to_tunnels(besiege):
 
 
 def test_half_a_record_in_tunnels(besiege):
-    """More than there are buffers: while others wait for one, whoever sits on one loses it."""
+    """More than there are buffers: they wait where they are, and nobody has to be cut off."""
     def attack(s):
         tunnels = [s.tunnel() for _ in range(40)]
         for client, _ in tunnels:
             client.sock.sendall(client.records(b"never finished")[:-3])
         s.note()
         s.canary.beats()
-    p = besiege(attack)
-    assert p.log.all("close", why="stall")
+    p = besiege(attack, stall_ms=1)
+    assert not p.log.all("close", why="stall")
 
 
 def test_records_that_always_end_with_half_of_the_next(besiege):
-    """They have their buffers up to a record's end while others wait: nobody has to be cut off."""
+    """The same, for as long as it takes."""
     def attack(s):
         crowd = [s.tunnel()[0] for _ in range(40)]
         rest, calm = {client: b"" for client in crowd}, len(s.canary.log.all("beats"))

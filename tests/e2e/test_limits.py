@@ -22,6 +22,24 @@ from peers import (Stream, ask, client_hello, connect, open_tunnel, pattern, swi
 from test_backends import fill
 
 
+def sit(p, backend):
+    """A client that says more than its request, with a backend that says nothing: bytes that nobody
+    takes, of a record that is not at its end."""
+    client = connect(p)
+    client.send(upgrade() + b"early")
+    server = backend.accept()
+    server.read_head()
+    return client, server
+
+
+def records_are(p, count):
+    eventually(lambda: p.totals()["records"] == str(count))
+
+
+def heads_are(p, count):
+    eventually(lambda: p.totals()["heads"] == str(count))
+
+
 # ---- max_per_ip ----
 
 def test_max_per_ip(proxy, scripted):
@@ -113,9 +131,8 @@ def test_waiting_client_that_leaves_is_not_waited_for(proxy, scripted):
     """Its end is seen while others have the buffers that it needs."""
     backend = scripted()
     p = proxy(backend, listeners=PLAIN, max_busy=1, stall_ms=60000)
-    sitting = connect(p)
-    sitting.send(upgrade()[:20])
-    eventually(lambda: p.totals()["heads"] == "1")
+    sit(p, backend)
+    records_are(p, 1)
     waiting = [connect(p) for _ in range(6)]
     for client in waiting:
         client.send(upgrade())
@@ -163,52 +180,93 @@ def test_flood_of_silent_connections_keeps_nobody_out(proxy, scripted):
 
 # ---- max_busy and stall_ms ----
 
-def half_a_record(client):
-    client.sock.sendall(client.records(b"never finished")[:8])
-
-
-def test_session_that_sits_on_the_last_buffer_is_closed_when_others_wait(proxy, scripted):
+def test_session_that_sits_on_the_last_buffer_is_ended_when_others_wait(proxy, scripted):
     backend = scripted()
     p = proxy(backend, max_busy=1, stall_ms=400)
-    sitting, _ = open_tunnel(p, backend)
-    half_a_record(sitting)
-    eventually(lambda: p.totals()["records"] == "1")
+    sitting, _ = sit(p, backend)
+    records_are(p, 1)
     open_tunnel(p, backend)     # needs that buffer
-    p.log.wait("close", why="stall")
-    assert len(p.log.all("close")) == 1
-
-
-def test_client_that_does_not_read_gives_its_buffer_up_when_others_wait(proxy, scripted):
-    backend = scripted()
-    p = proxy(backend, max_busy=1, stall_ms=400)
-    _, flooding = open_tunnel(p, backend)
-    with pytest.raises(OSError):
-        flooding.sock.settimeout(1)
-        while True:
-            flooding.send(bytes(100000))
-    open_tunnel(p, backend)
-    p.log.wait("close", why="stall")
+    assert sitting.read_head().status == 504
 
 
 def test_session_that_sits_on_a_buffer_may_stay_while_none_waits(proxy, scripted):
     backend = scripted()
     p = proxy(backend, max_busy=2, stall_ms=200)
-    sitting, server = open_tunnel(p, backend)
-    record = sitting.records(b"finished at last")
-    sitting.sock.sendall(record[:8])
-    threading.Event().wait(0.6)
-    sitting.sock.sendall(record[8:])
-    assert server.read(16) == b"finished at last"
-
-
-def test_stalled_handshake_gives_its_buffer_up(proxy, scripted):
-    backend = scripted()
-    p = proxy(backend, max_busy=1, stall_ms=400)
-    sitting = tcp(p)
-    sitting.send(client_hello()[:-1])
-    eventually(lambda: p.totals()["records"] == "1")
+    sitting, server = sit(p, backend)
+    records_are(p, 1)
+    threading.Event().wait(0.6)         # there is nothing to see, for as long as it takes
     open_tunnel(p, backend)
-    p.log.wait_ending("stall", status="-")
+    server.send(switching())
+    assert server.read(5) == b"early"
+    assert sitting.read_head().status == 101
+
+
+@pytest.mark.parametrize("max_busy", [1, 4])
+def test_clients_that_read_nothing_are_not_felt(proxy, scripted, max_busy):
+    """More of them than buffers: what can't go on stays where it is."""
+    backend = scripted()
+    p = proxy(backend, max_busy=max_busy, stall_ms=60000)
+    stuck = []
+    for _ in range(3 * max_busy):
+        client, server = open_tunnel(p, backend)
+        server.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                server.sock.send(bytes(100000))
+        stuck.append(client)
+    client, server = open_tunnel(p, backend)
+    client.send(b"a question")
+    assert server.read(10) == b"a question"
+    assert int(p.totals()["records"]) <= max_busy // 2
+    for client in stuck:
+        assert client.read(1 << 20) == bytes(1 << 20)
+
+
+def half_a_record(client):
+    client.sock.sendall(client.records(bytes(16000))[:8000])
+
+
+@pytest.mark.parametrize("max_busy", [1, 4])
+def test_records_in_pieces_are_not_felt(proxy, scripted, max_busy):
+    """More tunnels than buffers, each amid a record, and ends that come there."""
+    backend = scripted()
+    p = proxy(backend, max_busy=max_busy, stall_ms=60000)
+    tunnels = [open_tunnel(p, backend) for _ in range(3 * max_busy + 1)]
+    records = [client.records(pattern(16000, n)) for n, (client, _) in enumerate(tunnels)]
+    for cut in 3, 5, 8000:
+        for (client, _), record in zip(tunnels, records):
+            client.sock.sendall(record[:cut])
+        records = [record[cut:] for record in records]
+        other, server = open_tunnel(p, backend)
+        other.send(b"a question")
+        assert server.read(10) == b"a question"
+        eventually(lambda: int(p.totals()["records"]) <= max_busy // 2)
+    gone = tunnels.pop()
+    gone[0].sock.shutdown(socket.SHUT_WR)
+    assert gone[1].read_to_end() == b""
+    for n, ((client, server), record) in enumerate(zip(tunnels, records)):
+        client.sock.sendall(record)
+        assert server.read(16000) == pattern(16000, n)
+    eventually(lambda: p.totals()["records"] == "0")
+
+
+@pytest.mark.parametrize("sent", [1, 4, 5, 20, -1])
+def test_half_hellos_are_not_felt(proxy, scripted, sent):
+    backend = scripted()
+    p = proxy(backend, max_busy=2)
+    sitting = [tcp(p) for _ in range(10)]
+    for client in sitting:
+        client.send(client_hello()[:sent])
+    eventually(lambda: p.totals()["sessions"] == "10")
+    assert p.totals()["records"] == p.totals()["heads"] == "0"
+    open_tunnel(p, backend)
+    for client in sitting:
+        client.send(client_hello()[sent:])
+        assert client.read(1) == b"\x16"
+    assert p.totals()["records"] == p.totals()["heads"] == "0"     # nor for their second flights
+    open_tunnel(p, backend)
+    for client in sitting:
+        client.close()
 
 
 def hung_tls(scripted, keeper):
@@ -222,24 +280,42 @@ def hung_connect(scripted, keeper):
     return backend, backend.entry(), "timeout"
 
 
+LONG = {"X_Long": "x" * 2000}       # for it to wait without a place of its own
+
+
+@pytest.mark.parametrize("hung", [hung_tls, hung_connect])
+def test_requests_behind_a_hung_backend_are_not_felt(proxy, scripted, keeper, hung):
+    backend, entry, _ = hung(scripted, keeper)
+    alive = scripted()
+    p = proxy({**entry, "path": "/hung"}, alive, tls_backends=1, max_busy=1)
+    clients = [connect(p) for _ in range(5)]
+    for client in clients:
+        client.send(upgrade(target="/hung"))
+    if hung is hung_tls:
+        for _ in clients:
+            backend.accept()
+    assert p.totals()["heads"] == "0"
+    open_tunnel(p, alive)
+    assert not p.log.all("reject")
+
+
 @pytest.mark.parametrize("hung", [hung_tls, hung_connect])
 def test_stall_is_the_backends_when_it_is_silent(proxy, scripted, keeper, hung):
-    """Who waits for one that hangs goes to the next when others want the buffer, and it is put
-    aside as after its own time."""
+    """Who waits for one that hangs, with a long head, goes to the next when others want its place, and
+    the backend is put aside as after its own time."""
     backend, entry, why = hung(scripted, keeper)
     alive = scripted()
-    p = proxy(entry, alive, tls_backends=1, max_busy=1, stall_ms=400, connect_ms=60000,
-              handshake_ms=60000, fail_ms=600000)
-    clients = [connect(p)]
-    clients[0].send(upgrade())
-    eventually(lambda: p.totals()["heads"] == "1")
-    clients.append(connect(p))          # waits until that buffer is there
-    clients[1].send(upgrade())
-    for _ in clients:
+    p = proxy(entry, alive.entry(backup=1), tls_backends=1, max_busy=1, stall_ms=400,
+              connect_ms=60000, handshake_ms=60000, fail_ms=600000)
+    clients = [connect(p) for _ in range(3)]
+    for client in clients:              # two have places, and one waits
+        client.send(upgrade(**LONG))
+    heads_are(p, 2)
+    for _ in range(2):                  # who gave its place up, and who got it
         server = alive.accept()
         server.read_head()
         server.send(switching())
-    assert [client.read_head().status for client in clients] == [101, 101]
+    p.log.wait("open", nth=2)
     p.log.wait("backend", name=backend.name, down=True, why=why)
     assert not p.log.all("reject")
 
@@ -249,114 +325,70 @@ def test_stall_behind_the_last_backend_is_answered(proxy, scripted, keeper, hung
     backend, entry, why = hung(scripted, keeper)
     p = proxy(entry, tls_backends=1, max_busy=1, stall_ms=400, connect_ms=60000,
               handshake_ms=60000)
-    client = connect(p)
-    client.send(upgrade())
-    eventually(lambda: p.totals()["heads"] == "1")
-    waiting = tcp(p)
-    waiting.send(client_hello())
-    assert client.read_head().status == 502
+    clients = [connect(p) for _ in range(3)]
+    for client in clients:
+        client.send(upgrade(**LONG))
+    p.log.wait("reject", status="502")
     p.log.wait("backend", name=backend.name, down=True, why=why)
-    assert waiting.read(1) == b"\x16"
 
 
 def lurk(p, address, count):
-    """Clients that hold a head buffer with a byte, or wait for one."""
-    lurkers = [tcp(p, source=address) for _ in range(count)]
+    """Clients amid a long head."""
+    lurkers = [connect(p, source=address) for _ in range(count)]
     for lurker in lurkers:
-        lurker.send(client_hello()[:1])
+        lurker.send(upgrade(**LONG)[:-2])
     return lurkers
 
 
-def heads_are(p, count):
-    eventually(lambda: p.totals()["heads"] == str(count))
-
-
-def test_strangers_of_one_address_leave_buffers_to_others(proxy, scripted):
+def test_short_heads_in_pieces_are_not_felt(proxy, scripted):
     backend = scripted()
-    p = proxy(backend, max_busy=4, stall_ms=60000, handshake_ms=60000)
+    p = proxy(backend, max_busy=1)
+    clients = [connect(p) for _ in range(10)]
+    for client in clients:
+        client.send(upgrade()[:-2])
+    p.log.wait("listen")
+    open_tunnel(p, backend)
+    assert p.totals()["heads"] == "0"
+    for client in clients:
+        client.send(upgrade()[-2:])
+        server = backend.accept()
+        server.read_head()
+        server.send(switching())
+        assert client.read_head().status == 101
+
+
+def test_long_heads_of_one_address_do_not_keep_others_out(proxy, scripted):
+    """They take places from themselves, and give them up to others."""
+    backend = scripted()
+    p = proxy(backend, max_busy=4)
+    [honest] = lurk(p, "127.0.0.3", 1)
     lurkers = lurk(p, "127.0.0.2", 20)
-    heads_are(p, 2)
-    for _ in range(3):
-        open_tunnel(p, backend, source="127.0.0.3")
-    assert p.totals()["heads"] == "2"
+    heads_are(p, 8)
+    for n in range(2):
+        client = lurk(p, "127.0.0.4", 1)[0]
+        client.send(b"\r\n")
+        backend.accept()
+        p.log.wait("reject", nth=n + 1, status="408")
+    honest.send(b"\r\n")
+    backend.accept()
+    assert {line["client"].rpartition(":")[0] for line in p.log.all("reject")} == {"127.0.0.2"}
     assert len(lurkers) == 20
 
 
-def test_stranger_is_served_though_a_crowd_waits_before_it(proxy, scripted):
-    """One address has what it may have, and hundreds of it wait for more."""
+def test_crowd_with_long_heads_waits_and_is_served(proxy, scripted):
     backend = scripted()
-    p = proxy(backend, max_busy=4, max_sessions=1200, max_per_ip=0, stall_ms=60000, handshake_ms=60000)
-
-    crowd = lurk(p, "127.0.0.2", 2)
-    [last] = lurk(p, "127.0.0.3", 1)
-    heads_are(p, 3)                     # all
-    crowd += lurk(p, "127.0.0.2", 600)
-    eventually(lambda: p.totals()["sessions"] == "603")
-    victim = tcp(p, source="127.0.0.4")
-    victim.send(client_hello())
-    eventually(lambda: p.totals()["sessions"] == "604")
-    last.close()
-    assert victim.read(1) == b"\x16"
-    assert len(crowd) == 602
-
-
-def test_crowd_of_one_address_is_served_when_one_of_it_stalls(proxy, scripted):
-    """Others' buffers are free all the time."""
-    backend = scripted()
-    p = proxy(backend, max_busy=4, stall_ms=300, handshake_ms=60000)
-    lurkers = lurk(p, "127.0.0.2", 2)
-    heads_are(p, 2)
-    victim = tcp(p, source="127.0.0.2")
-    victim.send(client_hello())
-    assert victim.read(1) == b"\x16"
-    assert len(lurkers) == 2
-
-
-def test_nobody_is_closed_for_one_who_may_not_have_the_buffer(proxy, scripted):
-    backend = scripted()
-    p = proxy(backend, max_busy=4, stall_ms=300, handshake_ms=60000)
-    [slow] = lurk(p, "127.0.0.3", 1)
-    greedy = lurk(p, "127.0.0.2", 3)
-    heads_are(p, 3)
-    threading.Event().wait(0.9)
-    slow.send(client_hello()[1:])
-    assert slow.read(1) == b"\x16"
-    closed = [line["client"].rpartition(":")[0] for line in p.log.all("reject")]
-    assert set(closed) <= {"127.0.0.2"}     # it closes its own
-    assert len(greedy) == 3
-
-
-def test_who_held_back_goes_on_when_nobody_waits(proxy, scripted):
-    """A tunnel whose client has half a record on its way cannot rest. What its backend sends is held
-    back for somebody who waits for buffers, but no longer than that."""
-    backend = ScriptedTls(scripted())
-    p = proxy(backend.entry(tls=TLS_NOVERIFY), tls_backends=1, max_busy=2, stall_ms=60000, handshake_ms=60000)
-
-    def is_busy(n):
-        eventually(lambda: p.totals()["records"] == str(n))
-
-    client, server = open_tunnel(p, backend)
-    other, far = open_tunnel(p, backend)
-    first, second = client.records(b"on its way"), other.records(b"another")
-    client.sock.sendall(first[:-4])
-    is_busy(1)
-    server.send(pattern(40000, 3))      # so it has had its turn
-    assert client.read(40000) == pattern(40000, 3)
-    other.sock.sendall(second[:-4])
-    is_busy(2)
-    waiting = tcp(p)
-    waiting.send(client_hello())
-    eventually(lambda: p.totals()["sessions"] == "3")
-    server.send(pattern(100000, 4))
-    for _ in range(2):
-        p.totals()                      # it has seen them
-    other.sock.sendall(second[-4:])
-    assert far.read(7) == b"another"
-    assert waiting.read(1) == b"\x16"
-    waiting.close()
-    assert client.read(100000) == pattern(100000, 4)
-    client.sock.sendall(first[-4:])
-    assert server.read(10) == b"on its way"
+    p = proxy(backend, max_busy=2)
+    clients = lurk(p, "127.0.0.2", 10)
+    heads_are(p, 4)
+    for client in clients:
+        client.send(b"\r\n")
+    for client in clients:
+        server = backend.accept()
+        server.read_head()
+        server.send(switching())
+    for client in clients:
+        assert client.read_head().status == 101
+    assert not p.log.all("reject")
 
 
 def test_sessions_wait_for_a_buffer_and_get_it(proxy, scripted):

@@ -190,27 +190,21 @@ def test_ceiling_is_that_of_all_tables(place, tls_backends):
 @pytest.mark.skipif(INSTRUMENTED, reason="these tools have memory of their own")
 @pytest.mark.parametrize("kind", [WSS, WS])
 def test_every_slot_and_buffer_in_use_stays_below_the_ceiling(proxy, scripted, kind):
-    """Of 8 sessions: as long a head as there can be, then both ways full."""
+    """Of 8 sessions: as long a head as there can be, then both ways full. (What can't go on is not read
+    once half of the buffers are in use.)"""
     backend = scripted()
     config = {"listeners": BOTH, "max_sessions": 8, "max_busy": 8, "stall_ms": 60000}
     p = proxy(backend, **config)
     ceiling, busy = memory_told(whole_config([backend], config))
     before = p.memory_kb()
-    # more can't be about to ask, nor more than three of one address
-    clients = [connect(p, kind, source=f"127.0.0.{2 + n % 2}") for n in range(6)]
+    clients = [connect(p, kind) for _ in range(8)]
     long_head = upgrade(Filler="x" * 7800)
     for client in clients:
         client.send(long_head[:-1])
-    eventually(lambda: p.totals()["heads"] == "6")
+    eventually(lambda: p.totals()["heads"] == "8")
     servers = []
-    for n in range(8):
-        if n < 6:
-            client = clients[n]
-            client.send(long_head[-1:])
-        else:
-            client = connect(p, kind)
-            clients.append(client)
-            client.send(long_head)
+    for client in clients:
+        client.send(long_head[-1:])
         servers.append(backend.accept())
         servers[-1].read_head()
         servers[-1].send(switching())
@@ -218,6 +212,6 @@ def test_every_slot_and_buffer_in_use_stays_below_the_ceiling(proxy, scripted, k
     for client, server in zip(clients, servers):
         send_until_full(server, lambda: bytes(1 << 20))
         send_until_full(client, lambda: client.records(bytes(16000)) if kind == WSS else bytes(16000))
-    assert p.totals()["sessions"] == p.totals()["records"] == "8"
+    assert p.totals()["sessions"] == "8" and int(p.totals()["records"]) >= 4
     grown = p.memory_kb() - before
-    assert 8 * busy * 0.75 / 1024 < grown < ceiling
+    assert 4 * busy * 0.75 / 1024 < grown < ceiling

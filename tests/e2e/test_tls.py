@@ -333,14 +333,15 @@ def test_half_a_request_is_no_probe(proxy, place, kind):
     assert p.totals()["probes"] == "0"
 
 
-def test_client_that_got_no_buffer_is_no_probe(proxy, place):
-    """It said hello, but the other one's half of a hello holds what it takes to read it."""
-    p = proxy(place(), log_probes=0, max_busy=1, handshake_ms=1000, stall_ms=60000)
-    first, second = tcp(p), tcp(p)
-    first.send(HELLO[:20])
+def test_client_that_got_no_buffer_is_no_probe(proxy, scripted):
+    """It said hello, but what another has said beyond its request holds what it takes to read it."""
+    p = proxy(scripted(), log_probes=0, max_busy=1, handshake_ms=1000, stall_ms=60000)
+    first = connect(p)
+    first.send(upgrade() + b"early")
     eventually(lambda: p.totals()["records"] == "1")
+    second = tcp(p)
     second.send(HELLO)
-    p.log.wait_ending("handshake-timeout", nth=2)
+    p.log.wait_ending("handshake-timeout")
     assert p.totals()["probes"] == "0"
 
 

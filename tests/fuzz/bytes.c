@@ -54,11 +54,14 @@ static void bearssl_read(const unsigned char *p, size_t len)
 static void hello_must(const unsigned char *p, size_t len)
 {
 	struct hello h;
-	size_t name_len, n, record;
+	size_t name_len, n, record, whole, last, need;
 	int known;
 
-	for (n = 0; n < len; n++)
-		MUST(!record_whole(p, n) || record_whole(p, n + 1));
+	for (n = whole = 0; n <= len; n++) {
+		last = whole;
+		whole = records_whole(p, n, &need);
+		MUST(whole <= n && whole >= last && (whole > 0 || (need > n && need <= READ_AHEAD)));
+	}
 	known = hello_read((struct bytes){ p, p + len }, &h);
 	name_len = (size_t)(h.name.end - h.name.p);
 	MUST(name_len == 0 || (h.name.p > p && h.name.end <= p + len));

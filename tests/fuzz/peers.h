@@ -312,12 +312,32 @@ static ssize_t world_recv(int fd, void *p, size_t len, int flags)
 	MUST(peer->dial == UP && len > 0);
 	n = recv(fd, p, len, flags);
 	TRACE("\trecv %d: %zd of %zu\n", peer_of[fd], n, len);
-	progress += n > 0;
+	progress += n > 0 && !(flags & MSG_PEEK);
 	if (n == 0 || (n < 0 && errno != EAGAIN)) {
 		progress += !peer->ended;
 		peer->ended = 1;
 	}
 	return n;
+}
+
+static int is_shut(int fd)
+{
+	struct pollfd p = { .fd = fd, .events = POLLRDHUP };
+
+	return poll(&p, 1, 0) == 1;
+}
+
+/* Local sockets do not heed SO_RCVLOWAT, as TCP's do. */
+static short lowat_revents(int fd, short revents)
+{
+	int mark, there;
+	socklen_t len = sizeof mark;
+
+	if ((revents & (POLLIN | POLLHUP | POLLERR | POLLRDHUP)) != POLLIN ||
+	    getsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &mark, &len) < 0 || mark == 1)
+		return revents;
+	MUST(ioctl(fd, FIONREAD, &there) == 0);
+	return (short)(there < mark && !is_shut(fd) ? revents & ~POLLIN : revents);
 }
 
 /* The kernel's poll, but for dials that are under way or have failed. */
@@ -335,7 +355,8 @@ static int sockets_poll(struct pollfd *p, nfds_t n)
 			copy[i].fd = -1;
 	ready = poll(copy, n, 0);
 	for (i = 0; i < n; i++) {
-		p[i].revents = copy[i].revents;
+		p[i].revents = lowat_revents(copy[i].fd, copy[i].revents);
+		ready -= copy[i].revents && !p[i].revents;
 		MUST(!(p[i].revents & POLLNVAL));
 		if (copy[i].fd < 0 && p[i].fd >= 0 && peer_at(p[i].fd)->dial == FAILED) {
 			p[i].revents = POLLOUT | POLLERR | POLLHUP;
@@ -559,7 +580,7 @@ static void owners_note(void)
 /* All is given back. */
 static void proxy_must_rest(void)
 {
-	const struct pool *pools[] = { &session_pool, &records_pool, &heads_pool, &note_pool,
+	const struct pool *pools[] = { &session_pool, &records_pool, &shelf_pool, &note_pool,
 		&source_pool };
 	unsigned i;
 

@@ -362,6 +362,8 @@ static int world_poll(struct pollfd *p, nfds_t n, int ms)
 		p->revents = POLLOUT;
 		return 1;
 	}
+	if (n == 1)
+		return sockets_poll(p, n);
 	MUST(polls++ < POLLS_MAX);
 	while ((ready = sockets_poll(p, n)) == 0 && ms != 0)
 		if (all_pump() == 0)

@@ -195,7 +195,7 @@ static void arrived_must(const struct peer *c, const struct asked *a, const stru
 	const struct answer *n, size_t down)
 {
 	if (!a->taken || !b || b->server < 0 || c->wild || b->wild || c->shut || b->shut ||
-	    c->far < 0 || b->far < 0 || clients_len > HEADS)
+	    c->far < 0 || b->far < 0 || clients_len > max_busy - max_busy / 4)
 		return;
 	if (b->eng && !(br_ssl_engine_current_state(b->eng) & (BR_SSL_SENDAPP | BR_SSL_RECVAPP)))
 		return;
@@ -524,13 +524,32 @@ static int is_waiting(const struct session *s, const struct link *list)
 	return l == &s->wait;
 }
 
+/* What a session that waits for a peer holds is what can't be put down: bytes that a socket did not take,
+ * plaintext that the other side did not, a record that came in pieces, though no handshake's; a verifier
+ * that has begun, a long head. 1: it holds record buffers for a record in pieces. */
+static int holder_must(const struct session *s)
+{
+	const struct leg *l, *legs[] = { &s->client, &s->backend };
+	int i, held = 0, ends = 0;
+	size_t n;
+
+	for (i = 0; i < 2 && s->rec; i++) {
+		l = legs[i];
+		held |= leg_pending(l, &n) || leg_readable(l, &n) || l->at < l->end || l->spare;
+		ends |= l->eof || l->fin || (l->fd >= 0 && is_shut(l->fd));
+	}
+	MUST(!s->hd);
+	MUST(!s->shelf || head_len(s) > NOTE_TEXT || s->shelf->verifier.begun || s->rec);
+	MUST(!s->rec || held || ends || (s->state != HANDSHAKE && s->state != BACKEND_HANDSHAKE));
+	return s->rec && !held && !ends;
+}
+
 /* While the proxy sleeps: each session waits for a buffer, or something is asked of poll, or
  * of the epoll set and is not there; and whatever the session wishes now is asked of poll, though others
- * have come and gone since it was run. (More may be: it was run before somebody came for whom it would
- * hold back.) */
+ * have come and gone since it was run. (More may be: it was run before others gave back what they had.) */
 static void sleepers_must(void)
 {
-	unsigned i, holders = 0, waiters = 0;
+	unsigned i, holders = 0, waiters = 0, pieces = 0;
 	short wish[2];
 
 	for (i = 0; i < max_sessions; i++) {
@@ -540,7 +559,7 @@ static void sleepers_must(void)
 		if (s->state == FREE)
 			continue;
 		if (!link_alone(&s->wait)) {
-			MUST(is_waiting(s, &heads_pool.waiters) || is_waiting(s, &records_pool.waiters));
+			MUST(is_waiting(s, &shelf_pool.waiters) || is_waiting(s, &records_pool.waiters));
 			waiters++;
 		} else if (s->parked) {
 			p[0] = (struct pollfd){ s->client.fd, s->armed[0], 0 };
@@ -551,10 +570,12 @@ static void sleepers_must(void)
 			MUST(p[0].fd >= 0 || p[1].fd >= 0);
 			session_wishes(s, wish);
 			MUST((wish[0] & ~p[0].events) == 0 && (wish[1] & ~p[1].events) == 0);
-			holders += s->rec || s->hd;
+			holders += s->rec || s->shelf;
+			pieces += (unsigned)holder_must(s);
 		}
 	}
 	MUST(waiters == 0 || holders > 0);
+	MUST(pieces <= max_busy / 2);
 }
 
 static int world_poll(struct pollfd *p, nfds_t n, int ms)
@@ -566,6 +587,8 @@ static int world_poll(struct pollfd *p, nfds_t n, int ms)
 		p->revents = POLLOUT;
 		return 1;
 	}
+	if (n == 1)
+		return sockets_poll(p, n);
 	turn_must();
 	backends_note();
 	for (;;) {
