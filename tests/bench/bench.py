@@ -20,10 +20,20 @@ Environment:
     RESTING         how many sessions rest beside them, and
     SESSIONS        in the memory measure
     SUITE           AES128-GCM or CHACHA20
+    STORM           how many clients come at once in the storm measures, and
+    PATIENCE        which part of the time that all their handshakes take, one after the other, each
+                    of them waits before it gives up and comes again
+    PRESSURE        how many clients stop in the middle of things in the pressure measures
+    QUOTA           per cent of a CPU that the proxy has in storms and beside bulk, by a cgroup
     BEARSSL         source trees of BearSSL, each for a peer of its own, built at -O3:
                     wssproxy- and the tree's name
     CC, MAKE        what compiles
     EMULATE         of: %(machines)s
+
+Goodput of a storm is what those who got in would have cost one after the other, of the CPU that it
+took; it ends when all are in, or after four times that. Newcomers of the pressure measures come one
+after the other from an address of their own, the others from one address; who has not got in at
+the end counts with its time so far.
 
 With EMULATE the proxies are programs of that machine under qemu-user, and only they: wssproxy as
 README builds it with musl, static, beside Debian's haproxy and nginx with their libraries. Kernel,
@@ -89,6 +99,10 @@ CLIENTS = option("CLIENTS", 32)
 RESTING = option("RESTING", [1000, 4000], [300])
 SESSIONS = option("SESSIONS", [500, 1000, 2000], [100, 200])
 SUITE = option("SUITE", "CHACHA20" if EMULATE else "AES128-GCM")
+STORM = option("STORM", [300], [100])
+PATIENCE = option("PATIENCE", [1 / 6])
+PRESSURE = option("PRESSURE", 100)
+QUOTA = option("QUOTA", 5.0)
 BEARSSL = {f"wssproxy-{Path(tree).name}": tree for tree in option("BEARSSL", "").split()}
 CC = option("CC", "cc")
 MAKE = option("MAKE", "make")
@@ -246,7 +260,7 @@ def config_write(path, port, backend, changes):
     table("certs", f'{{ NULL, "{OUT}/cert.pem", "{OUT}/key.pem" }}')
     table("backends", f'{{ .host = "127.0.0.1", .port = "{backend}" }}')
     table("ciphers", SUITES[SUITE][1])
-    values = {"max_sessions": MAX_SESSIONS, "max_busy": 64, "max_per_ip": 0, "log_sessions": 0}
+    values = {"max_sessions": MAX_SESSIONS, "max_per_ip": 0, "log_sessions": 0}
     for name, value in {**values, **changes}.items():
         change(rf"^(#define {name}\s+|static const \w+ {name}\s+= )\w+(.*?$)", str(value))
     path.write_text(text)
@@ -300,6 +314,7 @@ class Proxy:
 
     def __init__(self, name):
         self.port = ports[name]
+        self.group = None       # the cgroup of slow()
         self.dir = OUT / name
         self.dir.mkdir(exist_ok=True)
         argv, files = ([self.dir / "wssproxy"], {}) if name in BUILDS else \
@@ -325,6 +340,32 @@ class Proxy:
 
     def __exit__(self, *_):
         kill(self.process)
+        if self.group:
+            self.group.rmdir()
+
+    def slow(self):
+        """Gives it QUOTA per cent of a CPU from now on. An emulated one is slow enough."""
+        root = Path("/sys/fs/cgroup")
+        v1 = root / "cpu" / "cpu.cfs_quota_us"
+        group = (v1.parent if v1.exists() else root) / f"wssproxy-bench-{os.getpid()}"
+        if EMULATE:
+            return 1.0
+        try:
+            if not v1.exists():
+                (root / "cgroup.subtree_control").write_text("+cpu")
+            group.mkdir()
+            self.group = group
+            quota, period = int(QUOTA * 200), 20000
+            if v1.exists():
+                (group / "cpu.cfs_period_us").write_text(str(period))
+                (group / "cpu.cfs_quota_us").write_text(str(quota))
+            else:
+                (group / "cpu.max").write_text(f"{quota} {period}")
+            for pid in self.pids():
+                (group / "cgroup.procs").write_text(pid)
+        except OSError as e:
+            raise Failure(f"a slow CPU needs root and a cgroup for it: {e}") from None
+        return QUOTA / 100
 
     def last_words(self):
         lines = (self.dir / "log").read_text(errors="replace").splitlines()
@@ -358,9 +399,16 @@ class Proxy:
                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                      text=True)
 
-    def load(self, *args):
-        """Runs the load and returns what it counted."""
-        process = self.load_start("-t", SECONDS, *args)
+    def clients(self, address):
+        """How many connections from there it has not closed: who reads nothing sees no end."""
+        here, there = (f"{int.from_bytes(socket.inet_aton(a), sys.byteorder):08X}:"
+                       for a in ("127.0.0.1", address))
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        return sum(line[1] == f"{here}{self.port:04X}" and line[2].startswith(there)
+                   and line[3] == "01" for line in lines)
+
+    def load_end(self, process):
+        """Awaits its end and returns what it counted."""
         try:
             out, error = process.communicate(timeout=SECONDS + 200)
         except subprocess.TimeoutExpired:
@@ -369,7 +417,12 @@ class Proxy:
             kill(process)
         if process.returncode:
             raise Failure(f"{error.strip()}; {self.last_words()}")
-        r = {key: float(value) for key, value in (word.split("=") for word in out.split())}
+        return {key: float(value) for key, value in
+                (word.split("=") for word in out.splitlines()[-1].split())}
+
+    def load(self, *args):
+        """Runs the load and returns what it counted."""
+        r = self.load_end(self.load_start("-t", SECONDS, *args))
         if not r["count"] + r["bytes"]:
             raise Failure("nothing came through")
         return r
@@ -415,13 +468,61 @@ def echo(name, size, resting=0):
     return measure
 
 
-def storm(proxy):
+def beside_full(proxy):
     """How long an echo takes while others make one full handshake after the other."""
     others = proxy.load_start("-t", SECONDS + 2, "-c", 4, "connect")
     try:
-        return {"storm-p99": proxy.load("-c", 4, "echo")["p99"]}
+        return {"beside-full-p99": proxy.load("-c", 4, "echo")["p99"]}
     finally:
         kill(others)
+
+
+def storm(name, n, patience, *args):
+    """All come at once, to a slow CPU, with less patience than all their handshakes take."""
+    def measure(proxy):
+        r = proxy.load(*args, "-c", 1, "connect")
+        cost = n * r["cpu"] / r["count"]
+        share = proxy.slow()
+        limit = 4 * cost / share
+        patient = max(0.1, patience * cost / share)     # a slow CPU's turn comes every 20 ms
+        r = proxy.load_end(proxy.load_start(*args, "-t", limit, "-c", n, "-T", patient, "storm"))
+        return {f"{name}-goodput": r["count"] / n * cost / r["cpu"], f"{name}-up": r["count"],
+                f"{name}-attempts": r["cut"] + r["count"],
+                f"{name}-time": r["seconds"] * share / cost}
+    return measure
+
+
+STORMS = {f"storm-{n}{f'-{patience:.3g}' if len(PATIENCE) > 1 else ''}{kind}":
+          (f"{n}{f', patience {patience:.3g}' if len(PATIENCE) > 1 else ''}{text}",
+           (n, patience, *args))
+          for n in STORM for patience in PATIENCE for kind, text, args in [
+              ("", "", ["-m", "-a", "127.1.0.1"]), ("-one", ", of one address", []),
+              ("-resumed", ", resumed", ["-R", "-m", "-a", "127.1.0.1"])]}
+
+
+def pressure(name, slow, *args):
+    """How long newcomers take to get in beside others, and how many of these are cut off."""
+    def measure(proxy):
+        if slow:
+            proxy.slow()
+        others = proxy.load_start("-t", 1000, "-k", "-a", "127.0.0.2", *args)
+        try:
+            if others.stdout.readline() != "open\n":
+                raise Failure(others.stderr.read().strip())
+            time.sleep(1)
+            r = proxy.load_end(proxy.load_start("-t", 5 * SECONDS, "-k", "connect"))
+            return {f"{name}-p50": r["p50"] / 1000, f"{name}-worst": r["worst"] / 1000,
+                    f"{name}-cut": int(args[1]) - proxy.clients("127.0.0.2")}
+        finally:
+            kill(others)
+    return measure
+
+
+PRESSURES = {
+    "pieces": (f"{PRESSURE} uploads in pieces", False, "-c", PRESSURE, "pieces"),
+    "stuck": (f"{PRESSURE} who read nothing", False, "-c", PRESSURE, "stuck"),
+    "slow-down": ("30 downloads, slow CPU", True, "-c", 30, "down"),
+}
 
 
 def bulk(name):
@@ -451,11 +552,13 @@ ALL_MEASURES = {
     "down": bulk("down"),
     "full": connect("full"),
     "resumed": connect("resumed", "-R"),
-    "storm": storm,
+    "beside-full": beside_full,
+    **{name: storm(name, *args) for name, (_, args) in STORMS.items()},
+    **{name: pressure(name, *args) for name, (_, *args) in PRESSURES.items()},
 }
 ONCE = ["idle", "memory"]       # they do not vary
-MEASURES = option("MEASURES", ["echo-64", "echo-16384", "full", "resumed"] if EMULATE else
-                  list(ALL_MEASURES))
+MEASURES = option("MEASURES", ["echo-64", "echo-16384", "full", "resumed", *STORMS, *PRESSURES]
+                  if EMULATE else list(ALL_MEASURES))
 
 # Rows of the table: key, label, decimals, whether less is better, and the goal: an absolute one
 # (MAX), a factor to the best of the others (BEST), or to our own echo without any at rest (OWN).
@@ -480,7 +583,15 @@ ROWS = [
     ("full-rate", "full handshakes / s", 0, False, None),
     ("resumed-rate", "resumed handshakes / s", 0, False, None),
     ("echo-64-p99", "echo of 64 B, us at 99 %", 0, True, None),
-    ("storm-p99", "  beside full handshakes", 0, True, None),
+    ("beside-full-p99", "  beside full handshakes", 0, True, None),
+    *[row for key, (text, _) in STORMS.items() for row in [
+        (f"{key}-goodput", f"storm of {text}, goodput", 2, False, (0.9, MAX)),
+        (f"{key}-up", "  who got in", 0, False, None),
+        (f"{key}-time", "  time that it took, of all their handshakes'", 2, True, None)]],
+    *[row for key, (text, *_) in PRESSURES.items() for row in [
+        (f"{key}-p50", f"newcomer, ms: {text}", 1, True, None),
+        (f"{key}-worst", "  the worst", 0, True, None),
+        (f"{key}-cut", "  of the others, cut off", 0, True, None)]],
 ]
 
 

@@ -5,6 +5,10 @@
  *     load [options] -p port up        each client sends frames without end
  *     load [options] -p port down      each client reads frames without end
  *     load [options] -p port connect   each client connects, upgrades, closes, connects again
+ *     load [options] -p port storm     all clients come at once, each gives up when its patience is
+ *                                      over and comes again; ends once all are in
+ *     load [options] -p port pieces    each client sends records of 16 KB, a piece now and then
+ *     load [options] -p port stuck     each client takes nothing of a download
  *     load [options] -p port hold N... has N sessions that rest after one message, says when they
  *                                      do, awaits a line of its input, goes on to the next N
  *
@@ -14,13 +18,17 @@
  *     -t seconds      to measure (1), after a tenth of it, at least 0.1 s, to warm up
  *     -w seconds      to wait before that, once sessions rest (0)
  *     -R              sessions are resumed, but for the first
+ *     -k              a connection that ends is counted (cut), and those of `connect` come again;
+ *                     a line `open` says when all are there
+ *     -T seconds      the patience of a storm
+ *     -a address      to connect from; -m: each client has the next one
  *     -C suite        OpenSSL's name of the one cipher suite (ECDHE-ECDSA-AES128-GCM-SHA256)
  *     -P pid,...      processes whose CPU time is counted
  *
  * The one line of the result is key=value: count (of messages or connections), bytes (of bulk),
  * seconds, cpu (seconds of the processes of -P, user and kernel), full (handshakes that were not
- * resumed although -R asked for it), p50 and p99 (microseconds of a round trip, or from connect to
- * 101).
+ * resumed although -R asked for it), cut (connections that ended, or were given up), p50, p99 and
+ * worst (microseconds of a round trip, or from connect to 101, or so far when that has not come).
  *
  * Anything that goes otherwise than it should ends the program with 1: an echo that is not what was
  * sent, another suite, a connection that ends. */
@@ -30,6 +38,7 @@
 #include <netinet/tcp.h>
 #include <openssl/err.h>
 #include <openssl/ssl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -46,14 +55,16 @@ enum {
 	BULK_FRAME = 65536,
 	BULK_ROUNDS = 8,        /* records in a row, so that no client holds the loop */
 	OPENING_MAX = 16,       /* connections that are being opened at a time */
-	LATENCY_MAX = 1000000,  /* microseconds; longer ones count as this */
+	PIECE = 900,            /* bytes, and their pace: 3.6 KB/s */
+	PIECE_MS = 250,
+	TICK_MS = 10,           /* how often a client looks whether its time has come */
 	PIDS_MAX = 64,
 };
 
-enum role { ECHO, UP, DOWN, CONNECT, REST };
+enum role { ECHO, UP, DOWN, CONNECT, REST, STORM, PIECES, STUCK };
 
 /* The steps of a connection; each goes on to the next one, or around in its last. */
-enum step { TCP, TLS, REQUEST, RESPONSE, SEND, RECV, SILENT };
+enum step { TCP, TLS, REQUEST, RESPONSE, SEND, RECV, SILENT, HELD, GONE };
 
 struct conn {
 	struct conn *next;      /* of all */
@@ -63,7 +74,9 @@ struct conn {
 	enum role role;
 	enum step step;
 	unsigned events;        /* what epoll tells of it */
-	uint64_t since;         /* ns: start of the round trip, or of the connection */
+	uint64_t since;         /* ns: start of the round trip, or of the connection; when the next
+	                         * piece is due, or who is GONE comes again */
+	in_addr_t source;       /* 0: any */
 	size_t at;              /* progress of the step, in bytes */
 	uint32_t tail;          /* the last four bytes of a response so far */
 	uint64_t serial;        /* of the message */
@@ -73,8 +86,9 @@ static struct {
 	enum role role;
 	unsigned clients, resting;
 	size_t size;
-	double seconds, settle;
-	int resume;
+	double seconds, settle, patience;
+	int resume, lenient, many;
+	in_addr_t source;
 	const char *suite;
 	in_port_t port;
 	clockid_t pid[PIDS_MAX];
@@ -88,8 +102,10 @@ static unsigned opening;        /* connections before SEND */
 static unsigned silent;         /* sessions that rest */
 static struct conn *conns, *waiting;
 static int measuring;
-static uint64_t count, bytes, full;
-static uint32_t latency[LATENCY_MAX + 1];
+static unsigned up;             /* of a storm */
+static uint64_t count, bytes, full, cut, tick;
+static uint32_t *latency;       /* microseconds */
+static size_t latencies;
 static unsigned char request[512], scratch[65536];
 static size_t request_len;
 static unsigned char payload[MESSAGE_MAX], message[MESSAGE_MAX + 14], bulk[14 + BULK_FRAME];
@@ -194,6 +210,15 @@ static void message_start(struct conn *c)
 	c->step = SEND;
 }
 
+static void latency_add(uint64_t since)
+{
+	if ((latencies & (latencies - 1)) == 0)
+		latency = realloc(latency, (latencies ? 2 * latencies : 1) * sizeof *latency);
+	if (!latency)
+		die("out of memory");
+	latency[latencies++] = (uint32_t)((clock_ns(CLOCK_MONOTONIC) - since) / 1000);
+}
+
 /* Connections. */
 
 static void conn_watch(struct conn *c, unsigned events)
@@ -207,17 +232,39 @@ static void conn_watch(struct conn *c, unsigned events)
 	c->events = events;
 }
 
+static void conn_opened(void);
+
+/* A connection has ended, or was given up. */
+static void conn_lost(struct conn *c)
+{
+	uint64_t now = clock_ns(CLOCK_MONOTONIC);
+
+	if (c->role == CONNECT && measuring)
+		latency_add(c->since);
+	if (c->step < SEND)
+		conn_opened();
+	SSL_free(c->ssl);
+	c->ssl = NULL;
+	close(c->fd);
+	cut++;
+	c->step = GONE;
+	c->since = now + (c->role != STORM ? 0 :
+		(uint64_t)(opt.patience * 1e9 * (.2 + .8 * (double)rand() / RAND_MAX)));
+}
+
 /* What to do after an SSL call that did not go through: wait for what it says. */
 static void conn_wait(struct conn *c, int result)
 {
 	static const char *const steps[] = { "connect", "handshake", "request", "response", "send",
-		"receive", "silence" };
+		"receive", "silence", "hold" };
 	int error = SSL_get_error(c->ssl, result);
 
 	if (error == SSL_ERROR_WANT_READ)
 		conn_watch(c, EPOLLIN);
 	else if (error == SSL_ERROR_WANT_WRITE)
 		conn_watch(c, EPOLLOUT);
+	else if (opt.lenient)
+		conn_lost(c);
 	else
 		die("a connection ended in its %s: %s", steps[c->step],
 			errno ? strerror(errno) : "EOF");
@@ -243,9 +290,10 @@ static void conn_open(struct conn *c)
 {
 	struct sockaddr_in sa = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
 		.sin_port = htons(opt.port) };
+	struct sockaddr_in own = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(c->source) };
 	int one = 1;
 
-	if (opening == OPENING_MAX && c->role != CONNECT) {
+	if (opening == OPENING_MAX && c->role != CONNECT && c->role != STORM) {
 		c->waiting = waiting;
 		waiting = c;
 		return;
@@ -259,6 +307,9 @@ static void conn_open(struct conn *c)
 	if (c->fd < 0)
 		die("socket: %s", strerror(errno));
 	setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	setsockopt(c->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
+	if (c->source && bind(c->fd, (struct sockaddr *)&own, sizeof own) < 0)
+		die("bind: %s", strerror(errno));
 	if (connect(c->fd, (struct sockaddr *)&sa, sizeof sa) < 0 && errno != EINPROGRESS)
 		die("connect: %s", strerror(errno));
 	conn_watch(c, EPOLLOUT);
@@ -275,21 +326,18 @@ static void conn_opened(void)
 	}
 }
 
-static void latency_add(uint64_t since)
-{
-	uint64_t us = (clock_ns(CLOCK_MONOTONIC) - since) / 1000;
-
-	latency[us < LATENCY_MAX ? us : LATENCY_MAX]++;
-}
-
 static int tcp_step(struct conn *c)
 {
 	int error = 0;
 	socklen_t len = sizeof error;
 
 	getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &len);
-	if (error)
+	if (error && !opt.lenient)
 		die("connect: %s", strerror(error));
+	if (error) {
+		conn_lost(c);
+		return 0;
+	}
 	c->ssl = SSL_new(tls);
 	if (!c->ssl || !SSL_set_fd(c->ssl, c->fd) || !SSL_set_tlsext_host_name(c->ssl, "localhost"))
 		die("SSL_new");
@@ -338,6 +386,21 @@ static int request_step(struct conn *c)
 	return 1;
 }
 
+/* It is in, and stays: of a storm until its end, others with a record that has begun, or bytes that
+ * they do not take. */
+static int conn_hold(struct conn *c)
+{
+	c->step = HELD;
+	if (c->role == STORM) {
+		latency_add(c->since);
+		up++;
+	}
+	if (c->role == PIECES)
+		SSL_set0_wbio(c->ssl, BIO_new(BIO_s_mem()));
+	conn_watch(c, EPOLLRDHUP);
+	return 0;
+}
+
 /* Reads the answer's head a byte at a time, for what follows it is counted elsewhere. OpenSSL has
  * the record, so that costs no system call. Then the session rests, or waits for the others. */
 static int response_step(struct conn *c)
@@ -347,12 +410,18 @@ static int response_step(struct conn *c)
 	int n;
 
 	while ((n = SSL_read(c->ssl, &b, 1)) > 0) {
-		if (c->at < sizeof status - 1 && b != status[c->at++])
-			die("the answer to an upgrade is not 101");
+		if (c->at < sizeof status - 1 && b != status[c->at++]) {
+			if (!opt.lenient)
+				die("the answer to an upgrade is not 101");
+			conn_lost(c);
+			return 0;
+		}
 		c->tail = c->tail << 8 | (unsigned char)b;
 		if (c->tail == 0x0d0a0d0a) {
 			c->at = 0;
 			conn_opened();
+			if (c->role >= STORM)
+				return conn_hold(c);
 			if (c->role == ECHO || c->role == REST)
 				message_start(c);
 			else
@@ -464,11 +533,63 @@ static int silent_step(struct conn *c)
 	die("a session that rests has got something: %d", SSL_read(c->ssl, scratch, 1));
 }
 
+static int held_step(struct conn *c)
+{
+	up -= c->role == STORM;
+	conn_lost(c);
+	return 0;
+}
+
+static int gone_step(struct conn *c)
+{
+	(void)c;
+	return 0;
+}
+
+/* A part of a record of the largest size. */
+static void piece_send(struct conn *c, uint64_t now)
+{
+	BIO *out = SSL_get_wbio(c->ssl);
+	size_t left = sizeof bulk - c->at, n = left < 16384 ? left : 16384;
+	unsigned char piece[PIECE];
+
+	c->since = now + (uint64_t)PIECE_MS * 1000000;
+	if (BIO_pending(out) < PIECE) {
+		SSL_write(c->ssl, bulk + c->at, (int)n);
+		c->at = (c->at + n) % sizeof bulk;
+	}
+	n = (size_t)BIO_read(out, piece, PIECE);
+	if (send(c->fd, piece, n, MSG_NOSIGNAL) != (ssize_t)n)
+		conn_lost(c);
+}
+
+/* What is done at a time, not at an event. */
+static void conn_tick(struct conn *c, uint64_t now)
+{
+	if (c->step == GONE && (c->role == STORM || c->role == CONNECT) && now >= c->since)
+		conn_open(c);
+	else if (c->role == STORM && c->step < SEND && now - c->since > opt.patience * 1e9)
+		conn_lost(c);
+	else if (c->role == PIECES && c->step == HELD && now >= c->since)
+		piece_send(c, now);
+}
+
+static void conns_tick(uint64_t now)
+{
+	struct conn *c;
+
+	if (!opt.lenient || now < tick)
+		return;
+	tick = now + (uint64_t)TICK_MS * 1000000;
+	for (c = conns; c; c = c->next)
+		conn_tick(c, now);
+}
+
 /* Steps a connection until it waits. */
 static void conn_run(struct conn *c)
 {
 	static int (*const steps[])(struct conn *) = { tcp_step, tls_step, request_step,
-		response_step, send_step, recv_step, silent_step };
+		response_step, send_step, recv_step, silent_step, held_step, gone_step };
 
 	errno = 0;
 	ERR_clear_error();
@@ -484,6 +605,8 @@ static void conns_open(unsigned n, enum role role)
 		if (!c)
 			die("out of memory");
 		c->role = role;
+		c->source = opt.source;
+		opt.source += opt.source && opt.many;
 		c->next = conns;
 		conns = c;
 		conn_open(c);
@@ -505,26 +628,63 @@ static void run(double seconds, const unsigned *what, unsigned value)
 	int i, n;
 
 	while ((!what || *what != value) && (now = clock_ns(CLOCK_MONOTONIC)) < end) {
-		n = epoll_wait(epoll_fd, events, 64, (int)((end - now) / 1000000 + 1));
+		n = epoll_wait(epoll_fd, events, 64,
+			opt.lenient ? TICK_MS : (int)((end - now) / 1000000 + 1));
 		if (n < 0 && errno != EINTR)
 			die("epoll_wait: %s", strerror(errno));
 		for (i = 0; i < n; i++)
 			conn_run(events[i].data.ptr);
+		conns_tick(clock_ns(CLOCK_MONOTONIC));
 	}
-	if (what && *what != value)
+	if (what && *what != value && !opt.lenient)
 		die("waited too long for sessions to open");
 }
 
-static unsigned latency_at(double share)
+static int latency_compare(const void *a, const void *b)
 {
-	uint64_t sum = 0, all = 0;
-	unsigned i;
+	uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
 
-	for (i = 0; i <= LATENCY_MAX; i++)
-		all += latency[i];
-	for (i = 0; i < LATENCY_MAX && (double)(sum += latency[i]) < share * (double)all; i++)
-		;
-	return i;
+	return (x > y) - (x < y);
+}
+
+static uint32_t latency_at(double share)
+{
+	size_t i = (size_t)(share * (double)latencies);
+
+	return latencies == 0 ? 0 : latency[i < latencies ? i : latencies - 1];
+}
+
+/* The line of the result, of what was since then. */
+static void result(uint64_t began, uint64_t cpu)
+{
+	struct conn *c;
+
+	cpu = cpu_ns() - cpu;
+	began = clock_ns(CLOCK_MONOTONIC) - began;
+	for (c = conns; c && opt.lenient; c = c->next)
+		if ((c->role == CONNECT || c->role == STORM) && c->step < SEND)
+			latency_add(c->since);
+	qsort(latency, latencies, sizeof *latency, latency_compare);
+	printf("count=%llu bytes=%llu seconds=%.4f cpu=%.6f full=%llu cut=%llu p50=%u p99=%u "
+		"worst=%u\n", (unsigned long long)count, (unsigned long long)bytes,
+		(double)began / 1e9, (double)cpu / 1e9, (unsigned long long)full,
+		(unsigned long long)cut, latency_at(.5), latency_at(.99), latency_at(1));
+}
+
+/* The first one comes alone, for -R. */
+static void storm(void)
+{
+	uint64_t began, cpu;
+
+	conns_open(1, REST);
+	run(30, &silent, 1);
+	measuring = 1;
+	began = clock_ns(CLOCK_MONOTONIC);
+	cpu = cpu_ns();
+	conns_open(opt.clients, STORM);
+	run(opt.seconds, &up, opt.clients);
+	count = up;
+	result(began, cpu);
 }
 
 static void measure(void)
@@ -539,19 +699,19 @@ static void measure(void)
 		run(30, &opening, 0);
 		run(opt.settle, NULL, 0);
 	}
+	if (opt.lenient) {
+		printf("open\n");
+		fflush(stdout);
+	}
 	for (c = conns; c && opt.role != CONNECT; c = c->next)
-		if (c->role == opt.role)
+		if (c->role == opt.role && c->step != HELD)
 			conn_run(c);
 	run(opt.seconds < 1 ? 0.1 : opt.seconds / 10, NULL, 0);
 	measuring = 1;
 	began = clock_ns(CLOCK_MONOTONIC);
 	cpu = cpu_ns();
 	run(opt.seconds, NULL, 0);
-	cpu = cpu_ns() - cpu;
-	began = clock_ns(CLOCK_MONOTONIC) - began;
-	printf("count=%llu bytes=%llu seconds=%.4f cpu=%.6f full=%llu p50=%u p99=%u\n",
-		(unsigned long long)count, (unsigned long long)bytes, (double)began / 1e9,
-		(double)cpu / 1e9, (unsigned long long)full, latency_at(.5), latency_at(.99));
+	result(began, cpu);
 }
 
 static void hold(int n, char **counts)
@@ -598,7 +758,8 @@ static void tls_init(void)
 
 static void messages_init(void)
 {
-	static const char *const paths[] = { "/echo", "/sink", "/source", "/echo", "/echo" };
+	static const char *const paths[] = { "/echo", "/sink", "/source", "/echo", "/echo",
+		"/echo", "/sink", "/source" };
 	size_t at;
 
 	memset(payload, 'm', sizeof payload);
@@ -613,22 +774,29 @@ static void messages_init(void)
 
 static _Noreturn void usage(void)
 {
-	fprintf(stderr, "usage: load [-R] [-c clients] [-r resting] [-s size] [-t seconds]\n"
-		"\t[-w seconds] [-C suite] [-P pids] -p port echo|up|down|connect|hold [n...]\n");
+	fprintf(stderr, "usage: load [-Rkm] [-a address] [-c clients] [-r resting] [-s size]\n"
+		"\t[-t seconds] [-w seconds] [-T patience] [-C suite] [-P pids] -p port\n"
+		"\techo|up|down|connect|storm|pieces|stuck|hold [n...]\n");
 	exit(2);
 }
 
 static void arguments(int argc, char **argv)
 {
-	static const char *const roles[] = { "echo", "up", "down", "connect", "hold" };
+	static const char *const roles[] = { "echo", "up", "down", "connect", "hold", "storm",
+		"pieces", "stuck" };
+	const unsigned n = sizeof roles / sizeof *roles;
 	unsigned i;
 	int o;
 
-	while ((o = getopt(argc, argv, "C:P:Rc:p:r:s:t:w:")) != -1)
+	while ((o = getopt(argc, argv, "C:P:RT:a:c:kmp:r:s:t:w:")) != -1)
 		switch (o) {
 		case 'C': opt.suite = optarg; break;
 		case 'P': pids_parse(optarg); break;
 		case 'R': opt.resume = 1; break;
+		case 'T': opt.patience = atof(optarg); break;
+		case 'a': opt.source = ntohl(inet_addr(optarg)); break;
+		case 'k': opt.lenient = 1; break;
+		case 'm': opt.many = 1; break;
 		case 'c': opt.clients = (unsigned)atoi(optarg); break;
 		case 'p': opt.port = (in_port_t)atoi(optarg); break;
 		case 'r': opt.resting = (unsigned)atoi(optarg); break;
@@ -637,13 +805,14 @@ static void arguments(int argc, char **argv)
 		case 'w': opt.settle = atof(optarg); break;
 		default: usage();
 		}
-	for (i = 0; optind < argc && i < 5 && strcmp(argv[optind], roles[i]) != 0; i++)
+	for (i = 0; optind < argc && i < n && strcmp(argv[optind], roles[i]) != 0; i++)
 		;
-	if (optind == argc || i == 5 || opt.port == 0)
+	if (optind == argc || i == n || opt.port == 0)
 		usage();
 	if (opt.size == 0 || opt.size > MESSAGE_MAX - 8 || opt.clients == 0)
 		usage();
 	opt.role = (enum role)i;
+	opt.lenient |= opt.role >= STORM;
 }
 
 int main(int argc, char **argv)
@@ -660,7 +829,10 @@ int main(int argc, char **argv)
 		die("epoll_create1: %s", strerror(errno));
 	tls_init();
 	messages_init();
-	if (opt.role == REST)
+	signal(SIGPIPE, SIG_IGN);
+	if (opt.role == STORM)
+		storm();
+	else if (opt.role == REST)
 		hold(argc - optind - 1, argv + optind + 1);
 	else
 		measure();
