@@ -5881,14 +5881,14 @@ static void sessions_epoll(void)
 	}
 }
 
-/* All that were given what they waited for, after one handshake step. */
+/* All that were given what they waited for, after one handshake step. Of those that have not begun,
+ * the last to come is the first, for the others are nearer to giving up. */
 static void sessions_turn(void)
 {
-	const struct link *turn = &turns[link_alone(&turns[0])];
-	struct link *l;
+	const int begun = !link_alone(&turns[0]);
+	struct link *l = begun ? turns[0].next : turns[1].prev;
 
-	if (!link_alone(turn)) {
-		l = turn->next;
+	if (l != &turns[1]) {
 		link_drop(l);
 		session_run(OWNER(l, struct session, wait), 0);
 	}
