@@ -100,7 +100,7 @@ static const int check_accept = 1;
  * No memory is taken after start; wssproxy -t prints the sum. What the kernel holds comes on top:
  * of each connection 64 KB that are not on their way yet, and what has come in and waits. */
 #define max_sessions    512
-#define max_busy        64
+#define max_busy        8
 
 /* Sessions of one address, 0: no limit. IPv6 addresses with the same source_bits6 (1 to 64) in front
  * count as one. Sites have a /56 or a /48 as well, which is 256 or 65536 of /64: with 64, four of
