@@ -106,10 +106,12 @@ enum {
 	FIRST_RECORD = 1400,    /* bytes of the first record after a rest: they fit one segment */
 	STALL_BYTES = 16384,    /* within stall_ms: what a buffer holds; less is no progress */
 	FLOOD_RECORDS = 1000,   /* records in a row without application data */
-	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace */
+	DISPLACE_LOOK = 64,     /* unfinished sessions looked at to find the one to displace, */
+	DISPLACE_MS = 1000,     /* which has had so long for what it has yet to say */
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
 	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory, */
 	POLL_PAUSE_MS = 50,     /* and poll */
+	KNOCK_MS = 100,         /* until those who found no place are looked at again */
 	FULL_PAUSE_MS = 10000,  /* between two lines `full` */
 	REDIAL_MS = 20,         /* until sessions that could not dial yet look again */
 	LOG_LINE = 1024,
@@ -160,6 +162,7 @@ enum {
 	Q_RESOLVE,              /* backends whose name is to be tried again */
 	Q_CHECK,                /* backends whose next active check is due */
 	Q_REDIAL,               /* sessions that could not dial yet, instead of Q_STALL */
+	Q_YOUNG,                /* sessions that have yet to ask; those that are due may be displaced */
 	Q_REJECTS,              /* the second in which lines `reject` are counted */
 	QUEUES
 };
@@ -208,7 +211,6 @@ struct source {
 	struct source *next;    /* of the free list, or of its bucket */
 	unsigned char key[9];   /* IPv4 address, or the front of an IPv6 one; family */
 	unsigned sessions;
-	unsigned young;         /* those in HANDSHAKE or HEAD */
 	unsigned shelves;       /* lent to them */
 };
 
@@ -361,7 +363,6 @@ struct session {
 	uint8_t state, why, by; /* enum state, why, party */
 	uint8_t kind;           /* enum listener_kind */
 	uint8_t plain;          /* 1: no TLS with the client */
-	uint8_t young;          /* 1: counted in source->young */
 	uint8_t opened;         /* 1: has its line `open` in the log */
 	uint8_t rejected;       /* 1: has its line `reject` */
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
@@ -397,6 +398,7 @@ struct session {
 	struct timer timer;     /* the state's */
 	struct timer park;
 	struct timer stall;
+	struct timer place;     /* in Q_YOUNG, by its last step forward */
 	struct policy policy;
 	br_ssl_server_context tls;
 	uint8_t tls_made;       /* 1: the slot's context is set up; survives the session */
@@ -460,11 +462,11 @@ static struct link runnable;    /* sessions that were given what they waited for
 static struct pollfd fds[FD_SESSIONS + 2 * max_sessions];
 static struct session *awake[max_sessions];
 static unsigned awake_len;
-static unsigned crowds;         /* sources with more than one young session */
 static int epoll_fd = -1, log_fd = STDERR_FILENO;
 static int log_syslog;          /* 1: log_fd is the socket of the syslog daemon */
 static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
-static uint64_t accept_after;   /* listeners rest until then */
+static uint64_t accept_after;   /* listeners rest until then, */
+static uint64_t knock_after;    /* and while there is no place until then */
 static uint64_t drain_until;    /* 0: not draining */
 static uint32_t last_id;
 static struct {
@@ -2979,6 +2981,21 @@ static void shelf_attach(struct session *s, void *item)
 	s->source->shelves++;
 }
 
+/* Has yet to ask something. */
+static int is_young(const struct session *s)
+{
+	return s->state == HANDSHAKE || s->state == HEAD;
+}
+
+/* It may keep its place for a while. */
+static void place_start(struct session *s)
+{
+	if (is_young(s))
+		timer_start(&queues[Q_YOUNG], &s->place);
+	else
+		link_drop(&s->place.link);
+}
+
 /* 0: s waits for an item, and will be run when it has one. */
 static int session_borrow(struct session *s, struct pool *p)
 {
@@ -3646,6 +3663,7 @@ static int tls_start(struct session *s)
 {
 	if (!s->tls_made && !tls_make(s))
 		return 0;
+	place_start(s);
 	leg_start(s, &s->client, &s->tls.eng);
 	hello_note(s);
 	s->policy.vtable = &policy_class;
@@ -5247,25 +5265,6 @@ static int is_watched(const struct session *s)
 	return s->state <= RESPONSE && !(s->state == RESPONSE && s->up_left > 0);
 }
 
-static int is_young(const struct session *s)
-{
-	return s->state == HANDSHAKE || s->state == HEAD;
-}
-
-/* Keeps the count of young sessions of an address, and of the addresses that have a crowd. */
-static void session_age(struct session *s, int young)
-{
-	struct source *o = s->source;
-
-	if (s->young == young)
-		return;
-	s->young = (uint8_t)young;
-	if (young)
-		crowds += ++o->young == 2;
-	else
-		crowds -= o->young-- == 2;
-}
-
 /* The state's time begins, or begins anew. */
 static void state_timer_start(struct session *s)
 {
@@ -5279,7 +5278,7 @@ static void state_timer_start(struct session *s)
 static void session_enter(struct session *s, enum state state)
 {
 	s->state = (uint8_t)state;
-	session_age(s, is_young(s));
+	place_start(s);
 	state_timer_start(s);
 	s->moved = 1;
 }
@@ -5342,12 +5341,12 @@ static void session_close(struct session *s)
 	records_return(s);
 	shelf_return(s);
 	note_return(s);
-	session_age(s, 0);
 	source_release(s->source, &s->peer);
 	link_drop(&s->wait);
 	link_drop(&s->timer.link);
 	link_drop(&s->park.link);
 	link_drop(&s->stall.link);
+	link_drop(&s->place.link);
 	if (s->slot >= 0)
 		session_unslot(s);
 	s->state = FREE;
@@ -5595,6 +5594,7 @@ static void session_open(int fd, const struct address *peer, enum listener_kind 
 	link_init(&s->timer.link);
 	link_init(&s->park.link);
 	link_init(&s->stall.link);
+	link_init(&s->place.link);
 	session_enter(s, s->plain ? HEAD : HANDSHAKE);
 	session_wake(s);
 	session_watch(s);
@@ -5639,54 +5639,54 @@ static void session_park(struct session *s)
 
 /* ---- the loop ---- */
 
-/* The young session to displace when the table is full: of the oldest few, one from the address
- * that has most of them, if that is more than `than`. */
-static struct session *displace_find(unsigned than)
+/* Who gives its place to a newcomer when the table is full: of those that have yet to ask, and wait
+ * for nothing of ours, the one that has kept us waiting longest; NULL: nobody, for long enough.
+ * Everybody has DISPLACE_MS from the accept for a ClientHello, from that for the rest of TLS, and
+ * then for the request's head. Each takes an honest client one round trip, so with one of 300 ms it
+ * can lose a segment, too. Without that time, those accepted in one turn would displace each other,
+ * and of 50 newcomers at the last place none would ever finish. Connections of which nothing comes,
+ * of one address or of 1000, are so displaced at max_sessions each second, in order of arrival: a
+ * newcomer has to wait for those before it in the backlog (4096: 8 s), who says a byte now and then
+ * gains nothing by it, and what keeps a place longer has cost a handshake. */
+static struct session *displace_find(void)
 {
-	static const enum state young[] = { HANDSHAKE, HEAD };
-	struct session *worst = NULL;
-	unsigned i;
+	const struct link *list = &queues[Q_YOUNG].list, *l = list->next;
+	unsigned looked;
 
-	for (i = 0; i < LENGTH(young); i++) {
-		const struct link *list = &queues[young[i]].list, *l = list->next;
-		int looked;
+	for (looked = 0; l != list && looked < DISPLACE_LOOK; looked++, l = l->next) {
+		struct session *s = OWNER(l, struct session, place.link);
 
-		for (looked = 0; l != list && looked < DISPLACE_LOOK; looked++, l = l->next) {
-			struct session *s = OWNER(l, struct session, timer.link);
-
-			if (s->source->young > than) {
-				than = s->source->young;
-				worst = s;
-			}
-		}
+		if (s->place.due > now)
+			break;
+		if (link_alone(&s->wait))
+			return s;
 	}
-	return worst;
+	return NULL;
 }
 
-/* A connection to open a session for, or to turn away. */
+/* Whether there is a place for a newcomer, or somebody who makes room. */
+static int place_find(void)
+{
+	return !pool_empty(&session_pool) || displace_find();
+}
+
+/* A connection to open a session for, or to turn away, which costs nobody a place. */
 static void listener_take(int fd, const struct address *peer, enum listener_kind kind)
 {
 	const struct source *o = source_find(peer);
-	enum why why = WHY_NONE;
+	struct session *s;
 
 	if (max_per_ip > 0 && o && o->sessions >= max_per_ip) {
-		why = WHY_PER_IP;
-	} else if (pool_empty(&session_pool)) {
-		struct session *s = displace_find(o ? o->young : 0);
-
-		if (s) {
-			session_end(s, BY_PROXY, WHY_DISPLACED);
-			session_close(s);
-		} else {
-			why = WHY_DISPLACED;
-		}
-	}
-	if (why == WHY_NONE) {
-		session_open(fd, peer, kind);
-	} else {
-		log_reject(peer, 0, why, "");
+		log_reject(peer, 0, WHY_PER_IP, "");
 		close(fd);
+		return;
 	}
+	s = pool_empty(&session_pool) ? displace_find() : NULL;
+	if (s) {
+		session_end(s, BY_PROXY, WHY_DISPLACED);
+		session_close(s);
+	}
+	session_open(fd, peer, kind);
 }
 
 static void listener_event(unsigned i)
@@ -5696,7 +5696,9 @@ static void listener_event(unsigned i)
 	socklen_t len;
 	int fd, n;
 
-	for (n = 0; n < ACCEPTS && (!pool_empty(&session_pool) || crowds > 0); n++) {
+	if (pool_empty(&session_pool))
+		knock_after = now + KNOCK_MS;
+	for (n = 0; n < ACCEPTS && place_find(); n++) {
 		len = sizeof ss;
 		fd = accept4(fds[FD_LISTEN + i].fd, (struct sockaddr *)&ss, &len,
 			SOCK_NONBLOCK | SOCK_CLOEXEC);
@@ -5727,10 +5729,11 @@ static void full_tell(void)
 		session_pool.lent);
 }
 
-/* Listeners are polled only while a connection could be taken. */
+/* Listeners are polled while a connection could be taken, and without a place now and then, to see
+ * whether somebody wants one. */
 static void listeners_watch(void)
 {
-	int can = accept_after <= now && (!pool_empty(&session_pool) || crowds > 0);
+	int can = accept_after <= now && (knock_after <= now || place_find());
 	unsigned i;
 
 	full_tell();
@@ -5741,23 +5744,23 @@ static void listeners_watch(void)
 /* Milliseconds until the next timer, -1: none. */
 static int timers_next(void)
 {
+	const uint64_t also[] = { accept_after, knock_after, drain_until,
+		!full_said && pool_empty(&session_pool) ? full_after : 0 };
 	uint64_t due = UINT64_MAX;
 	unsigned i;
 
 	for (i = 0; i < QUEUES; i++) {
 		const struct timer *t = OWNER(queues[i].list.next, struct timer, link);
 
-		if (i == Q_STALL && !pool_wanted(&records_pool) && !pool_wanted(&shelf_pool))
+		if (i == Q_YOUNG || (i == Q_STALL && !pool_wanted(&records_pool) &&
+		    !pool_wanted(&shelf_pool)))
 			continue;
 		if (!link_alone(&queues[i].list) && t->due < due)
 			due = t->due;
 	}
-	if (accept_after > now && accept_after < due)
-		due = accept_after;
-	if (drain_until && drain_until < due)
-		due = drain_until;
-	if (!full_said && pool_empty(&session_pool) && full_after < due)
-		due = full_after;
+	for (i = 0; i < LENGTH(also); i++)
+		if (also[i] > now && also[i] < due)
+			due = also[i];
 	return due == UINT64_MAX ? -1 : due <= now ? 0 : due - now > INT_MAX ? INT_MAX :
 		(int)(due - now);
 }
@@ -6060,6 +6063,7 @@ static void tables_init(void)
 		{ EXCHANGE, idle_ms }, { REPLY, linger_ms }, { DRAIN, linger_ms },
 		{ Q_PARK, park_ms }, { Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms },
 		{ Q_CHECK, check_ms }, { Q_REJECTS, 1000 }, { Q_REDIAL, REDIAL_MS },
+		{ Q_YOUNG, DISPLACE_MS },
 	};
 	unsigned i;
 

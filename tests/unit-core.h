@@ -255,6 +255,7 @@ static struct session *session_make(unsigned i)
 	link_init(&s->timer.link);
 	link_init(&s->park.link);
 	link_init(&s->stall.link);
+	link_init(&s->place.link);
 	return s;
 }
 
@@ -387,8 +388,7 @@ static void test_timers_next(void)
 	CHECK_INT(timers_next(), 300);
 	drain_until = now + 200;
 	CHECK_INT(timers_next(), 200);
-	drain_until = now;
-	CHECK_INT(timers_next(), 0);
+	drain_until = now;                              /* the loop is over */
 }
 
 /* ---- pools ---- */
@@ -470,7 +470,7 @@ static void test_shelf_rob(void)
 	CHECK(!s[1]->shelf);
 	for (i = 0; i < COUNT(s); i++) {
 		link_drop(&s[i]->timer.link);
-		session_age(s[i], 0);
+		link_drop(&s[i]->place.link);
 	}
 }
 
@@ -1519,75 +1519,111 @@ static void test_sessions_per_ip(void)
 	CHECK_INT(sessions_of("192.0.2.1"), max_per_ip);
 }
 
-/* A full table: who holds most of the young sessions gives one up. */
-static void test_sessions_displaced(void)
+/* Somebody who finds a place, if need be of one who gives way. */
+static void newcomer_connects(const char *literal)
+{
+	CHECK(place_find());
+	client_connects(literal);
+	CHECK(!client_turned_away());
+	CHECK_INT(sessions_of(literal), 1);
+	CHECK_INT(session_pool.lent, max_sessions);
+}
+
+static void table_fill(void)
 {
 	unsigned i;
 	char literal[24];
 
 	tables_init();
 	log_open_pipe();
-	for (i = 0; i < 11; i++)
-		client_connects(i % 3 == 0 ? "192.0.2.9" : "192.0.2.1");
-	for (; i < max_sessions; i++) {
+	now = accept_after = knock_after = 5000;
+	for (i = 0; i < max_sessions; i++, now++) {
+		CHECK(place_find());
 		sprintf(literal, "198.51.100.%u", i);
 		client_connects(literal);
 	}
-	CHECK(pool_empty(&session_pool));
+	CHECK(!place_find());
 	CHECK_STR(log_read(), "");
-	CHECK_INT(sessions_of("192.0.2.1"), 7);
-	CHECK_INT(sessions_of("192.0.2.9"), 4);
-	client_connects("192.0.2.2");
-	CHECK_INT(sessions_of("192.0.2.1"), 6);
-	CHECK_INT(sessions_of("192.0.2.9"), 4);
-	CHECK_INT(sessions_of("192.0.2.2"), 1);
-	CHECK_INT(session_pool.lent, max_sessions);
-	CHECK_STR(log_read(), "reject client=192.0.2.1:1 status=- why=displaced\n");
-	CHECK(!client_turned_away());
-	client_connects("192.0.2.1");                   /* the crowd itself gains nothing */
+}
+
+/* A full table: the one that has not asked for longest gives way, once it has had its time. */
+static void test_sessions_displaced(void)
+{
+	table_fill();
+	now = 5000 + DISPLACE_MS - 1;
+	CHECK(!place_find());
+	now++;
+	newcomer_connects("192.0.2.1");
+	CHECK_STR(log_read(), "reject client=198.51.100.0:1 status=- why=displaced\n");
+	CHECK(!place_find());                           /* the next came 1 ms later */
+	now++;
+	newcomer_connects("192.0.2.2");
+	CHECK_STR(log_read(), "reject client=198.51.100.1:1 status=- why=displaced\n");
+
+	/* who waits for something of ours does not give way */
+	now++;
+	link_append(&shelf_pool.waiters, &session_of("198.51.100.2")->wait);
+	CHECK(!place_find());
+	now++;
+	newcomer_connects("192.0.2.3");
+	CHECK_STR(log_read(), "reject client=198.51.100.3:1 status=- why=displaced\n");
+
+	/* each step forward gives as long again: to another state, */
+	now += 2;
+	session_enter(session_of("198.51.100.4"), HANDSHAKE);
+	newcomer_connects("192.0.2.4");
+	CHECK_STR(log_read(), "reject client=198.51.100.5:1 status=- why=displaced\n");
+	/* or its ClientHello */
+	now = 5000 + 2 * DISPLACE_MS;
+	place_start(session_of("198.51.100.4"));
+	CHECK_STR(log_read(), "");
+	newcomer_connects("192.0.2.6");
+	CHECK_STR(log_read(), "reject client=198.51.100.6:1 status=- why=displaced\n");
+	CHECK_INT(sessions_of("198.51.100.2") + sessions_of("198.51.100.4"), 2);
+
+	/* nor does who is past its request */
+	rejects_over();
+	session_enter(session_of("198.51.100.7"), RELAY);
+	newcomer_connects("192.0.2.7");
+	CHECK_STR(log_read(), "reject client=198.51.100.8:1 status=- why=displaced\n");
+
+	/* of those at max_per_ip nobody is let in for another */
+	session_of("192.0.2.7")->source->sessions = max_per_ip;
+	CHECK(place_find());
+	client_connects("192.0.2.7");
 	CHECK(client_turned_away());
-	CHECK_INT(sessions_of("192.0.2.1"), 6);
-	CHECK_INT(sessions_of("192.0.2.9"), 4);
-	CHECK_STR(log_read(), "reject client=192.0.2.1:1 status=- why=displaced\n");
-	client_connects("192.0.2.9");                   /* the smaller crowd may take from the larger */
-	CHECK(!client_turned_away());
-	CHECK_INT(sessions_of("192.0.2.1"), 5);
-	CHECK_INT(sessions_of("192.0.2.9"), 5);
-	client_connects("192.0.2.9");
-	CHECK(client_turned_away());
-	CHECK_INT(sessions_of("192.0.2.9"), 5);
+	CHECK_STR(log_read(), "reject client=192.0.2.7:1 status=- why=per-ip\n");
 	CHECK_INT(session_pool.lent, max_sessions);
 }
 
-/* Who is past its request is no one to displace, and without a crowd no one is: then listeners rest. */
+/* Without a place, and nobody who gives way, listeners are looked at now and then. */
 static void test_sessions_full(void)
 {
 	unsigned i;
 	char literal[24];
 
-	tables_init();
-	log_open_pipe();
+	table_fill();
 	for (i = 0; i < max_sessions; i++) {
-		sprintf(literal, "198.51.100.%u", i / 2);
-		client_connects(literal);
-		listeners_watch();
-		CHECK_INT(fds[FD_LISTEN].events, POLLIN);
-	}
-	for (i = 0; i < max_sessions; i += 2) {
-		CHECK(crowds > 0);
-		listeners_watch();
-		CHECK_INT(fds[FD_LISTEN].events, POLLIN);
-		sprintf(literal, "198.51.100.%u", i / 2);
+		sprintf(literal, "198.51.100.%u", i);
 		session_enter(session_of(literal), RELAY);
 	}
-	CHECK_INT(crowds, 0);
-	listeners_watch();
-	CHECK_INT(fds[FD_LISTEN].events, 0);
-	session_close(session_of("198.51.100.1"));
+	now += 10 * DISPLACE_MS;
+	CHECK(!place_find());
 	listeners_watch();
 	CHECK_INT(fds[FD_LISTEN].events, POLLIN);
-	now = 1000;
-	accept_after = 1001;                            /* after EMFILE */
+	full_said = 1;
+	listener_event(0);                              /* somebody is there */
+	listeners_watch();
+	CHECK_INT(fds[FD_LISTEN].events, 0);
+	CHECK_INT(timers_next(), KNOCK_MS);
+	now += KNOCK_MS;
+	listeners_watch();
+	CHECK_INT(fds[FD_LISTEN].events, POLLIN);
+	listener_event(0);
+	session_close(session_of("198.51.100.1"));
+	listeners_watch();
+	CHECK_INT(fds[FD_LISTEN].events, POLLIN);       /* at once */
+	accept_after = now + 1;                         /* after EMFILE */
 	listeners_watch();
 	CHECK_INT(fds[FD_LISTEN].events, 0);
 }
@@ -1606,7 +1642,6 @@ static void test_sessions_closed(void)
 			client_connects(literal);
 		}
 		CHECK_INT(awake_len, max_sessions);
-		CHECK(crowds > 0);
 		for (i = 0, k = round % max_sessions; i < max_sessions; i++, k = (k + 5) % max_sessions) {
 			session_close(&sessions[k]);
 			check_awake();
@@ -1620,7 +1655,6 @@ static void test_sessions_closed(void)
 		CHECK_INT(records_pool.lent, 0);
 		CHECK_INT(shelf_pool.lent, 0);
 		CHECK_INT(awake_len, 0);
-		CHECK_INT(crowds, 0);
 		rejects_over();
 		for (i = 0; i < QUEUES; i++)
 			CHECK(link_alone(&queues[i].list));

@@ -156,26 +156,53 @@ def test_full_table_does_not_touch_tunnels(proxy, scripted):
     assert len(waiting) == 5 and not p.log.all("close")
 
 
-def test_displaced_is_an_unfinished_one_of_the_address_with_most(proxy, scripted):
+@pytest.mark.parametrize("said", [b"", client_hello()[:-1]], ids=["nothing", "half-a-hello"])
+@pytest.mark.parametrize("source", [lambda n: "127.0.0.2", lambda n: f"127.0.0.{n + 2}"],
+                         ids=["one-address", "many-addresses"])
+def test_oldest_unfinished_one_gives_way_to_newcomers(proxy, scripted, source, said):
+    """Whatever its address."""
     backend = scripted()
-    p = proxy(backend, max_sessions=4, max_busy=4)
-    client, server = open_tunnel(p, backend, source="127.0.0.2")
-    lurkers = [tcp(p, source=address) for address in ("127.0.0.3", "127.0.0.4", "127.0.0.4")]
-    newcomer, _ = open_tunnel(p, backend, source="127.0.0.5")
-    line = p.log.wait_ending("displaced", status="-")
-    assert line["client"].startswith("127.0.0.4:")
-    assert not lurkers[0].has_input()
-    client.send(b"untouched")
-    assert server.read(9) == b"untouched"
+    p = proxy(backend, max_sessions=4, max_busy=4, handshake_ms=600000, stall_ms=600000)
+    client, server = open_tunnel(p, backend)
+    lurkers = []
+    for n in range(3):
+        lurkers.append(tcp(p, source=source(n)))
+        lurkers[n].send(said)
+        eventually(lambda: p.totals()["sessions"] == str(n + 2))
+    tunnels = [open_tunnel(p, backend) for _ in range(2)]
+    lines = [p.log.wait_ending("displaced", nth=n, status="-") for n in (1, 2)]
+    ports = [str(lurker.sock.getsockname()[1]) for lurker in lurkers]
+    assert [line["client"].rpartition(":")[2] for line in lines] == ports[:2]
+    assert not lurkers[2].has_input()
+    for client, server in [(client, server), *tunnels]:
+        client.send(b"untouched")
+        assert server.read(9) == b"untouched"
 
 
 def test_flood_of_silent_connections_keeps_nobody_out(proxy, scripted):
     backend = scripted()
-    p = proxy(backend, max_sessions=8, max_busy=8)
-    lurkers = [tcp(p, source="127.0.0.2") for _ in range(50)]
+    p = proxy(backend, max_sessions=8, max_busy=8, handshake_ms=600000)
+    lurkers = [tcp(p, source=f"127.0.0.{n % 3 + 2}") for n in range(20)]
     for _ in range(3):
-        open_tunnel(p, backend, source="127.0.0.3")
-    assert len(lurkers) == 50
+        open_tunnel(p, backend, source="127.0.0.2")
+    assert len(lurkers) == 20
+
+
+def test_last_place_is_the_first_newcomers(proxy, scripted):
+    """Many wait for it; they do not displace each other before one can ask."""
+    backend = scripted()
+    p = proxy(backend, listeners=PLAIN, max_sessions=4, max_busy=4)
+    tunnels = [open_tunnel(p, backend) for _ in range(4)]
+    newcomers = [connect(p) for _ in range(50)]
+    for client in newcomers:
+        client.send(upgrade())
+    for end in tunnels.pop():
+        end.close()
+    server = backend.accept()
+    server.read_head()
+    server.send(switching())
+    assert newcomers[0].read_head().status == 101
+    assert not p.log.all("reject")
 
 
 # ---- max_busy and stall_ms ----
