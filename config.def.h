@@ -150,7 +150,9 @@ static const unsigned resolve_ms   = 5000;
  * and how long sent bytes may stay unacknowledged (0: the system's 15 minutes or so). Linux counts
  * bytes that the peer is too slow to take as well: who takes nothing for so long is reset. It also
  * looks at this instead of keepalive_probes, so it must not be below (keepalive_s +
- * keepalive_interval_s * keepalive_probes) * 1000: one lost answer would end a silent session. */
+ * keepalive_interval_s * keepalive_probes) * 1000: one lost answer would end a silent session.
+ * While somebody waits for one of max_sessions places, silent clients are asked at once, whatever
+ * these say, and are gone if they do not answer within 5 s. */
 static const unsigned keepalive_s          = 60;
 static const unsigned keepalive_interval_s = 15;
 static const unsigned keepalive_probes     = 4;

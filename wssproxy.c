@@ -111,7 +111,12 @@ enum {
 	RESUME_MS = 3600000,    /* how long a session with a backend is resumed */
 	ACCEPT_PAUSE_MS = 500,  /* after accept found no descriptor or memory, */
 	POLL_PAUSE_MS = 50,     /* and poll */
-	KNOCK_MS = 100,         /* until those who found no place are looked at again */
+	KNOCK_MS = 100,         /* until those who found no place are looked at again, */
+	LOOKS = 1 + max_sessions / 16, /* and sessions looked at meanwhile: are they there? */
+	SILENT_MS = 2000,       /* after which that has to be asked, */
+	ASK_MS = 5000,          /* and after which who has not answered is gone: */
+	PROBES_MIN = 4,         /* keepalive's, one a second, */
+	RETRANSMITS_MIN = 6,    /* or what is sent again, which takes 12 s at least */
 	FULL_PAUSE_MS = 10000,  /* between two lines `full` */
 	REDIAL_MS = 20,         /* until sessions that could not dial yet look again */
 	LOG_LINE = 1024,
@@ -162,7 +167,9 @@ enum {
 	Q_RESOLVE,              /* backends whose name is to be tried again */
 	Q_CHECK,                /* backends whose next active check is due */
 	Q_REDIAL,               /* sessions that could not dial yet, instead of Q_STALL */
-	Q_YOUNG,                /* sessions that have yet to ask; those that are due may be displaced */
+	Q_YOUNG,                /* sessions that have yet to ask: due ones may be displaced; */
+	Q_GROWN,                /* the others: due ones may be looked at, whether they are there; */
+	Q_ASKED,                /* those of them that are asked */
 	Q_REJECTS,              /* the second in which lines `reject` are counted */
 	QUEUES
 };
@@ -367,6 +374,7 @@ struct session {
 	uint8_t rejected;       /* 1: has its line `reject` */
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
 	uint8_t framing;        /* enum framing, of the answer */
+	uint8_t asked;          /* 1: TCP asks whether its client is there, see place_look */
 	uint8_t parked;         /* 1: waits in the epoll set, and has no slot */
 	uint8_t broken;         /* 1: reset, or TLS failed: no order any more */
 	uint8_t ready;          /* of this run, see above */
@@ -398,7 +406,7 @@ struct session {
 	struct timer timer;     /* the state's */
 	struct timer park;
 	struct timer stall;
-	struct timer place;     /* in Q_YOUNG, by its last step forward */
+	struct timer place;     /* in Q_YOUNG, Q_GROWN or Q_ASKED */
 	struct policy policy;
 	br_ssl_server_context tls;
 	uint8_t tls_made;       /* 1: the slot's context is set up; survives the session */
@@ -1304,18 +1312,22 @@ static void socket_option(int fd, int level, int name, unsigned value)
 	setsockopt(fd, level, name, &v, sizeof v);      /* what the kernel lacks we do without */
 }
 
+/* How a peer that says nothing is found to be gone; idle_s = 0: not at all. */
+static void socket_keepalive(int fd, unsigned idle_s, unsigned interval_s, unsigned probes,
+	unsigned timeout_ms)
+{
+	socket_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, timeout_ms);
+	socket_option(fd, IPPROTO_TCP, TCP_KEEPCNT, probes);
+	socket_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, interval_s);
+	socket_option(fd, SOL_SOCKET, SO_KEEPALIVE, idle_s > 0);
+	socket_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, idle_s);   /* the last: it sends what is due */
+}
+
 /* What both sides' connections have; accepted ones inherit it from their listener. */
 static void socket_tune(int fd)
 {
 	socket_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-	if (keepalive_s > 0) {
-		socket_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
-		socket_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, keepalive_s);
-		socket_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, keepalive_interval_s);
-		socket_option(fd, IPPROTO_TCP, TCP_KEEPCNT, keepalive_probes);
-	}
-	if (user_timeout_ms > 0)
-		socket_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, user_timeout_ms);
+	socket_keepalive(fd, keepalive_s, keepalive_interval_s, keepalive_probes, user_timeout_ms);
 	socket_option(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT);
 }
 
@@ -2987,13 +2999,10 @@ static int is_young(const struct session *s)
 	return s->state == HANDSHAKE || s->state == HEAD;
 }
 
-/* It may keep its place for a while. */
+/* It may keep its place for a while before others look at it. */
 static void place_start(struct session *s)
 {
-	if (is_young(s))
-		timer_start(&queues[Q_YOUNG], &s->place);
-	else
-		link_drop(&s->place.link);
+	timer_start(&queues[s->asked ? Q_ASKED : is_young(s) ? Q_YOUNG : Q_GROWN], &s->place);
 }
 
 /* 0: s waits for an item, and will be run when it has one. */
@@ -5664,6 +5673,37 @@ static struct session *displace_find(void)
 	return NULL;
 }
 
+/* Newcomers find no place. After an uplink has failed, the table may be full of the dead, whom
+ * keepalive as configured leaves there for a minute or two. So all of the table are looked at in
+ * turn, within 2 s; those whose client is silent are asked at once, by keepalive of a second, and
+ * when ASK_MS are over they are left alone again, or gone. TCP_USER_TIMEOUT is off meanwhile: it
+ * would end who was silent for longer than that after one probe. Where bytes are unacknowledged
+ * there are no probes, but these are sent again, ever more rarely: what counts is how often. */
+static void place_look(struct session *s)
+{
+	const int fd = s->client.fd;
+	struct tcp_info info = { 0 };   /* stays so without TCP: it was heard of just now */
+	socklen_t len = sizeof info;
+	uint32_t silent;
+
+	getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len);
+	silent = info.tcpi_last_ack_recv;
+	if (info.tcpi_last_data_recv < silent)
+		silent = info.tcpi_last_data_recv;
+	if (s->asked && silent >= ASK_MS && (info.tcpi_probes >= PROBES_MIN ||
+	    info.tcpi_retransmits >= RETRANSMITS_MIN)) {
+		session_broke(s, &s->client, WHY_TIMEOUT);
+		session_close(s);
+		return;
+	}
+	if (s->asked)
+		socket_tune(fd);
+	s->asked = !s->asked && silent >= SILENT_MS;
+	if (s->asked && socket_unsent(fd) == 0)
+		socket_keepalive(fd, SILENT_MS / 1000, 1, 127, 0);
+	place_start(s);
+}
+
 /* Whether there is a place for a newcomer, or somebody who makes room. */
 static int place_find(void)
 {
@@ -5694,10 +5734,14 @@ static void listener_event(unsigned i)
 	struct sockaddr_storage ss = { 0 };
 	struct address peer;
 	socklen_t len;
+	struct timer *t;
 	int fd, n;
 
-	if (pool_empty(&session_pool))
+	if (pool_empty(&session_pool) && knock_after <= now) {
 		knock_after = now + KNOCK_MS;
+		for (n = 0; n < LOOKS && (t = timer_due(&queues[Q_GROWN])) != NULL; n++)
+			place_look(OWNER(t, struct session, place));
+	}
 	for (n = 0; n < ACCEPTS && place_find(); n++) {
 		len = sizeof ss;
 		fd = accept4(fds[FD_LISTEN + i].fd, (struct sockaddr *)&ss, &len,
@@ -5752,7 +5796,7 @@ static int timers_next(void)
 	for (i = 0; i < QUEUES; i++) {
 		const struct timer *t = OWNER(queues[i].list.next, struct timer, link);
 
-		if (i == Q_YOUNG || (i == Q_STALL && !pool_wanted(&records_pool) &&
+		if (i == Q_YOUNG || i == Q_GROWN || (i == Q_STALL && !pool_wanted(&records_pool) &&
 		    !pool_wanted(&shelf_pool)))
 			continue;
 		if (!link_alone(&queues[i].list) && t->due < due)
@@ -5812,6 +5856,8 @@ static void timers_run(void)
 	}
 	if (timer_due(&queues[Q_REJECTS]))
 		rejects_over();
+	while ((t = timer_due(&queues[Q_ASKED])) != NULL)
+		place_look(OWNER(t, struct session, place));
 	while ((t = timer_due(&queues[Q_REDIAL])) != NULL) {
 		link_drop(&t->link);
 		session_run(OWNER(t, struct session, stall), 0);
@@ -6063,7 +6109,7 @@ static void tables_init(void)
 		{ EXCHANGE, idle_ms }, { REPLY, linger_ms }, { DRAIN, linger_ms },
 		{ Q_PARK, park_ms }, { Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms },
 		{ Q_CHECK, check_ms }, { Q_REJECTS, 1000 }, { Q_REDIAL, REDIAL_MS },
-		{ Q_YOUNG, DISPLACE_MS },
+		{ Q_YOUNG, DISPLACE_MS }, { Q_GROWN, SILENT_MS }, { Q_ASKED, ASK_MS },
 	};
 	unsigned i;
 

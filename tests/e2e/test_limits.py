@@ -1,6 +1,7 @@
 """What happens at each limit: sessions, addresses, buffers, descriptors, time."""
 
 import contextlib
+import ctypes
 import os
 import resource
 import selectors
@@ -203,6 +204,115 @@ def test_last_place_is_the_first_newcomers(proxy, scripted):
     server.send(switching())
     assert newcomers[0].read_head().status == 101
     assert not p.log.all("reject")
+
+
+# ---- the dead make room ----
+
+def neighbours_tunnel(p, neighbour, backend):
+    client = Stream(neighbour.connect(p.address()))
+    client.send(upgrade())
+    server = backend.accept()
+    server.read_head()
+    server.send(switching())
+    assert client.read_head().status == 101
+    return client, server
+
+
+UPLINK = [("10.77.0.1", "0", WS)]
+
+
+@pytest.mark.parametrize("spoken", [0, 6], ids=["silent", "spoken-to"])
+def test_dead_make_room(proxy, scripted, neighbour, spoken):
+    """By default. Those that their backend has spoken to meanwhile can't be probed: what it said is
+    sent again and again."""
+    backend = scripted()
+    p = proxy(backend, listeners=UPLINK, max_sessions=6, max_busy=2)
+    tunnels = [neighbours_tunnel(p, neighbour, backend) for _ in range(6)]
+    neighbour.run("ip route add blackhole 10.77.0.1/32")
+    for _, server in tunnels[:spoken]:
+        server.send(b"are you there?")
+    open_tunnel(p, backend)
+    p.log.wait("close", by="client", why="timeout")
+
+
+def test_dead_are_found_among_the_living(proxy, scripted, neighbour):
+    backend = scripted()
+    p = proxy(backend, listeners=UPLINK, max_sessions=40, max_busy=2)
+    alive = [open_tunnel(p, backend) for _ in range(20)]
+    dead, _ = neighbours_tunnel(p, neighbour, backend)
+    alive += [open_tunnel(p, backend) for _ in range(19)]
+    neighbour.run("ip route add blackhole 10.77.0.1/32")
+    alive.append(open_tunnel(p, backend))
+    [line] = p.log.all("close")
+    assert line["id"] == "21" and line["why"] == "timeout"
+    for client, server in alive:
+        client.send(b"untouched")
+        assert server.read(9) == b"untouched"
+
+
+def client_options(p, client):
+    """How the proxy's kernel finds out whether that client is there."""
+    pidfd, libc = os.pidfd_open(p.pid), ctypes.CDLL(None, use_errno=True)
+    try:
+        for link in p.files():
+            if not os.readlink(link).startswith("socket:"):
+                continue
+            fd = libc.syscall(438, pidfd, int(link.name), 0)    # pidfd_getfd
+            if fd < 0:
+                pytest.skip(f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
+            with socket.socket(fileno=fd) as sock:
+                try:
+                    if sock.getpeername() != client.sock.getsockname():
+                        continue
+                except OSError:
+                    continue
+                tcp_options = [sock.getsockopt(socket.IPPROTO_TCP, name) for name in (
+                    socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)]
+                return (sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+                        sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) and tcp_options)
+    finally:
+        os.close(pidfd)
+    raise KeyError("no such client")
+
+
+@pytest.mark.skipif(bool(RUN), reason="descriptors of another process")
+@pytest.mark.parametrize("config, options", [
+    ({}, (120000, [60, 15, 4])), ({"keepalive_s": 0, "user_timeout_ms": 0}, (0, 0))],
+    ids=["default", "off"])
+def test_living_keep_their_place_however_long_one_knocks(proxy, scripted, config, options):
+    """They are asked, answer, and are left alone as before."""
+    backend = scripted()
+    p = proxy(backend, max_sessions=3, max_busy=3, **config)
+    tunnels = [open_tunnel(p, backend) for _ in range(3)]
+    client, server = tunnels[0]
+    waiting = tcp(p)
+    for _ in range(2):
+        eventually(lambda: client_options(p, client) == (0, [2, 1, 127]))
+        assert idle_cpu(p) < 0.1
+        eventually(lambda: client_options(p, client) == options)
+    waiting.close()
+    eventually(lambda: all(client_options(p, client) == options for client, _ in tunnels))
+    for client, server in tunnels:
+        client.send(b"still mine")
+        assert server.read(10) == b"still mine"
+    assert not p.log.all("close")
+
+
+@pytest.mark.skipif(bool(RUN), reason="descriptors of another process")
+def test_late_answer_is_one(proxy, scripted, neighbour):
+    """The first probes are lost, or their answers."""
+    backend = scripted()
+    p = proxy(backend, listeners=UPLINK, max_sessions=1, max_busy=1)
+    client, server = neighbours_tunnel(p, neighbour, backend)
+    neighbour.run("ip route add blackhole 10.77.0.1/32")
+    before = neighbour.segments()
+    waiting = tcp(p)
+    eventually(lambda: neighbour.segments() > before + 1)
+    neighbour.run("ip route del blackhole 10.77.0.1/32")
+    eventually(lambda: client_options(p, client) == (120000, [60, 15, 4]))
+    client.send(b"still mine")
+    assert server.read(10) == b"still mine"
+    assert not waiting.has_input()
 
 
 # ---- max_busy and stall_ms ----

@@ -588,7 +588,8 @@ static void proxy_must_rest(void)
 		MUST(pools[i]->lent == 0 && link_alone(&pools[i]->waiters));
 	for (i = 0; i < STATES; i++)
 		MUST(link_alone(&queues[i].list));
-	MUST(link_alone(&queues[Q_PARK].list) && link_alone(&queues[Q_STALL].list) && link_alone(&queues[Q_YOUNG].list));
+	MUST(link_alone(&queues[Q_PARK].list) && link_alone(&queues[Q_STALL].list));
+	MUST(link_alone(&queues[Q_YOUNG].list) && link_alone(&queues[Q_GROWN].list) && link_alone(&queues[Q_ASKED].list));
 	MUST(link_alone(&turns[0]) && link_alone(&turns[1]) && link_alone(&runnable) && link_alone(&queues[Q_REDIAL].list));
 	MUST(awake_len == 0 && keyrings[0].users == 0 && keyrings[1].users == 0);
 	for (i = 0; i < BACKENDS; i++)
