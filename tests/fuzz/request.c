@@ -76,7 +76,8 @@ static void again_must(const struct request *r, const char *buf, const char *out
 	if (r->target.len > 0 && buf[r->target.at] == '/')
 		MUST(q.target.len == r->target.len &&
 			memcmp(out + q.target.at, buf + r->target.at, q.target.len) == 0);
-	if (x_forwarded_for == APPEND)
+	/* a field named as the option that is always added goes the second time */
+	if (x_forwarded_for == APPEND || fields_of(out, len, "Close") > 0)
 		return;
 	MUST(request_render(&q, out, &forwarded, twice, sizeof twice) == len);
 	MUST(memcmp(out, twice, len) == 0);
