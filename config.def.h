@@ -102,9 +102,9 @@ static const int check_accept = 1;
 #define max_sessions    512
 #define max_busy        8
 
-/* Sessions of one address, 0: no limit. IPv6 addresses with the same source_bits6 (1 to 64) in front
- * count as one. Sites have a /56 or a /48 as well, which is 256 or 65536 of /64: with 64, four of
- * them fill the table; with 48, some providers' customers share one. */
+/* Sessions of one address, 0: no limit. IPv6 addresses with the same source_bits6 (1 to 64) in
+ * front count as one. Sites have a /56 or a /48 as well, which is 256 or 65536 of /64: with 64,
+ * four of them fill the table; with 48, some providers' customers share one. */
 static const unsigned max_per_ip   = 128;
 static const unsigned source_bits6 = 64;
 

@@ -92,9 +92,9 @@ enum {
 	READ_BULK = BULK + 512, /* and bytes of records */
 	SHARE = 32768,          /* bytes after which a side is not read any more in one run: others,
 	                         * and handshakes, are waiting (bulk on a slow CPU) */
-	UNSENT = 65536,         /* bytes in a socket's queue that are not on their way yet; from there
-				 * on it takes none (downloads at 100 KB/s, clients that do not read) */
-	RECEIVE_ROOM = 1 << 18, /* bytes of a receive buffer that may have to hold a record for long */
+	UNSENT = 65536,         /* bytes of a socket's queue that are not on their way yet; then it
+				 * takes no more (slow readers, clients that do not read) */
+	RECEIVE_ROOM = 1 << 18, /* bytes of a receive buffer that may hold a record for long */
 	ACCEPTS = 16,           /* connections taken from a listener in one turn */
 	CHAIN_MAX = 8,          /* certificates of a chain */
 	CHAIN_BYTES = 16384,    /* their DER, in all */
@@ -163,7 +163,7 @@ enum state {
  * own, and these. */
 enum {
 	Q_PARK = STATES,        /* sessions that may leave poll()'s array */
-	Q_STALL,                /* sessions that hold what others may want, by their last progress */
+	Q_STALL,                /* sessions that hold what others may want, by last progress */
 	Q_RESOLVE,              /* backends whose name is to be tried again */
 	Q_CHECK,                /* backends whose next active check is due */
 	Q_REDIAL,               /* sessions that could not dial yet, instead of Q_STALL */
@@ -2944,8 +2944,8 @@ static void source_release(struct source *o, const struct address *a)
  *
  *   record buffers  with what a socket did not take, or a record whose rest has yet to come. From
  *                   half of them lent on, no record is read that is not there to its end, nor one
- *                   while the side that it is for is not writable (uploads and tunnels whose records
- *                   come in pieces; readers that are slow); handshakes never read one in pieces
+ *                   while the side that it is for is not writable (slow readers, and uploads and
+ *                   tunnels whose records come in pieces); handshakes never read one in pieces
  *   a shelf         with a verifier that has begun, or a head that is longer than a note
  *
  * Who holds record buffers does not wait for a shelf, so those who hold a shelf get theirs. */
@@ -3145,17 +3145,16 @@ static char *head_place(const struct session *s)
 static struct head_buffer *head_load(struct session *s)
 {
 	struct head_buffer *hd = &head_buffer;
+	struct note *note = note_take(s);
 
 	if (s->hd)
 		return s->hd;
 	s->hd = hd;
 	memset(hd, 0, offsetof(struct head_buffer, bytes));
-	if (s->note && s->note->len > 0) {
-		hd->len = s->note->len;
-		hd->off = s->note->off;
-		memcpy(hd->bytes, head_place(s), hd->len);
-		s->note->len = 0;
-	}
+	hd->len = note->len;
+	hd->off = note->off;
+	memcpy(hd->bytes, head_place(s), hd->len);
+	note->len = note->off = 0;
 	return hd;
 }
 
@@ -3163,7 +3162,7 @@ static struct head_buffer *head_load(struct session *s)
 static int head_store(struct session *s)
 {
 	const struct head_buffer *hd = s->hd;
-	struct note *note;
+	struct note *note = s->note;
 
 	s->hd = NULL;
 	if (!hd || hd->off == hd->len)
@@ -3173,7 +3172,6 @@ static int head_store(struct session *s)
 			return 0;
 		shelf_attach(s, pool_lend(&shelf_pool));
 	}
-	note = note_take(s);
 	note->len = (uint16_t)hd->len;
 	note->off = (uint16_t)hd->off;
 	memcpy(head_place(s), hd->bytes, hd->len);
@@ -4136,10 +4134,11 @@ static void leg_place(struct session *s, struct leg *l)
 	l->ahead = l->spare ? l->spare->bulk : l->buf ? l->buf->ahead : NULL;
 }
 
-/* How many of the bytes that a socket has for a leg are to be read, so that none is of a record that
- * is not there to its end. 0: none; poll tells when the first one is whole, or shows its length. If
- * it tells of less, no more will come, or the socket has no room for more: all are read, then. Room
- * is made before, for what is left of a page counts as a page (records in pieces, for a minute). */
+/* How many of the bytes that a socket has for a leg are to be read, so that none is of a record
+ * that is not there to its end. 0: none; poll tells when the first one is whole, or shows its
+ * length. If it tells of less, no more will come, or the socket has no room for more: all are read,
+ * then. Room is made before, for what is left of a page counts as a page (records in pieces, for a
+ * minute). */
 static size_t leg_peek(struct session *s, struct leg *l, unsigned char *p, size_t room)
 {
 	ssize_t n = recv(l->fd, p, room, MSG_PEEK);
@@ -4178,20 +4177,20 @@ static size_t head_fit(struct session *s, size_t len, int whole)
 /* Socket to read-ahead, behind what is there. */
 static int leg_recv(struct session *s, struct leg *l)
 {
-	const int records = l->eng || (l == &s->client && !s->plain);
+	const int tls = l->eng || (l == &s->client && !s->plain);
 	size_t room, rest, n;
 
 	if (l->at == l->end)
 		leg_place(s, l);
 	room = (l->spare ? sizeof l->spare->bulk : sizeof l->buf->ahead) - l->end;
-	if (records && l->end == 0 && (s->state < REQUEST || records_scarce())) {
+	if (tls && l->end == 0 && (s->state < REQUEST || records_scarce())) {
 		if (!l->eng || leg_between(l))
 			room = leg_peek(s, l, l->ahead, room);
 		else if (br_ssl_engine_recvrec_buf(l->eng, &rest) && rest < room)
 			room = rest;
 	}
 	if (s->state == HEAD)
-		room = head_fit(s, room, records);
+		room = head_fit(s, room, tls);
 	n = room > 0 ? leg_read(s, l, l->ahead + l->end, room) : 0;
 	l->end += n;
 	return n > 0;
@@ -4948,7 +4947,7 @@ static enum state backend_handshake_step(struct session *s)
 {
 	struct leg *l = &s->backend;
 	struct server *v = &servers[s->server];
-	const struct keyring *ring = s->ring ? s->ring : keyring;
+	const struct keyring *ring;
 	const int expired = s->ready & EXPIRED;
 
 	if (!expired && s->rec && !s->shelf && pool_empty(&shelf_pool))
@@ -4957,6 +4956,7 @@ static enum state backend_handshake_step(struct session *s)
 		return BACKEND_HANDSHAKE;
 	if (!l->eng && (expired || !tls_dial(s)))
 		return session_fail(s, WHY_NO_RESOURCES);
+	ring = s->ring;
 	if (!expired && !s->shelf->verifier.begun)
 		backend_verify(s);
 	if (!expired && l->at == l->end && l->in)
@@ -6252,9 +6252,9 @@ static void certs_init(void)
 
 static unsigned memory_kb(void)
 {
-	return (unsigned)((sizeof sessions + sizeof records + sizeof shelves + sizeof head_buffer + sizeof notes +
-		sizeof sources + sizeof buckets + sizeof keyrings + sizeof servers +
-		sizeof upstreams + sizeof cache_store + sizeof fds + sizeof awake +
+	return (unsigned)((sizeof sessions + sizeof records + sizeof shelves + sizeof notes +
+		sizeof head_buffer + sizeof sources + sizeof buckets + sizeof keyrings +
+		sizeof servers + sizeof upstreams + sizeof cache_store + sizeof fds + sizeof awake +
 		sizeof scratch + sizeof file_text) / 1024);
 }
 

@@ -538,7 +538,7 @@ static void test_head_store(void)
 		CHECK_INT(head_len(s), 0);
 		CHECK(head_load(s) == &head_buffer && head_buffer.len == 0);
 		CHECK_INT(head_store(s), 1);
-		CHECK(!s->hd && !s->note);
+		CHECK(!s->hd && head_len(s) == 0);
 		head_load(s);
 		head_buffer.len = lens[i];
 		head_buffer.off = lens[i] / 2;
@@ -1279,6 +1279,8 @@ static struct session *session_asking(const char *request)
 	struct session *s = session_make(0);
 	const char *buf;
 
+	memset(&note_pool, 0, sizeof note_pool);
+	tables_init();
 	head_load(s);
 	request_feed(&s->hd->u.request, request, strlen(request), ONCE, 0, &buf);
 	memcpy(s->hd->bytes, request, strlen(request));
