@@ -27,10 +27,12 @@ MINUTES ?= 60
 
 VERSION = 0.1
 SRC     = wssproxy.c
+# Data that begins in the file where the code ends, not at the next page: up to 4 KB less.
+PAGES   = $$(case $$($(CC) -dumpmachine) in (mips*) echo -Wl,-z,common-page-size=65536;; esac)
 SMALL   = -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables
 FLAGS   = -std=c11 -D_GNU_SOURCE -DVERSION='"$(VERSION)"' -DCONFIG='"$(CONFIG)"' -I. \
 	$(BEARSSL:%=-isystem %/inc) $(PIC) $(SMALL) $(CPPFLAGS) $(CFLAGS) \
-	-Wl,--gc-sections $(LDFLAGS)
+	-Wl,--gc-sections $(PAGES) $(LDFLAGS)
 # Objects of the library lie inside its tree, apart for each compiler and its flags. The curves come
 # first, with theirs; `lib` finds them made.
 OBJECTS = build/$$(echo '$(CC) $(LIBFLAGS)' $(CURVE_CFLAGS) | cksum | tr -dc 0-9)
