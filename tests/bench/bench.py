@@ -509,7 +509,6 @@ def pressure(name, slow, *args):
         try:
             if others.stdout.readline() != "open\n":
                 raise Failure(others.stderr.read().strip())
-            time.sleep(1)
             r = proxy.load_end(proxy.load_start("-t", 5 * SECONDS, "-k", "connect"))
             return {f"{name}-p50": r["p50"] / 1000, f"{name}-worst": r["worst"] / 1000,
                     f"{name}-cut": int(args[1]) - proxy.clients("127.0.0.2")}

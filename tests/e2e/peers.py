@@ -277,12 +277,17 @@ def ask(proxy, request, kind=None):
 def open_tunnel(proxy, backend, kind=None, request=None, **options):
     """A client and the backend's end of its tunnel."""
     client = connect(proxy, kind, **options)
+    return client, tunnel_on(client, backend, request)
+
+
+def tunnel_on(client, backend, request=None):
+    """The backend's end of a tunnel of a client that is connected."""
     client.send(request or upgrade())
     server = backend.accept()
     server.read_head()
     server.send(switching())
     assert client.read_head().status == 101
-    return client, server
+    return server
 
 
 def pattern(n, seed=1):

@@ -19,7 +19,7 @@ from conftest import whole_config
 from harness import PATIENCE, RUN, SANITIZE, WS, WSS, build, config_text, eventually
 from more import TLS_NOVERIFY, ScriptedTls, answer, idle_cpu, request
 from peers import (Stream, ask, client_hello, connect, open_tunnel, pattern, switching, tcp,
-                   upgrade)
+                   tunnel_on, upgrade)
 from test_backends import fill
 
 
@@ -210,12 +210,7 @@ def test_last_place_is_the_first_newcomers(proxy, scripted):
 
 def neighbours_tunnel(p, neighbour, backend):
     client = Stream(neighbour.connect(p.address()))
-    client.send(upgrade())
-    server = backend.accept()
-    server.read_head()
-    server.send(switching())
-    assert client.read_head().status == 101
-    return client, server
+    return client, tunnel_on(client, backend)
 
 
 UPLINK = [("10.77.0.1", "0", WS)]
