@@ -130,11 +130,6 @@ static const unsigned stall_ms     = 5000;
 /* SIGTERM: how long sessions may go on before they are closed. */
 static const unsigned drain_ms     = 10000;
 
-/* A session that rests, or talks without ever being stopped by either side, waits after so long
- * in an epoll set, where it costs no poll() slot. */
-static const int park              = 1;         /* 0: plain poll() for all */
-static const unsigned park_ms      = 100;
-
 /* Health: max_fails failures within fail_ms put a backend aside for fail_ms (0: never, whatever
  * check_ms finds). A failure is a connection, or its TLS, that does not come about; what happens
  * after a request was written is none, for that may be why. check_ms: a TCP connect to each backend

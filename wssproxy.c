@@ -18,9 +18,8 @@
  * borrows record buffers from a static pool, for a turn: who waits for a peer waits with empty
  * hands, but for what can't be put down (see 'what sessions borrow'). So few buffers serve many, in
  * the order in which they ask. A session at rest owns nothing but its slot and, before its answer,
- * a note of what was asked. One that neither side has stopped for park_ms waits in an epoll set,
- * not in poll()'s array, which so costs nothing for those that rest, nor for those that talk and
- * never block.
+ * a note of what was asked. The descriptors of sessions wait in an epoll set, which is one entry of
+ * poll()'s array: those that rest cost nothing.
  *
  * A session is in one state; states[] says how to step it, and what it ends with when its time
  * there, which has a queue of its own, is over:
@@ -29,8 +28,9 @@
  *            RELAY or EXCHANGE, or after any of these REPLY, > DRAIN > FREE
  *
  * A step moves what it can without blocking and returns the state to be in; FREE ends the session.
- * session_run alone changes states; no step closes its own session. What to poll for is derived
- * from state and buffers by session_wishes after each run. Nothing in the loop walks all sessions.
+ * session_run alone changes states; no step closes its own session. The set tells each thing once,
+ * and a leg remembers it until a call finds it otherwise: so a run goes on as long as anything can
+ * move, or says that there is to be another. Nothing in the loop walks all sessions.
  *
  * To understand everything else, start reading main(). */
 #include <sys/epoll.h>
@@ -162,8 +162,7 @@ enum state {
 /* Queues of timers, one for each timeout, so that each is in order of its deadlines: the states'
  * own, and these. */
 enum {
-	Q_PARK = STATES,        /* sessions that may leave poll()'s array */
-	Q_STALL,                /* sessions that hold what others may want, by last progress */
+	Q_STALL = STATES,       /* sessions that hold what others may want, by last progress */
 	Q_RESOLVE,              /* backends whose name is to be tried again */
 	Q_CHECK,                /* backends whose next active check is due */
 	Q_REDIAL,               /* sessions that could not dial yet, instead of Q_STALL */
@@ -336,9 +335,12 @@ struct leg {
 	size_t at, end;                 /* and of that, not taken yet */
 	uint16_t room;                  /* what an empty output buffer of the engine offers */
 	uint16_t empty_records;         /* in a row, without application data */
-	uint8_t in;                     /* there may be something to read: poll said so, and no
-					 * read has found the end of it since */
-	uint8_t full;                   /* its socket takes no more until poll says so */
+	uint32_t tag;                   /* of its events in the epoll set, which told of */
+	uint8_t in;                     /* something to read, and no read found the end of that; */
+	uint8_t last;                   /* something behind what a read stops at: the end, or an
+					 * urgent byte; */
+	uint8_t gone;                   /* its end: 1, in order; 2, or reset */
+	uint8_t full;                   /* its socket takes no more until the set says so */
 	_Bool grown;                    /* its receive buffer was, see leg_peek */
 	uint16_t mark;                  /* its SO_RCVLOWAT: it waits for a record of that many
 					 * bytes to be whole; 0: for any byte */
@@ -353,17 +355,6 @@ struct leg {
 	uint8_t fin;                    /* it was told the same: close_notify and FIN are out */
 };
 
-/* What poll found for a session. */
-enum {
-	CLIENT_IN   = 1,
-	CLIENT_GONE = 2,        /* FIN or RST */
-	CLIENT_RESET = 4,       /* RST */
-	BACKEND_IN  = 8,
-	BACKEND_OUT = 16,
-	EXPIRED     = 32,       /* the state's timeout */
-	CLIENT_OUT  = 64,
-};
-
 struct session {
 	struct session *next_free;
 	uint32_t id;
@@ -375,15 +366,12 @@ struct session {
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
 	uint8_t framing;        /* enum framing, of the answer */
 	uint8_t asked;          /* 1: TCP asks whether its client is there, see place_look */
-	uint8_t parked;         /* 1: waits in the epoll set, and has no slot */
 	uint8_t broken;         /* 1: reset, or TLS failed: no order any more */
-	uint8_t ready;          /* of this run, see above */
-	uint8_t moved, fed;     /* in this run: bytes, application bytes */
+	uint8_t expired;        /* in this run: the state's time is over; */
+	uint8_t moved, fed;     /* there moved bytes, application bytes */
 	uint8_t address;        /* which of the backend's is tried */
 	uint8_t starved;        /* 1: a backend could not be tried for lack of something of ours */
 	const char *fault;      /* why an address of this backend failed; NULL: none yet */
-	int slot;               /* in awake[], -1 */
-	short armed[2];         /* what the epoll set tells of client and backend; 0: not in it */
 	int server;             /* index of the backend, -1 */
 	int sticky;             /* the one that the client's cookie names, -1 */
 	uint64_t tried;         /* backends */
@@ -404,7 +392,6 @@ struct session {
 	struct keyring *ring;   /* while a handshake is under way */
 	struct link wait;       /* for buffers, a shelf, a handshake turn, or in runnable */
 	struct timer timer;     /* the state's */
-	struct timer park;
 	struct timer stall;
 	struct timer place;     /* in Q_YOUNG, Q_GROWN or Q_ASKED */
 	struct policy policy;
@@ -441,10 +428,10 @@ struct server {
 	struct timer retry, check;
 };
 
-/* poll()'s array: the signals, the resolver, the epoll set, the listeners, the checks of the
- * backends, and two for each awake session. */
+/* poll()'s array: the signals, the resolver, the epoll set of the sessions' descriptors, the
+ * listeners, and the checks of the backends. */
 enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_CHECK = FD_LISTEN + LISTENERS,
-	FD_SESSIONS = FD_CHECK + BACKENDS };
+	FD_COUNT = FD_CHECK + BACKENDS };
 
 static struct session sessions[max_sessions];
 static struct records records[max_busy];
@@ -466,11 +453,10 @@ static uint16_t suites[LENGTH(ciphers)];        /* ciphers[], in this CPU's orde
 static struct pool session_pool, records_pool, shelf_pool, note_pool, source_pool;
 static struct queue queues[QUEUES];
 static struct link turns[2];    /* sessions whose handshake has input: begun, not begun */
-static struct link runnable;    /* sessions that were given what they waited for */
-static struct pollfd fds[FD_SESSIONS + 2 * max_sessions];
-static struct session *awake[max_sessions];
-static unsigned awake_len;
-static int epoll_fd = -1, log_fd = STDERR_FILENO;
+static struct link runnable;    /* sessions that were given what they waited for, or go on */
+static struct pollfd fds[FD_COUNT];
+static uint32_t last_tag;
+static int log_fd = STDERR_FILENO;
 static int log_syslog;          /* 1: log_fd is the socket of the syslog daemon */
 static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
 static uint64_t accept_after;   /* listeners rest until then, */
@@ -1337,6 +1323,16 @@ static void socket_abort(int fd)
 	struct linger l = { .l_onoff = 1, .l_linger = 0 };
 
 	setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof l);
+}
+
+/* What has happened to a connection, 0: nothing. */
+static int socket_error(int fd)
+{
+	int error = 0;
+	socklen_t len = sizeof error;
+
+	getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &len);
+	return error;
 }
 
 /* Bytes in a socket's queue that its peer has yet to acknowledge. */
@@ -2637,12 +2633,11 @@ static void checks_poll(void)
 
 	for (i = 0; i < BACKENDS; i++) {
 		struct pollfd *p = &fds[FD_CHECK + i];
-		int error = 0;
-		socklen_t len = sizeof error;
+		int error;
 
 		if (p->fd < 0 || !p->revents)
 			continue;
-		getsockopt(p->fd, SOL_SOCKET, SO_ERROR, &error, &len);
+		error = socket_error(p->fd);
 		if (error)
 			check_next(i, error);
 		else
@@ -3883,9 +3878,9 @@ static const struct fault *fault_find(int error)
 /* ---- moves: bytes between sockets and buffers ----
  *
  * Each moves what it can at once and says whether anything moved; relay_pump repeats them until
- * every one waits on a descriptor, for decrypted bytes raise no event. A read that brings less
- * than there was room for has emptied the socket, or stopped at urgent data: poll will tell when
- * there is more. What poll told is kept (leg.in, leg.full) until a call finds it otherwise. */
+ * every one waits on a descriptor, for decrypted bytes raise no event, nor does what the epoll set
+ * has told before. A read that brings less than there was room for has emptied the socket, unless
+ * there is something behind it (leg.last). */
 
 static enum party leg_party(const struct session *s, const struct leg *l)
 {
@@ -3912,6 +3907,18 @@ static void leg_error(struct session *s, const struct leg *l)
 {
 	if (!would_block(errno))
 		session_broke(s, l, errno == ETIMEDOUT ? WHY_TIMEOUT : WHY_RESET);
+}
+
+/* Has the epoll set tell of a leg's descriptor; closing that takes it out. 0, and errno: there is no
+ * room. */
+static int leg_watch(const struct session *s, struct leg *l)
+{
+	struct epoll_event ev = { .events = (uint32_t)EPOLLIN | (uint32_t)EPOLLOUT |
+		(uint32_t)EPOLLRDHUP | (uint32_t)EPOLLPRI | (uint32_t)EPOLLET };
+
+	l->tag = ++last_tag;
+	ev.data.u64 = (uint64_t)l->tag << 32 | (uint32_t)(s - sessions) * 2 | (l == &s->backend);
+	return epoll_ctl(fds[FD_EPOLL].fd, EPOLL_CTL_ADD, l->fd, &ev) == 0;
 }
 
 /* Whether the engine is done with for good: failed, or closed by both. */
@@ -4019,7 +4026,7 @@ static void leg_unsent(struct session *s, struct leg *l)
 		session_end(s, BY_BACKEND, l->reset ? WHY_RESET : WHY_EOF);
 	if (s->state > REQUEST)
 		s->up_left = 0;         /* before, another backend may get it */
-	l->fin = l->in = 1;
+	l->fin = l->in = l->last = 1;
 }
 
 /* send(), with a hint when more follows at once, that the kernel fills its segments and wakes the
@@ -4060,12 +4067,28 @@ static int leg_send(struct session *s, struct leg *l)
 	return moved;
 }
 
-/* How many bytes poll is to wait for, 0: any. */
+/* How many bytes the epoll set is to wait for, 0: any. */
 static void leg_mark(struct leg *l, size_t bytes)
 {
 	if (bytes != l->mark)
 		socket_option(l->fd, SOL_SOCKET, SO_RCVLOWAT, bytes ? (unsigned)bytes : 1);
 	l->mark = (uint16_t)bytes;
+}
+
+/* Whether there may be something to read in this run. */
+static int leg_in(const struct leg *l)
+{
+	return l->in && !l->eof && l->left > 0;
+}
+
+/* A read of so many bytes brought n of them. */
+static void leg_took(struct leg *l, ssize_t n, size_t room)
+{
+	if (n < 0)
+		l->last = 0;
+	if (n < (ssize_t)room && !l->last)
+		l->in = 0;
+	l->left = n < l->left ? (uint16_t)(l->left - (n > 0 ? n : 0)) : 0;
 }
 
 /* Socket to memory. Bytes, 0: none now. */
@@ -4074,10 +4097,8 @@ static size_t leg_read(struct session *s, struct leg *l, unsigned char *p, size_
 	ssize_t n = recv(l->fd, p, room, 0);
 
 	leg_mark(l, 0);
+	leg_took(l, n, room);
 	l->filled = n < (ssize_t)room ? 0 : l->filled < 2 ? l->filled + 1 : 2;
-	l->left = n < l->left ? (uint16_t)(l->left - (n > 0 ? n : 0)) : 0;
-	if (n < (ssize_t)room || l->left == 0)
-		l->in = 0;
 	if (n == 0 && l->reset) {
 		errno = ECONNRESET;
 		n = -1;
@@ -4135,7 +4156,7 @@ static void leg_place(struct session *s, struct leg *l)
 }
 
 /* How many of the bytes that a socket has for a leg are to be read, so that none is of a record
- * that is not there to its end. 0: none; poll tells when the first one is whole, or shows its
+ * that is not there to its end. 0: none; the set tells when the first one is whole, or shows its
  * length. If it tells of less, no more will come, or the socket has no room for more: all are read,
  * then. Room is made before, for what is left of a page counts as a page (records in pieces, for a
  * minute). */
@@ -4147,11 +4168,11 @@ static size_t leg_peek(struct session *s, struct leg *l, unsigned char *p, size_
 	if (n == 0 || whole > 0)
 		return whole + (n == 0);                /* its end is there to be read */
 	if (n < 0) {
+		leg_took(l, n, 1);
 		leg_error(s, l);
-		l->in = 0;
 		return 0;
 	}
-	if (n < l->mark)
+	if (n < l->mark || l->last)
 		return (size_t)n;
 	if (!l->grown)
 		socket_option(l->fd, SOL_SOCKET, SO_RCVBUF, RECEIVE_ROOM);
@@ -4235,10 +4256,13 @@ static int leg_stuck(const struct leg *l)
 /* Reads and forgets, so that closing does not reset what the peer has yet to read. */
 static void leg_discard(struct leg *l)
 {
-	ssize_t n = l->eof ? 1 : recv(l->fd, scratch, sizeof scratch, 0);
+	ssize_t n;
 
-	if (n == 0 || (n < 0 && !would_block(errno)))
-		l->eof = 1;
+	while (!l->eof && l->left > 0 && l->in) {
+		n = recv(l->fd, scratch, sizeof scratch, 0);
+		leg_took(l, n, sizeof scratch);
+		l->eof = n == 0 || (n < 0 && !would_block(errno));
+	}
 }
 
 /* Socket to engine: as much as it takes. The socket is looked at only when all before was taken,
@@ -4248,7 +4272,7 @@ static int leg_fill(struct session *s, struct leg *l)
 	size_t len;
 	int error, moved = 0;
 
-	if (l->in && !l->eof && l->at == l->end && !leg_readable(l, &len) && leg_heard(s, l))
+	if (leg_in(l) && l->at == l->end && !leg_readable(l, &len) && leg_heard(s, l))
 		moved = leg_recv(s, l);
 	if (!l->eng)
 		return moved;
@@ -4359,7 +4383,7 @@ static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 	size_t len;
 
 	if (!l->eng && l->at == l->end) {
-		if (!l->in || l->eof || !leg_heard(s, l))
+		if (!leg_in(l) || !leg_heard(s, l))
 			return 0;
 		leg_place(s, l);
 		if (!l->spare)
@@ -4435,7 +4459,7 @@ static int relay_down(struct session *s)
 	to->started = 1;
 	s->moved = s->fed = 1;
 	to->more = s->backend.eng ? leg_has_more(&s->backend) :
-		s->backend.at < s->backend.end || (len == size && s->backend.in);
+		s->backend.at < s->backend.end || (len == size && leg_in(&s->backend));
 	len = answer_take(s, (char *)room, len);
 	if (s->backend.eof)
 		to->more = 0;
@@ -4607,7 +4631,6 @@ static void backend_hangup(struct session *s)
 	spare_return(&s->backend);
 	memset(&s->backend, 0, sizeof s->backend);
 	s->backend.fd = -1;
-	s->armed[1] = 0;
 	tls_ring_release(s);
 }
 
@@ -4703,7 +4726,7 @@ static enum state handshake_step(struct session *s)
 
 	if ((client_ca && !shelf_borrow(s)) || !records_borrow(s))
 		return HANDSHAKE;
-	if (l->in && (!l->eng || l->at == l->end))
+	if (leg_in(l) && (!l->eng || l->at == l->end))
 		leg_recv(s, l);
 	if (l->eof || s->broken)
 		return FREE;
@@ -4872,7 +4895,9 @@ static enum state connect_next(struct session *s)
 			timer_start(&queues[CONNECT], &s->timer);
 		}
 		s->backend.fd = server_dial((unsigned)i, s->address);
-		if (s->backend.fd >= 0 || errno == EAGAIN)
+		s->backend.full = 1;    /* until it is connected */
+		if (s->backend.fd < 0 ? errno == EAGAIN :
+		    leg_watch(s, &s->backend))
 			return CONNECT;
 		connect_failed(s, connect_why(errno));
 	}
@@ -4880,20 +4905,18 @@ static enum state connect_next(struct session *s)
 
 static enum state connect_step(struct session *s)
 {
-	const int expired = s->ready & EXPIRED;
-	int error = 0;
-	socklen_t len = sizeof error;
+	int error;
 
-	if (expired && s->server < 0)
+	if (s->expired && s->server < 0)
 		return session_fail(s, WHY_NO_BACKEND);
-	if (expired)
+	if (s->expired)
 		error = s->backend.fd < 0 ? EAGAIN : ETIMEDOUT;
 	else if (s->backend.fd < 0)
 		return connect_next(s);
-	else if (!(s->ready & BACKEND_OUT))
+	else if (s->backend.full)
 		return CONNECT;
 	else
-		getsockopt(s->backend.fd, SOL_SOCKET, SO_ERROR, &error, &len);
+		error = socket_error(s->backend.fd);
 	if (error == 0 && tls_backends && backends[s->server].tls != TLS_OFF)
 		return BACKEND_HANDSHAKE;
 	if (error == 0)
@@ -4907,7 +4930,7 @@ static const char *handshake_why(const struct session *s)
 {
 	static char text[24];
 	int error = leg_fault(s, &s->backend);
-	const char *word = s->ready & EXPIRED ? "tls-timeout" : fault_find(error)->word;
+	const char *word = s->expired ? "tls-timeout" : fault_find(error)->word;
 
 	if (!word)
 		string_format(text, sizeof text, "tls-alert-%d", error - BR_ERR_RECV_FATAL_ALERT);
@@ -4948,7 +4971,7 @@ static enum state backend_handshake_step(struct session *s)
 	struct leg *l = &s->backend;
 	struct server *v = &servers[s->server];
 	const struct keyring *ring;
-	const int expired = s->ready & EXPIRED;
+	const int expired = s->expired;
 
 	if (!expired && s->rec && !s->shelf && pool_empty(&shelf_pool))
 		return session_fail(s, WHY_NO_RESOURCES);       /* or they would wait in a ring */
@@ -4959,7 +4982,7 @@ static enum state backend_handshake_step(struct session *s)
 	ring = s->ring;
 	if (!expired && !s->shelf->verifier.begun)
 		backend_verify(s);
-	if (!expired && l->at == l->end && l->in)
+	if (!expired && l->at == l->end && leg_in(l))
 		leg_recv(s, l);
 	if (!expired && !s->broken && !l->eof && leg_handshake(s, l)) {
 		server_remember(v, l->eng, ring);
@@ -5129,17 +5152,17 @@ static enum state response_step(struct session *s)
 	enum state next = RESPONSE;
 	enum why why;
 	size_t n;
+	int moved;
 
-	if (s->up_left == 0 && !s->backend.in && !s->rec)
+	if (s->up_left == 0 && !leg_in(&s->backend) && !s->rec)
 		return RESPONSE;
 	if (!records_borrow(s))
 		return RESPONSE;
-	if (!response_upload(s))
-		return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
 	hd = head_load(s);
 	do {
-		if (s->backend.eng)
-			leg_fill(s, &s->backend);
+		if (!response_upload(s))
+			return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
+		moved = s->backend.eng && leg_fill(s, &s->backend);
 		n = s->broken ? 0 : backend_read(s, (unsigned char *)hd->bytes + hd->len,
 			head_max - hd->len);
 		if (s->broken || s->backend.eof)
@@ -5153,7 +5176,7 @@ static enum state response_step(struct session *s)
 		} while (why == WHY_NONE && next == RESPONSE);
 		if (why != WHY_NONE && why != WHY_MORE)
 			return session_fail(s, why);
-	} while (n > 0 && next == RESPONSE);    /* the engine's next record raises no event */
+	} while ((moved || n > 0) && next == RESPONSE);
 	return next;
 }
 
@@ -5203,10 +5226,10 @@ static enum state relay_step(struct session *s)
 {
 	struct leg *c = &s->client, *b = &s->backend;
 
-	if ((s->ready & EXPIRED) && (leg_drains(c) | leg_drains(b))) {
+	if (s->expired && (leg_drains(c) | leg_drains(b))) {
 		timer_start(&queues[s->state], &s->timer);
-		s->ready &= (uint8_t)~EXPIRED;
-	} else if (s->ready & EXPIRED) {
+		s->expired = 0;
+	} else if (s->expired) {
 		session_end(s, BY_PROXY, WHY_IDLE);
 		if (s->state != RELAY)
 			return FREE;
@@ -5214,7 +5237,7 @@ static enum state relay_step(struct session *s)
 	}
 	if (!c->fin) {
 		if (!records_borrow(s))
-			return s->ready & EXPIRED ? DRAIN : s->state;
+			return s->expired ? DRAIN : s->state;
 		if (head_len(s) > 0)
 			head_load(s);
 		relay_pump(s);
@@ -5239,7 +5262,7 @@ static enum state relay_step(struct session *s)
 	}
 	if (s->broken || (c->fin && c->eof && b->eof))
 		return FREE;
-	return c->fin || (s->ready & EXPIRED) || (s->state == RELAY && (b->fin || leg_closed(c))) ?
+	return c->fin || s->expired || (s->state == RELAY && (b->fin || leg_closed(c))) ?
 		DRAIN : s->state;
 }
 
@@ -5292,28 +5315,6 @@ static void session_enter(struct session *s, enum state state)
 	s->moved = 1;
 }
 
-/* Gives the session a slot in poll()'s array. What the epoll set still tells is not heeded. */
-static void session_wake(struct session *s)
-{
-	s->parked = 0;
-	if (s->slot >= 0)
-		return;
-	s->slot = (int)awake_len;
-	awake[awake_len++] = s;
-	memset(&fds[FD_SESSIONS + 2 * s->slot], 0, 2 * sizeof fds[0]);
-}
-
-static void session_unslot(struct session *s)
-{
-	struct session *last = awake[--awake_len];
-
-	awake[s->slot] = last;
-	memmove(&fds[FD_SESSIONS + 2 * s->slot], &fds[FD_SESSIONS + 2 * last->slot],
-		2 * sizeof fds[0]);
-	last->slot = s->slot;
-	s->slot = -1;
-}
-
 static void log_close_session(const struct session *s)
 {
 	static const char *const party[] = { "proxy", "client", "backend" };
@@ -5353,11 +5354,8 @@ static void session_close(struct session *s)
 	source_release(s->source, &s->peer);
 	link_drop(&s->wait);
 	link_drop(&s->timer.link);
-	link_drop(&s->park.link);
 	link_drop(&s->stall.link);
 	link_drop(&s->place.link);
-	if (s->slot >= 0)
-		session_unslot(s);
 	s->state = FREE;
 	pool_return(&session_pool, s);
 }
@@ -5394,98 +5392,15 @@ static int shelf_rests(const struct session *s)
 		link_alone(&s->wait);
 }
 
-/* What to poll a leg for. One with buffers reads when all before was taken; an engine that was
- * closed, or that nobody listens to, may want no more records, but its end is awaited. */
-static short leg_events(const struct session *s, const struct leg *l)
+/* Whether the session would go on at once: it stopped so that others have their turn, or in a
+ * handshake, with records that were not read yet. What keeps the others is told of when it ends. */
+static int session_goes_on(const struct session *s)
 {
-	unsigned state = l->eng ? br_ssl_engine_current_state(l->eng) : BR_SSL_RECVREC;
-	size_t len;
-	int in = !l->eof && !leg_dammed(s, l);
+	const struct leg *l = s->state == HANDSHAKE ? &s->client : &s->backend;
 
-	if (l->buf)
-		in = in && l->at == l->end && ((state & BR_SSL_RECVREC) ||
-			(l->fin && !(state & BR_SSL_RECVAPP)));
-	return (short)((in ? POLLIN : 0) |
-		(!l->fin && (l->full || leg_pending(l, &len)) ? POLLOUT : 0));
-}
-
-static short client_events(const struct session *s)
-{
-	if (is_watched(s))
-		return s->client.full && link_alone(&s->wait) ? POLLRDHUP | POLLOUT : POLLRDHUP;
-	if (s->state == HANDSHAKE && !s->client.eng)
-		return POLLIN;
-	return leg_events(s, &s->client);
-}
-
-static short backend_events(const struct session *s)
-{
-	const struct leg *l = &s->backend;
-	size_t len;
-	int in, out;
-
-	if (s->state == CONNECT || s->state == REQUEST)
-		return POLLOUT;
-	if (l->eng)
-		return leg_events(s, l);
-	in = !l->eof && !leg_dammed(s, l) && (s->state == RESPONSE || s->client.fin || !s->rec ||
-		(head_len(s) == 0 && leg_room(&s->client, &len)));
-	out = !l->fin && (l->full || (s->up_left > 0 && leg_readable(&s->client, &len)));
-	return (short)((in ? POLLIN : 0) | (out ? POLLOUT : 0));
-}
-
-/* What the session waits for at the client and the backend, which follows from its state and
- * buffers. One that waits for a buffer or its turn has no wishes but to see its client's end. */
-static void session_wishes(const struct session *s, short wish[2])
-{
-	int waits = !link_alone(&s->wait);
-
-	wish[0] = waits && !is_watched(s) ? 0 : client_events(s);
-	wish[1] = waits || s->backend.fd < 0 ? 0 : backend_events(s);
-}
-
-/* Whether a hang-up of the client is a reset: neither side has told the other the end. */
-static int client_open(const struct session *s)
-{
-	return !s->client.eof && !s->client.fin;
-}
-
-/* Tells poll. A descriptor without a wish is left out, for poll would report its hang-up for ever;
- * but not a client's whose reset ends the session. */
-static void session_watch(struct session *s)
-{
-	struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
-	short wish[2];
-
-	session_wishes(s, wish);
-	p[0].events = wish[0];
-	p[0].fd = wish[0] || client_open(s) ? s->client.fd : -1;
-	p[1].events = wish[1];
-	p[1].fd = wish[1] ? s->backend.fd : -1;
-}
-
-/* Whether a session that stays as it is may leave poll()'s array: it waits for either side. (What
- * a mark does to edges depends on the kernel.) */
-static int session_may_park(const struct session *s)
-{
-	const struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
-
-	return s->state >= RESPONSE && s->state <= EXCHANGE && !s->rec && !s->shelf &&
-		!s->client.mark && !s->backend.mark && p[0].events && p[1].events;
-}
-
-/* Whether a parked session that was run can stay: it wishes what the set tells, which tells each
- * thing once, and has read all that it was told of. */
-static int session_stays_parked(const struct session *s)
-{
-	short wish[2];
-
-	if (!s->parked || s->rec || s->shelf || s->backend.fd < 0 || s->client.in ||
-	    s->backend.in || s->client.left == 0 || s->backend.left == 0 || s->client.mark ||
-	    s->backend.mark)
-		return 0;
-	session_wishes(s, wish);
-	return wish[0] == s->armed[0] && wish[1] == s->armed[1];
+	if (s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE)
+		return l->in && !l->full;
+	return s->client.left == 0 || s->backend.left == 0;
 }
 
 /* After a run: gives back what is not needed, restarts what measures progress. */
@@ -5514,67 +5429,57 @@ static void session_settle(struct session *s)
 		state_timer_start(s);
 	leg_push(&s->client);
 	leg_push(&s->backend);
-	if (session_stays_parked(s))
-		return;
-	session_wake(s);
-	session_watch(s);
-	if (!park || !session_may_park(s))
-		link_drop(&s->park.link);
-	else if (link_alone(&s->park.link))
-		timer_start(&queues[Q_PARK], &s->park);
+	if (link_alone(&s->wait) && session_goes_on(s))
+		link_append(&runnable, &s->wait);
 }
 
 /* The client's connection is dead; for what, its socket tells. */
 static enum state client_lost(struct session *s)
 {
-	int error = 0;
-	socklen_t len = sizeof error;
+	int error = socket_error(s->client.fd);
 
-	getsockopt(s->client.fd, SOL_SOCKET, SO_ERROR, &error, &len);
 	errno = error ? error : ECONNRESET;
 	leg_error(s, &s->client);
 	return FREE;
 }
 
-/* Notes what poll or epoll has found. */
-static void session_told(struct session *s, unsigned ready)
+/* It has gone while nothing is to be computed any more for who has. */
+static enum state client_left(struct session *s)
 {
-	s->client.in |= (ready & CLIENT_IN) != 0;
-	s->backend.in |= (ready & BACKEND_IN) != 0;
-	s->client.full &= !(ready & CLIENT_OUT);
-	s->backend.full &= !(ready & BACKEND_OUT);
+	session_end(s, BY_CLIENT, WHY_EOF);
+	return FREE;
 }
 
 /* Runs a session: steps it until its state stays, then settles it. The one place where states
- * change and sessions end. `ready` is what poll found. */
-static void session_run(struct session *s, unsigned ready)
+ * change and sessions end. */
+static void session_run(struct session *s, int expired)
 {
+	const struct leg *c = &s->client;
 	const int watched = is_watched(s);
 	enum state next;
 
 	link_drop(&s->wait);
-	s->ready = (uint8_t)ready;
-	session_told(s, ready);
+	s->expired = (uint8_t)expired;
 	s->client.more = s->backend.more = 0;
 	s->client.left = s->backend.left = SHARE;
 	s->moved = s->fed = 0;
-	if ((ready & CLIENT_RESET) && s->state <= RESPONSE) {
+	if (c->gone > 1 && s->state <= RESPONSE)
 		next = client_lost(s);
-	} else if ((ready & CLIENT_GONE) && watched) {
-		session_end(s, BY_CLIENT, WHY_EOF);
-		next = FREE;
-	} else if ((ready & EXPIRED) && states[s->state].expired) {
+	else if (c->gone && watched)
+		next = client_left(s);
+	else if (expired && states[s->state].expired)
 		next = session_fail(s, states[s->state].expired);
-	} else {
+	else
 		next = states[s->state].step(s);
-	}
 	while (next != FREE && next != (enum state)s->state) {
 		session_enter(s, next);
-		s->ready &= (uint8_t)~EXPIRED;
+		s->expired = 0;
 		next = states[next].step(s);
 	}
-	if (next != FREE && (ready & CLIENT_RESET) && s->client.in && client_open(s))
+	if (next != FREE && c->gone > 1 && leg_in(c) && !c->fin)
 		next = client_lost(s);  /* it is not read, for the backend takes nothing */
+	else if (next != FREE && c->gone && is_watched(s))
+		next = client_left(s);
 	if (next != FREE && !head_store(s)) {
 		session_end(s, BY_PROXY, WHY_NO_RESOURCES);
 		next = FREE;
@@ -5594,56 +5499,53 @@ static void session_open(int fd, const struct address *peer, enum listener_kind 
 	s->kind = (uint8_t)kind;
 	s->plain = kind != WSS;
 	s->client.fd = fd;
-	s->backend.fd = s->slot = -1;
-	s->server = s->sticky = -1;
+	s->backend.fd = s->server = s->sticky = -1;
 	s->born = now;
 	s->peer = *peer;
 	s->source = source_take(peer);
 	link_init(&s->wait);
 	link_init(&s->timer.link);
-	link_init(&s->park.link);
 	link_init(&s->stall.link);
 	link_init(&s->place.link);
 	session_enter(s, s->plain ? HEAD : HANDSHAKE);
-	session_wake(s);
-	session_watch(s);
+	if (leg_watch(s, &s->client))
+		return;
+	session_end(s, BY_PROXY, WHY_NO_RESOURCES);
+	session_close(s);
 }
 
 /* A session can go on: a handshake waits for its turn, everything else runs. */
-static void session_event(struct session *s, unsigned ready)
+static void session_resume(struct session *s)
 {
-	if ((s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE) && link_alone(&s->wait) &&
-	    !(ready & CLIENT_GONE)) {
-		session_told(s, ready);
+	if ((s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE) && !s->client.gone)
 		turn_await(s);
-		session_watch(s);
-	} else {
-		session_run(s, ready);
-	}
+	else
+		session_run(s, 0);
 }
 
-/* A session that for park_ms was left with nothing but to read moves from poll()'s array to the
- * epoll set. */
-static void session_park(struct session *s)
+/* Notes what the epoll set tells of a leg. 0: nothing new. An urgent byte is nobody's. */
+static int leg_told(struct leg *l, unsigned events)
 {
-	const struct pollfd *p = &fds[FD_SESSIONS + 2 * s->slot];
-	uint32_t side;
+	const unsigned end = (unsigned)EPOLLHUP | (unsigned)EPOLLERR;
+	const uint8_t gone = events & end ? 2 : (events & (unsigned)EPOLLRDHUP) != 0;
+	const int in = !l->in && (events & (end | (unsigned)EPOLLIN));
+	const int out = l->full && (events & (end | (unsigned)EPOLLOUT));
+	const int news = in || out || gone > l->gone;
 
-	link_drop(&s->park.link);
-	for (side = 0; side < 2; side++) {
-		/* poll's events have the same numbers as epoll's; also told is the end, and urgent
-		 * data, at which reads stop short */
-		struct epoll_event ev = { .events = (uint32_t)p[side].events };
-		int op = s->armed[side] ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
+	if (events & (unsigned)EPOLLPRI)
+		recv(l->fd, scratch, 1, MSG_OOB);
+	l->in |= in;
+	l->full = l->full && !out;
+	l->gone = gone > l->gone ? gone : l->gone;
+	l->last |= gone || (events & (unsigned)EPOLLPRI);
+	return news;
+}
 
-		ev.events |= (uint32_t)EPOLLRDHUP | (uint32_t)EPOLLPRI | (uint32_t)EPOLLET;
-		ev.data.u32 = (uint32_t)(s - sessions) * 2 + side;
-		if (epoll_fd < 0 || epoll_ctl(epoll_fd, op, p[side].fd, &ev) < 0)
-			return; /* it keeps its poll slot, and is in no danger */
-		s->armed[side] = p[side].events;
-	}
-	s->parked = 1;
-	session_unslot(s);
+/* One that waits for a buffer or its turn has no other wish but to see its client's end. */
+static void session_event(struct session *s, struct leg *l, unsigned events)
+{
+	if (leg_told(l, events) && (link_alone(&s->wait) || (s->client.gone && is_watched(s))))
+		session_resume(s);
 }
 
 /* ---- the loop ---- */
@@ -5824,7 +5726,7 @@ static void stallers_close(void)
 			timer_start(&queues[Q_STALL], &s->stall);
 		} else if (s->state >= CONNECT && s->state <= RESPONSE) {
 			/* its time is over: the next backend, or an answer */
-			session_run(s, EXPIRED);
+			session_run(s, 1);
 			return;
 		} else {
 			session_end(s, BY_PROXY, WHY_STALL);
@@ -5842,11 +5744,9 @@ static void timers_run(void)
 	for (i = 0; i < STATES; i++) {
 		while ((t = timer_due(&queues[i])) != NULL) {
 			link_drop(&t->link);
-			session_run(OWNER(t, struct session, timer), EXPIRED);
+			session_run(OWNER(t, struct session, timer), 1);
 		}
 	}
-	while ((t = timer_due(&queues[Q_PARK])) != NULL)
-		session_park(OWNER(t, struct session, park));
 	while ((t = timer_due(&queues[Q_RESOLVE])) != NULL)
 		resolver_ask(OWNER(t, struct server, retry));
 	while ((t = timer_due(&queues[Q_CHECK])) != NULL) {
@@ -5865,56 +5765,6 @@ static void timers_run(void)
 	stallers_close();
 }
 
-/* What poll or epoll found at the client, and at the backend. */
-static unsigned ready_of(unsigned client, unsigned backend)
-{
-	return (client & (POLLIN | POLLHUP | POLLERR) ? CLIENT_IN : 0) |
-		(client & (POLLOUT | POLLHUP | POLLERR) ? CLIENT_OUT : 0) |
-		(client & (POLLRDHUP | POLLHUP | POLLERR) ? CLIENT_GONE : 0) |
-		(client & (POLLHUP | POLLERR) ? CLIENT_RESET : 0) |
-		(backend & (POLLIN | POLLHUP | POLLERR) ? BACKEND_IN : 0) |
-		(backend & (POLLOUT | POLLHUP | POLLERR) ? BACKEND_OUT : 0);
-}
-
-/* Sessions of poll()'s array that have something. From the last to the first: a session that
- * closes is replaced by the last one, which then had its turn. */
-static void sessions_poll(void)
-{
-	unsigned i;
-
-	for (i = awake_len; i-- > 0; ) {
-		struct pollfd *p = &fds[FD_SESSIONS + 2 * i];
-		unsigned client = (unsigned)p[0].revents, backend = (unsigned)p[1].revents;
-
-		if (i >= awake_len || !(client | backend))
-			continue;
-		p[0].revents = p[1].revents = 0;
-		session_event(awake[i], ready_of(client, backend));
-	}
-}
-
-/* A session of the epoll set has something. Two descriptors share it, so the second event may find
- * it awake, or gone; the set is told to be silent then. After an end there may be bytes and no
- * further edge: poll sees to that. An urgent byte is nobody's, and is told of at each return to the
- * set until it is taken. */
-static void session_unpark(struct session *s, unsigned side, unsigned events)
-{
-	int fd = side ? s->backend.fd : s->client.fd;
-
-	if (s->state == FREE || fd < 0)
-		return;
-	if (events & EPOLLPRI)
-		recv(fd, scratch, 1, MSG_OOB);
-	if (!s->parked) {
-		s->armed[side] = 0;
-		epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
-		fds[FD_SESSIONS + 2 * s->slot + (int)side].revents = 0; /* the same, of before */
-	} else if (events & ~(unsigned)EPOLLIN) {
-		session_wake(s);
-	}
-	session_run(s, side ? ready_of(0, events) : ready_of(events, 0));
-}
-
 /* All that the set has to tell, but no end of it: timers run behind, and may be those of sessions
  * whose bytes are there. */
 static void sessions_epoll(void)
@@ -5923,29 +5773,35 @@ static void sessions_epoll(void)
 	int i, n = LENGTH(ev), most;
 
 	for (most = 2 * max_sessions; most > 0 && n == LENGTH(ev); most -= n) {
-		n = epoll_wait(epoll_fd, ev, LENGTH(ev), 0);
-		for (i = 0; i < n; i++)
-			session_unpark(&sessions[ev[i].data.u32 / 2], ev[i].data.u32 % 2,
-				ev[i].events);
+		n = epoll_wait(fds[FD_EPOLL].fd, ev, LENGTH(ev), 0);
+		for (i = 0; i < n; i++) {
+			struct session *s = &sessions[(uint32_t)ev[i].data.u64 / 2];
+			struct leg *l = ev[i].data.u64 % 2 ? &s->backend : &s->client;
+
+			if (s->state != FREE && l->tag == ev[i].data.u64 >> 32)
+				session_event(s, l, ev[i].events);
+		}
 	}
 }
 
-/* All that were given what they waited for, after one handshake step. Of those that have not begun,
- * the last to come is the first, for the others are nearer to giving up. */
+/* All that were given what they waited for or stopped for others, once, after one handshake step.
+ * Of those that have not begun, the last to come is the first, for the others are nearer to giving
+ * up. */
 static void sessions_turn(void)
 {
 	const int begun = !link_alone(&turns[0]);
-	struct link *l = begun ? turns[0].next : turns[1].prev;
+	struct link *l = begun ? turns[0].next : turns[1].prev, end = { &end, &end };
 
 	if (l != &turns[1]) {
 		link_drop(l);
 		session_run(OWNER(l, struct session, wait), 0);
 	}
-	while (!link_alone(&runnable)) {
-		l = runnable.next;
+	link_append(&runnable, &end);
+	while ((l = runnable.next) != &end) {
 		link_drop(l);
-		session_event(OWNER(l, struct session, wait), 0);
+		session_resume(OWNER(l, struct session, wait));
 	}
+	link_drop(&end);
 }
 
 /* ---- signals ---- */
@@ -6000,9 +5856,9 @@ static void stats(void)
 {
 	unsigned i;
 
-	log_line(LOG_INFO, "stats sessions=%u awake=%u records=%u heads=%u opened=%llu "
+	log_line(LOG_INFO, "stats sessions=%u records=%u heads=%u opened=%llu "
 		"rejected=%llu probes=%llu full=%llu rx=%llu tx=%llu log-lost=%llu",
-		session_pool.lent, awake_len, records_pool.lent, shelf_pool.lent, totals.opened,
+		session_pool.lent, records_pool.lent, shelf_pool.lent, totals.opened,
 		totals.rejected, totals.probes, totals.full, totals.rx, totals.tx,
 		totals.log_lost);
 	for (i = 0; i < BACKENDS; i++) {
@@ -6071,7 +5927,7 @@ static void loop(void)
 		int n;
 
 		listeners_watch();
-		n = poll(fds, FD_SESSIONS + 2 * awake_len, ms);
+		n = poll(fds, FD_COUNT, ms);
 		if (n < 0 && errno != EINTR) {
 			/* no memory, or somebody has lowered our limit of descriptors */
 			poll(NULL, 0, POLL_PAUSE_MS);
@@ -6083,7 +5939,6 @@ static void loop(void)
 				signals_take();
 			if (fds[FD_EPOLL].revents)
 				sessions_epoll();
-			sessions_poll();
 			if (fds[FD_RESOLVER].revents)
 				resolver_event();
 			checks_poll();
@@ -6107,7 +5962,7 @@ static void tables_init(void)
 		{ BACKEND_HANDSHAKE, handshake_ms },
 		{ REQUEST, response_ms }, { RESPONSE, response_ms }, { RELAY, idle_ms },
 		{ EXCHANGE, idle_ms }, { REPLY, linger_ms }, { DRAIN, linger_ms },
-		{ Q_PARK, park_ms }, { Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms },
+		{ Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms },
 		{ Q_CHECK, check_ms }, { Q_REJECTS, 1000 }, { Q_REDIAL, REDIAL_MS },
 		{ Q_YOUNG, DISPLACE_MS }, { Q_GROWN, SILENT_MS }, { Q_ASKED, ASK_MS },
 	};
@@ -6128,7 +5983,7 @@ static void tables_init(void)
 	shelf_pool.attach = shelf_attach;
 	pool_init(&note_pool, notes, sizeof notes[0], max_sessions);
 	pool_init(&source_pool, sources, sizeof sources[0], max_sessions);
-	for (i = 0; i < FD_SESSIONS; i++) {
+	for (i = 0; i < FD_COUNT; i++) {
 		fds[i].fd = -1;
 		fds[i].events = i < FD_CHECK ? POLLIN : POLLOUT;
 	}
@@ -6169,7 +6024,7 @@ static const struct {
 	NUMBER(head_ms, 1, INT_MAX), NUMBER(connect_ms, 1, INT_MAX),
 	NUMBER(response_ms, 1, INT_MAX), NUMBER(idle_ms, 0, INT_MAX),
 	NUMBER(linger_ms, 1, INT_MAX), NUMBER(stall_ms, 1, INT_MAX),
-	NUMBER(drain_ms, 1, INT_MAX), NUMBER(park, 0, 1), NUMBER(park_ms, 1, INT_MAX),
+	NUMBER(drain_ms, 1, INT_MAX), 
 	NUMBER(max_fails, 0, UINT_MAX), NUMBER(fail_ms, 0, INT_MAX), NUMBER(check_ms, 0, INT_MAX),
 	NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
@@ -6254,7 +6109,7 @@ static unsigned memory_kb(void)
 {
 	return (unsigned)((sizeof sessions + sizeof records + sizeof shelves + sizeof notes +
 		sizeof head_buffer + sizeof sources + sizeof buckets + sizeof keyrings +
-		sizeof servers + sizeof upstreams + sizeof cache_store + sizeof fds + sizeof awake +
+		sizeof servers + sizeof upstreams + sizeof cache_store + sizeof fds +
 		sizeof scratch + sizeof file_text) / 1024);
 }
 
@@ -6388,7 +6243,9 @@ int main(int argc, char *argv[])
 		(unsigned)max_sessions, (unsigned)max_busy, memory_kb());
 	for (i = 0; i < LISTENERS; i++)
 		listener_open(i);
-	epoll_fd = fds[FD_EPOLL].fd = park ? epoll_create1(EPOLL_CLOEXEC) : -1;
+	fds[FD_EPOLL].fd = epoll_create1(EPOLL_CLOEXEC);
+	if (fds[FD_EPOLL].fd < 0)
+		die("epoll_create1: %s: a kernel with CONFIG_EPOLL is needed", strerror(errno));
 	become_do(&become, chroot_dir);
 	if (!user && getuid() == 0)
 		log_line(LOG_WARNING, "warning user: it stays root, without capabilities: name "

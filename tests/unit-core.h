@@ -248,12 +248,11 @@ static struct session *session_make(unsigned i)
 
 	memset(s, 0, sizeof *s);
 	s->source = &nobody;
-	s->client.fd = s->backend.fd = s->slot = -1;
+	s->client.fd = s->backend.fd = -1;
 	s->server = s->sticky = -1;
 	s->id = i;
 	link_init(&s->wait);
 	link_init(&s->timer.link);
-	link_init(&s->park.link);
 	link_init(&s->stall.link);
 	link_init(&s->place.link);
 	return s;
@@ -363,26 +362,26 @@ static void test_timers_next(void)
 	CHECK_INT(timers_next(), idle_ms);
 	timer_start(&queues[HEAD], &other->timer);
 	CHECK_INT(timers_next(), head_ms);
-	timer_start(&queues[Q_PARK], &s->park);
-	CHECK_INT(timers_next(), park_ms);
-	now += park_ms - 1;
+	timer_start(&queues[Q_REDIAL], &s->stall);
+	CHECK_INT(timers_next(), REDIAL_MS);
+	now += REDIAL_MS - 1;
 	CHECK_INT(timers_next(), 1);
 	now += 1;
 	CHECK_INT(timers_next(), 0);
 	now += 1000000;
 	CHECK_INT(timers_next(), 0);
 	now -= 1000000;
-	link_drop(&s->park.link);
-	CHECK_INT(timers_next(), head_ms - park_ms);
+	link_drop(&s->stall.link);
+	CHECK_INT(timers_next(), head_ms - REDIAL_MS);
 	/* who sits on a buffer is of interest only while others wait for one */
 	timer_start(&queues[Q_STALL], &s->stall);
-	CHECK_INT(timers_next(), head_ms - park_ms);
+	CHECK_INT(timers_next(), head_ms - REDIAL_MS);
 	link_append(&records_pool.waiters, &other->wait);
 	CHECK_INT(timers_next(), stall_ms);
 	link_append(&shelf_pool.waiters, &other->wait);
 	CHECK_INT(timers_next(), stall_ms);
 	link_drop(&other->wait);
-	CHECK_INT(timers_next(), head_ms - park_ms);
+	CHECK_INT(timers_next(), head_ms - REDIAL_MS);
 	/* drain and the pause of the listeners count as well */
 	accept_after = now + 300;
 	CHECK_INT(timers_next(), 300);
@@ -1449,6 +1448,7 @@ static unsigned far_count;
 /* As a listener takes it: a connection from that address. */
 static void client_connects(const char *literal)
 {
+	static int set;
 	struct address a = address_of(literal, "1");
 	int pair[2];
 
@@ -1456,6 +1456,9 @@ static void client_connects(const char *literal)
 		perror("socketpair");
 		exit(2);
 	}
+	if (!set)
+		set = epoll_create1(EPOLL_CLOEXEC);
+	fds[FD_EPOLL].fd = set;
 	far_ends[far_count++] = pair[1];
 	listener_take(pair[0], &a, WS);
 }
@@ -1466,18 +1469,6 @@ static int client_turned_away(void)
 	char byte;
 
 	return recv(far_ends[far_count - 1], &byte, 1, 0) == 0;
-}
-
-/* Every awake session is where it believes to be, and polled there. */
-static void check_awake(void)
-{
-	unsigned i;
-
-	for (i = 0; i < awake_len; i++) {
-		CHECK_INT(awake[i]->slot, i);
-		CHECK(awake[i]->state != FREE);
-		CHECK_INT(fds[FD_SESSIONS + 2 * i].fd, awake[i]->client.fd);
-	}
 }
 
 static struct session *session_of(const char *literal)
@@ -1643,11 +1634,8 @@ static void test_sessions_closed(void)
 			sprintf(literal, "192.0.2.%u", i % 5 + 1);
 			client_connects(literal);
 		}
-		CHECK_INT(awake_len, max_sessions);
-		for (i = 0, k = round % max_sessions; i < max_sessions; i++, k = (k + 5) % max_sessions) {
+		for (i = 0, k = round % max_sessions; i < max_sessions; i++, k = (k + 5) % max_sessions)
 			session_close(&sessions[k]);
-			check_awake();
-		}
 		for (i = 0; i < far_count; i++) {
 			CHECK_INT(recv(far_ends[i], &byte, 1, 0), 0);   /* its end was closed */
 			close(far_ends[i]);
@@ -1656,7 +1644,6 @@ static void test_sessions_closed(void)
 		CHECK_INT(source_pool.lent, 0);
 		CHECK_INT(records_pool.lent, 0);
 		CHECK_INT(shelf_pool.lent, 0);
-		CHECK_INT(awake_len, 0);
 		rejects_over();
 		for (i = 0; i < QUEUES; i++)
 			CHECK(link_alone(&queues[i].list));
@@ -1676,6 +1663,7 @@ static struct session *tunnel_open(int *backend)
 	s = session_of("192.0.2.1");
 	CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair), 0);
 	s->backend.fd = pair[0];
+	CHECK(leg_watch(s, &s->backend));
 	*backend = pair[1];
 	s->framing = BODY_TUNNEL;
 	s->up_left = UINT64_MAX;
@@ -1697,61 +1685,65 @@ static void tunnel_says(int from, size_t len, int to)
 	CHECK_INT(got, len);
 }
 
-/* A session of the epoll set stays there while it talks, and goes back to poll()'s array when something
- * might not be told again: bytes that were left in a socket, an end. */
-static void test_parked(void)
+/* What the epoll set told once is not forgotten: bytes that a run has left, an end behind bytes. */
+static void test_told(void)
 {
 	int backend, client, i;
-	struct session *s;
+	struct session *s = tunnel_open(&backend);
+	size_t got = 0;
+	ssize_t n;
 	char byte;
 
-	epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	s = tunnel_open(&backend);
 	client = far_ends[far_count - 1];
-	CHECK(!s->parked && s->slot == 0 && !link_alone(&s->park.link));
-	session_park(s);
-	CHECK(s->parked && s->slot == -1 && awake_len == 0);
 	for (i = 0; i < 20; i++) {
 		tunnel_says(client, 10, backend);
 		tunnel_says(backend, 20000, client);    /* more than one read */
-		CHECK(s->parked && awake_len == 0);
 	}
 	/* what both said before it ran is two events */
 	CHECK_INT(send(client, "ab", 2, 0), 2);
 	tunnel_says(backend, 1, client);
 	CHECK_INT(recv(backend, &byte, 1, 0) + recv(backend, &byte, 1, 0), 2);
-	CHECK(s->parked);
-	/* as many reads as one run may make, and perhaps more */
+	CHECK(link_alone(&s->wait));
+	/* more than one run may take */
 	for (i = 0; i < 10; i++)
 		CHECK_INT(send(client, scratch, 16384, 0), 16384);
 	sessions_epoll();
-	CHECK(!s->parked && s->slot == 0);
-	CHECK_INT(fds[FD_SESSIONS].events & POLLIN, POLLIN);
-	while (recv(backend, scratch, sizeof scratch, 0) > 0)
-		session_run(s, CLIENT_IN);
-	/* awake, it is run by the set for once, which is told to be silent then */
-	CHECK_INT(send(client, "a", 1, 0), 1);
-	sessions_epoll();
-	CHECK_INT(recv(backend, &byte, 1, 0), 1);
-	CHECK_INT(s->armed[0], 0);
-	CHECK(s->armed[1] != 0);
-	CHECK_INT(send(client, "a", 1, 0), 1);
-	sessions_epoll();
-	CHECK_INT(recv(backend, &byte, 1, 0), -1);
-	session_run(s, CLIENT_IN);
-	CHECK_INT(recv(backend, &byte, 1, 0), 1);
-	session_park(s);
-	CHECK(s->parked && s->armed[0] && s->armed[1]);
+	for (i = 0; !link_alone(&runnable); i++) {
+		CHECK(!link_alone(&s->wait));
+		while ((n = recv(backend, scratch, sizeof scratch, 0)) > 0)
+			got += (size_t)n;
+		sessions_turn();
+	}
+	CHECK(i >= 2);
+	while ((n = recv(backend, scratch, sizeof scratch, 0)) > 0)
+		got += (size_t)n;
+	CHECK_INT(got, 10 * 16384);
 	/* an end behind bytes */
 	CHECK_INT(send(backend, "a", 1, 0), 1);
 	shutdown(backend, SHUT_WR);
 	sessions_epoll();
 	CHECK_INT(recv(client, &byte, 1, 0), 1);
-	CHECK(!s->parked && s->slot == 0);
+	CHECK(s->backend.eof);
 	session_close(s);
 	close(backend);
-	close(epoll_fd);
-	epoll_fd = -1;
+}
+
+/* An event of a connection to a backend that is no more does not count for the next one. */
+static void test_told_late(void)
+{
+	int backend, pair[2];
+	struct session *s = tunnel_open(&backend);
+
+	s->state = CONNECT;
+	s->backend.full = 1;
+	CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair), 0);
+	s->backend.fd = pair[0];
+	s->backend.tag++;
+	close(backend);
+	sessions_epoll();
+	CHECK(s->backend.full && !s->backend.gone && s->state == CONNECT);
+	session_close(s);
+	close(pair[1]);
 }
 
 /* Who sends bulk is read ahead into a spare set of buffers, while they abound and bytes are there. */
@@ -1765,7 +1757,6 @@ static void test_bulk(void)
 			struct session *s = (memset(&records_pool, 0, sizeof records_pool),
 				tunnel_open(&ends[1]));
 			struct leg *l = k == 0 ? &s->client : &s->backend;
-			const unsigned ready = k == 0 ? CLIENT_IN : BACKEND_IN;
 
 			at("%s sends, %u of %u busy", k == 0 ? "client" : "backend", busy, max_busy);
 			ends[0] = far_ends[far_count - 1];
@@ -1776,7 +1767,8 @@ static void test_bulk(void)
 			for (i = 0; i < 3; i++) {
 				uint64_t before = s->rx + s->tx;
 
-				session_run(s, ready);          /* takes its share */
+				l->in = 1;
+				session_run(s, 0);              /* takes its share */
 				CHECK(s->rx + s->tx - before < SHARE + BULK);
 			}
 			CHECK_INT(l->filled, 2);
@@ -1788,7 +1780,8 @@ static void test_bulk(void)
 				sizeof least);
 			for (i = 0; i < 8; i++)
 				(void)!send(ends[k], scratch, sizeof scratch, 0);
-			session_run(s, ready);
+			l->in = 1;
+			session_run(s, 0);
 			CHECK_INT(l->spare != NULL, busy + 1 < max_busy / 2);
 			CHECK_INT(records_pool.lent, busy + (l->spare ? 2 : busy + 1 <= max_busy / 2));
 			session_close(s);
@@ -1810,11 +1803,12 @@ static void test_relay_full(void)
 	setsockopt(s->backend.fd, SOL_SOCKET, SO_SNDBUF, &least, sizeof least);
 	for (i = 0; i < 20; i++) {
 		send(far_ends[far_count - 1], bytes, sizeof bytes, 0);
-		session_run(s, CLIENT_IN);
+		sessions_epoll();
 	}
-	CHECK_INT(fds[FD_SESSIONS + 1].events, POLLIN | POLLOUT);       /* it is full */
+	CHECK(s->backend.full);
 	CHECK_INT(send(backend, "hello", 5, 0), 5);
-	session_run(s, BACKEND_IN);
+	sessions_epoll();
+	CHECK(link_alone(&s->wait));
 	CHECK_INT(recv(far_ends[far_count - 1], bytes, sizeof bytes, 0), 5);
 	session_close(s);
 	close(backend);

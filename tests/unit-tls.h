@@ -531,6 +531,7 @@ static void test_tls_closed_full(void)
 	CHECK(!s->broken && !l->eof);
 	CHECK_INT(recv(pair[0], &len, sizeof len, 0), -1);
 	close(pair[1]);
+	l->in = 1;
 	leg_fill(s, l);
 	CHECK(!s->broken && l->eof);
 	l->fin = 0;

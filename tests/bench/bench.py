@@ -235,7 +235,6 @@ BUILDS = {
     "wssproxy-static": ({"LDFLAGS": "-static"}, {}),
     "wssproxy-O2": ({"CFLAGS": f"-O2 {FAST}"}, {}),
     **{peer: ({"CFLAGS": f"-O3 {FAST}", "BEARSSL": tree}, {}) for peer, tree in BEARSSL.items()},
-    "wssproxy-plain": ({}, {"park": 0, "max_busy": MAX_SESSIONS}),
 }
 PEERS = option("PEERS", ["wssproxy", "haproxy", "nginx"] if EMULATE else
                ["wssproxy", "wssproxy-static", *BEARSSL, *OTHERS])

@@ -18,7 +18,7 @@ if os.geteuid() == 0 and not all(p.stat().st_mode & 1 for p in E2E.parents):
     # nobody, whom some tests run it as, could not get there
     BUILD = Path("/var/cache", "wssproxy-tests" + str(REPO).replace("/", "-"))
 SANITIZE = os.environ.get("SANITIZE", "") not in ("", "0")
-PLAIN = os.environ.get("PLAIN", "") not in ("", "0")    # nothing parked, buffers for all sessions
+PLAIN = os.environ.get("PLAIN", "") not in ("", "0")    # buffers for all sessions
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 
 RUN = shlex.split(os.environ.get("WSSPROXY_RUN", ""))       # what runs programs of another machine
@@ -77,8 +77,6 @@ def config_text(entries):
                 "seccomp": not INSTRUMENTED}
     if PLAIN:
         defaults["max_busy"] = C("max_sessions")
-        if "park_ms" not in entries:
-            defaults["park"] = 0
     for name, value in {**defaults, **entries}.items():
         text = set_entry(text, name, value)
     return text
@@ -293,13 +291,6 @@ class Proxy:
 
     def descriptors(self):
         return len(self.files())
-
-    def parked(self):
-        """Descriptors that wait in an epoll set, armed."""
-        epolls = [fd.name for fd in self.files() if "eventpoll" in os.readlink(fd)]
-        info = "".join(Path(f"/proc/{self.pid}/fdinfo/{fd}").read_text() for fd in epolls)
-        events = re.findall(r"^tfd: *\d+ events: *([0-9a-f]+)", info, re.M)
-        return sum(int(mask, 16) & 0x2001 != 0 for mask in events)  # EPOLLIN, EPOLLRDHUP
 
     def memory_kb(self, field="Private_Dirty"):
         for line in Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines():

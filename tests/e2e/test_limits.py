@@ -137,7 +137,7 @@ def test_waiting_client_that_leaves_is_not_waited_for(proxy, scripted):
     waiting = [connect(p) for _ in range(6)]
     for client in waiting:
         client.send(upgrade())
-    eventually(lambda: p.totals()["awake"] == "7")
+    eventually(lambda: p.totals()["sessions"] == "7")
     waiting[0].close()
     waiting[1].reset()
     waiting[2].half_close()
@@ -646,10 +646,9 @@ def test_limit_below_what_it_has_is_survived(proxy, scripted):
 
 
 def test_no_descriptor_for_the_backend(proxy, scripted):
-    """Only the client's fits: it gets an answer, and the next client is served. (poll() takes no
-    more entries than that limit either: the epoll set's descriptor is the room it needs here.)"""
+    """Only the client's fits: it gets an answer, and the next client is served."""
     backend = scripted()
-    p = proxy(backend, listeners=PLAIN, park_ms=1000)
+    p = proxy(backend, listeners=PLAIN)
     open_tunnel(p, backend)
     with descriptors_left(p, 1):
         assert ask(p, upgrade())[0].status == 503

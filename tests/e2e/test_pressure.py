@@ -131,24 +131,15 @@ def test_uploads_in_the_middle_of_a_record(pressed, backend, source):
         assert client.read_to_end() == b"thanks"
 
 
-def tunnels_of(p, backend, source, parked):
-    """Many, which are all parked or none of them."""
-    tunnels = [open_tunnel(p, backend, source=source(n)) for n in range(MANY)]
-    if parked:
-        eventually(lambda: p.parked() >= 2 * MANY)
-    return tunnels
+def tunnels_of(p, backend, source):
+    return [open_tunnel(p, backend, source=source(n)) for n in range(MANY)]
 
 
-PARKED = pytest.mark.parametrize("parked", [{"park_ms": 600000}, {"park_ms": 50}],
-                                 ids=["awake", "parked"])
-
-
-@PARKED
 @pytest.mark.parametrize("source", [one, each])
-def test_tunnels_in_the_middle_of_a_record(pressed, backend, part, source, parked):
-    p = pressed(**parked)
+def test_tunnels_in_the_middle_of_a_record(pressed, backend, part, source):
+    p = pressed()
     old = open_tunnel(p, backend, source="127.0.9.9")
-    tunnels = tunnels_of(p, backend, source, parked["park_ms"] == 50)
+    tunnels = tunnels_of(p, backend, source)
     rests = stop_within([client for client, _ in tunnels], part)
     seen(p)
     chat(*old)
@@ -220,11 +211,10 @@ def test_record_byte_by_byte_beside_half_records(pressed, backend):
     newcomers(p, backend)
 
 
-@PARKED
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_ends_in_the_middle_of_a_record_are_seen(pressed, backend, how, parked):
-    p = pressed(**parked)
-    tunnels = tunnels_of(p, backend, each, parked["park_ms"] == 50)
+def test_ends_in_the_middle_of_a_record_are_seen(pressed, backend, how):
+    p = pressed()
+    tunnels = tunnels_of(p, backend, each)
     stop_within([client for client, _ in tunnels], PARTS["half"])
     seen(p)
     for client, _ in tunnels:

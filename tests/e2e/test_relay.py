@@ -21,8 +21,6 @@ LARGE = 16 << 20
 VARIANTS = {
     "default": {},
     "plain-listener": {"listeners": [("127.0.0.1", "0", WS)]},
-    "no-park": {"park": 0},
-    "park-at-once": {"park_ms": 1},
     "one-buffer": {"max_busy": 1},
     "few-buffers": {"max_busy": 3},
 }
@@ -217,10 +215,6 @@ def test_200_clients_at_once_with_few_buffers(proxy, python_server):
     many_at_once(proxy(python_server(compression=None), max_busy=8, **PATIENT), 200)
 
 
-def test_200_clients_at_once_without_park(proxy, python_server):
-    many_at_once(proxy(python_server(compression=None), park=0, **PATIENT), 200)
-
-
 # ---- bytes ----
 
 async def raw_client(p):
@@ -316,13 +310,13 @@ def test_half_a_record_does_not_block_the_other_direction(proxy, scripted):
 @pytest.mark.parametrize("kind", [WSS, WS])
 def test_session_at_rest_wakes_for_either_side(proxy, scripted, kind):
     backend = scripted()
-    p = proxy(backend, listeners=[("127.0.0.1", "0", kind)], park_ms=50)
+    p = proxy(backend, listeners=[("127.0.0.1", "0", kind)])
     client, server = open_tunnel(p, backend)
     for _ in range(3):
-        eventually(lambda: p.parked() == 2)
+        eventually(lambda: p.totals()["records"] == "0")
         client.send(b"from the client")
         assert server.read(15) == b"from the client"
-        eventually(lambda: p.parked() == 2)
+        eventually(lambda: p.totals()["records"] == "0")
         server.send(b"from the backend")
         assert client.read(16) == b"from the backend"
 
@@ -330,10 +324,10 @@ def test_session_at_rest_wakes_for_either_side(proxy, scripted, kind):
 def test_urgent_data_holds_nothing_back(proxy, scripted):
     """Reads stop at it though there is more behind; the byte itself is lost, as it always was."""
     backend = scripted()
-    p = proxy(backend, listeners=[("127.0.0.1", "0", WS)], park_ms=50)
+    p = proxy(backend, listeners=[("127.0.0.1", "0", WS)])
     client, server = open_tunnel(p, backend)
     for source, sink in ((client, server), (server, client)):
-        eventually(lambda: p.parked() == 2)
+        eventually(lambda: p.totals()["records"] == "0")
         p.signal(signal.SIGSTOP)
         source.send(b"one")
         source.sock.send(b"!", socket.MSG_OOB)
@@ -342,21 +336,11 @@ def test_urgent_data_holds_nothing_back(proxy, scripted):
         assert sink.read(6) == b"onetwo"
 
 
-def test_sessions_are_not_parked_with_park_0(proxy, scripted):
-    backend = scripted()
-    p = proxy(backend, park=0, park_ms=1, listeners=[("127.0.0.1", "0", WS)], idle_ms=1200,
-              head_ms=1000)
-    client, _ = open_tunnel(p, backend)
-    assert p.parked() == 0
-    client.read_to_end()        # idle_ms
-    assert p.parked() == 0
-
-
 def test_session_at_rest_sees_the_end(proxy, scripted):
     backend = scripted()
-    p = proxy(backend, park_ms=50)
+    p = proxy(backend)
     client, server = open_tunnel(p, backend)
-    eventually(lambda: p.parked() == 2)
+    eventually(lambda: p.totals()["records"] == "0")
     server.close()
     assert client.read_to_end() == b""
     client.close()
@@ -366,12 +350,12 @@ def test_session_at_rest_sees_the_end(proxy, scripted):
 def test_session_that_is_silent_in_the_middle_of_a_record(proxy, scripted):
     """It must not be treated as at rest, or the half it has would be lost."""
     backend = scripted()
-    p = proxy(backend, park_ms=50)
+    p = proxy(backend)
     client, server = open_tunnel(p, backend)
     record = client.records(b"a question")
     client.sock.sendall(record[:7])
-    others = [open_tunnel(p, backend) for _ in range(3)]
-    eventually(lambda: p.parked() >= 2 * len(others))   # opened later, and parked by now
+    for _ in range(3):          # opened later, and seen by now
+        open_tunnel(p, backend)
     client.sock.sendall(record[7:])
     assert server.read(10) == b"a question"
 

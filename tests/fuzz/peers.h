@@ -2,6 +2,7 @@
  * socketpairs, in the clear or behind BearSSL's engines; and in place of some system calls ones that
  * let the input decide: who connects, what a dial comes to, what time it is. All else is the
  * kernel's. */
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
 #include <sys/signalfd.h>
@@ -21,6 +22,8 @@
 #include <unistd.h>
 
 static int world_poll(struct pollfd *p, nfds_t n, int ms);
+static int world_watch(int fd, struct epoll_event *ev);
+static int world_events(struct epoll_event *ev, int most);
 static int world_accept(int fd, struct sockaddr *sa, socklen_t *len);
 static int world_socket(int family);
 static int world_connect(int fd);
@@ -33,6 +36,8 @@ static ssize_t world_send(int fd, const void *p, size_t len, int flags);
 static ssize_t world_recv(int fd, void *p, size_t len, int flags);
 
 #define poll(p, n, ms)                  world_poll(p, n, ms)
+#define epoll_ctl(set, op, fd, ev)      world_watch(fd, ev)
+#define epoll_wait(set, ev, most, ms)   world_events(ev, most)
 #define accept4(fd, sa, len, flags)     world_accept(fd, sa, len)
 #define socket(family, type, protocol)  world_socket(family)
 #define connect(fd, sa, len)            ((void)(sa), (void)(len), world_connect(fd))
@@ -46,6 +51,8 @@ static ssize_t world_recv(int fd, void *p, size_t len, int flags);
 #define recv(fd, p, len, flags)         world_recv(fd, p, len, flags)
 #include "fuzz.h"
 #undef poll
+#undef epoll_ctl
+#undef epoll_wait
 #undef accept4
 #undef socket
 #undef connect
@@ -130,6 +137,14 @@ static unsigned progress;               /* calls of the proxy that moved somethi
 static int dial_next;                   /* what becomes of the next dials: DIAL_* */
 static int no_descriptors;              /* accept and socket fail */
 static int small_buffers;
+static int epoll_fd = -1;               /* the proxy's set */
+static struct {
+	uint64_t data;
+	unsigned due;                   /* events that the proxy has yet to be told of */
+} watched[FDS];
+static int watched_len;                 /* descriptors from 0 on */
+static struct epoll_event events[FDS];
+static int events_len;
 
 enum { DIAL_UP, DIAL_PENDING, DIAL_REFUSED, DIAL_LATER, DIALS };
 
@@ -246,6 +261,7 @@ static int world_close(int fd)
 	unsigned i;
 
 	MUST(fd >= 0 && fd < FDS);
+	watched[fd].due = 0;
 	progress++;
 	if (peer_of[fd] >= 0) {
 		TRACE("\tclose %d\n", peer_of[fd]);
@@ -347,7 +363,9 @@ static short lowat_revents(int fd, short revents)
 	return (short)(there < mark && !is_shut(fd) ? revents & ~POLLIN : revents);
 }
 
-/* The kernel's poll, but for dials that are under way or have failed. */
+static int events_collect(void);
+
+/* The kernel's poll, but for dials that are under way or have failed, and the epoll set. */
 static int sockets_poll(struct pollfd *p, nfds_t n)
 {
 	static struct pollfd copy[FDS];
@@ -360,17 +378,76 @@ static int sockets_poll(struct pollfd *p, nfds_t n)
 		if (copy[i].fd >= 0 && copy[i].fd < FDS && peer_of[copy[i].fd] >= 0 &&
 		    peer_at(copy[i].fd)->dial != UP)
 			copy[i].fd = -1;
+		else if (copy[i].fd == epoll_fd)
+			copy[i].fd = -1;
 	ready = poll(copy, n, 0);
 	for (i = 0; i < n; i++) {
 		p[i].revents = lowat_revents(copy[i].fd, copy[i].revents);
 		ready -= copy[i].revents && !p[i].revents;
 		MUST(!(p[i].revents & POLLNVAL));
-		if (copy[i].fd < 0 && p[i].fd >= 0 && peer_at(p[i].fd)->dial == FAILED) {
+		if (p[i].fd == epoll_fd) {
+			p[i].revents = events_collect() ? POLLIN : 0;
+			ready += p[i].revents != 0;
+		} else if (copy[i].fd < 0 && p[i].fd >= 0 && peer_at(p[i].fd)->dial == FAILED) {
 			p[i].revents = POLLOUT | POLLERR | POLLHUP;
 			ready++;
 		}
 	}
 	return ready;
+}
+
+/* The proxy's epoll set. The kernel tells of what has come; this keeps it back while a dial is under
+ * way, and bytes while they are fewer than SO_RCVLOWAT, and tells, like the kernel, all that is so at
+ * that moment. */
+static int world_watch(int fd, struct epoll_event *ev)
+{
+	struct epoll_event mine = { .events = ev->events, .data.fd = fd };
+
+	MUST(fd >= 0 && fd < FDS);
+	watched[fd].data = ev->data.u64;
+	watched[fd].due = 0;
+	if (fd >= watched_len)
+		watched_len = fd + 1;
+	return epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &mine);
+}
+
+/* What is so at a descriptor of the proxy's, of what the epoll set tells. */
+static unsigned fd_is(int fd)
+{
+	struct pollfd p = { .fd = fd, .events = POLLIN | POLLOUT | POLLRDHUP | POLLPRI };
+
+	return sockets_poll(&p, 1) > 0 ? (unsigned)p.revents : 0;
+}
+
+/* Whether the set has something to tell. */
+static int events_collect(void)
+{
+	struct epoll_event ev[FDS];
+	int i, fd, n = epoll_wait(epoll_fd, ev, FDS, 0);
+
+	for (i = 0; i < n; i++)
+		watched[ev[i].data.fd].due |= ev[i].events;
+	events_len = 0;
+	for (fd = 0; fd < watched_len; fd++) {
+		unsigned is = watched[fd].due ? fd_is(fd) : 0;
+
+		if (!(is & (watched[fd].due | POLLHUP | POLLERR)))
+			continue;
+		events[events_len].data.u64 = watched[fd].data;
+		events[events_len++].events = is;
+		watched[fd].due &= ~is;
+	}
+	return events_len > 0;
+}
+
+static int world_events(struct epoll_event *ev, int most)
+{
+	int n = events_len < most ? events_len : most;
+
+	memcpy(ev, events, (size_t)n * sizeof *ev);
+	events_len -= n;
+	memmove(events, events + n, (size_t)events_len * sizeof *ev);
+	return n;
 }
 
 /* ---- the far ends ---- */
@@ -595,10 +672,10 @@ static void proxy_must_rest(void)
 		MUST(pools[i]->lent == 0 && link_alone(&pools[i]->waiters));
 	for (i = 0; i < STATES; i++)
 		MUST(link_alone(&queues[i].list));
-	MUST(link_alone(&queues[Q_PARK].list) && link_alone(&queues[Q_STALL].list));
+	MUST(link_alone(&queues[Q_STALL].list));
 	MUST(link_alone(&queues[Q_YOUNG].list) && link_alone(&queues[Q_GROWN].list) && link_alone(&queues[Q_ASKED].list));
 	MUST(link_alone(&turns[0]) && link_alone(&turns[1]) && link_alone(&runnable) && link_alone(&queues[Q_REDIAL].list));
-	MUST(awake_len == 0 && keyrings[0].users == 0 && keyrings[1].users == 0);
+	MUST(keyrings[0].users == 0 && keyrings[1].users == 0);
 	for (i = 0; i < BACKENDS; i++)
 		MUST(servers[i].active == 0);
 	for (i = 0; i < peers_len; i++)

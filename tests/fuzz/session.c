@@ -9,8 +9,7 @@
  * - a client gets the rendering of its backend's answer and what came behind, as far as the answer
  *   goes, or an answer of the proxy's own, and nothing else;
  * - while no time passes and no one goes, all of that arrives;
- * - poll() is not asked for what is ready and then left alone;
- * - none sleeps without a wish, or while what it wishes is there;
+ * - nobody is told of what is there and then leaves it alone: none sleeps while what it waits for is there;
  * - when its peers are gone, or time passes, every session ends, and gives back all it had. */
 #include "peers.h"
 
@@ -544,35 +543,64 @@ static int holder_must(const struct session *s)
 	return s->rec && !held && !ends;
 }
 
-/* While the proxy sleeps: each session waits for a buffer, or something is asked of poll, or
- * of the epoll set and is not there; and whatever the session wishes now is asked of poll, though others
- * have come and gone since it was run. (More may be: it was run before others gave back what they had.) */
+/* What a leg would be polled for, if it were polled. One with buffers reads when all before was taken; an
+ * engine that was closed, or that nobody listens to, may want no more records, but its end is awaited. */
+static unsigned leg_wish(const struct session *s, const struct leg *l)
+{
+	unsigned state = l->eng ? br_ssl_engine_current_state(l->eng) : BR_SSL_RECVREC;
+	int in = !l->eof && !leg_dammed(s, l);
+	size_t len;
+
+	if (l->buf)
+		in = in && l->at == l->end && ((state & BR_SSL_RECVREC) ||
+			(l->fin && !(state & BR_SSL_RECVAPP)));
+	return (in ? POLLIN : 0u) | (!l->fin && (l->full || leg_pending(l, &len)) ? POLLOUT : 0u);
+}
+
+static unsigned client_wish(const struct session *s)
+{
+	if (is_watched(s))
+		return POLLRDHUP | (s->client.full ? POLLOUT : 0u);
+	return s->state == HANDSHAKE && !s->client.eng ? POLLIN : leg_wish(s, &s->client);
+}
+
+static unsigned backend_wish(const struct session *s)
+{
+	const struct leg *l = &s->backend;
+	size_t len;
+	int in, out;
+
+	if (s->state == CONNECT || s->state == REQUEST)
+		return POLLOUT;
+	if (l->eng)
+		return leg_wish(s, l);
+	in = !l->eof && !leg_dammed(s, l) && (s->state == RESPONSE || s->client.fin || !s->rec ||
+		(head_len(s) == 0 && leg_room(&s->client, &len)));
+	out = !l->fin && (l->full || (s->up_left > 0 && leg_readable(&s->client, &len)));
+	return (in ? POLLIN : 0u) | (out ? POLLOUT : 0u);
+}
+
+/* While the proxy sleeps: each session waits for a buffer, or for something that is not so, and nothing
+ * is so that it has not been told of. */
 static void sleepers_must(void)
 {
 	unsigned i, holders = 0, waiters = 0, pieces = 0;
-	short wish[2];
 
 	for (i = 0; i < max_sessions; i++) {
 		const struct session *s = &sessions[i];
-		struct pollfd p[2];
 
 		if (s->state == FREE)
 			continue;
 		if (!link_alone(&s->wait)) {
 			MUST(is_waiting(s, &shelf_pool.waiters) || is_waiting(s, &records_pool.waiters));
 			waiters++;
-		} else if (s->parked) {
-			p[0] = (struct pollfd){ s->client.fd, s->armed[0], 0 };
-			p[1] = (struct pollfd){ s->backend.fd, s->armed[1], 0 };
-			MUST(s->armed[0] && s->armed[1] && poll(p, 2, 0) <= 0);
-		} else {
-			memcpy(p, &fds[FD_SESSIONS + 2 * s->slot], sizeof p);
-			MUST(p[0].fd >= 0 || p[1].fd >= 0);
-			session_wishes(s, wish);
-			MUST((wish[0] & ~p[0].events) == 0 && (wish[1] & ~p[1].events) == 0);
-			holders += s->rec || s->shelf;
-			pieces += (unsigned)holder_must(s);
+			continue;
 		}
+		MUST(!(fd_is(s->client.fd) & client_wish(s)));
+		if (s->backend.fd >= 0)
+			MUST(!(fd_is(s->backend.fd) & backend_wish(s)));
+		holders += s->rec || s->shelf;
+		pieces += (unsigned)holder_must(s);
 	}
 	MUST(waiters == 0 || holders > 0);
 	MUST(pieces <= max_busy / 2);
