@@ -3909,8 +3909,8 @@ static void leg_error(struct session *s, const struct leg *l)
 		session_broke(s, l, errno == ETIMEDOUT ? WHY_TIMEOUT : WHY_RESET);
 }
 
-/* Has the epoll set tell of a leg's descriptor; closing that takes it out. 0, and errno: there is no
- * room. */
+/* Has the epoll set tell of a leg's descriptor; closing that takes it out. 0, and errno: there is
+ * no room. */
 static int leg_watch(const struct session *s, struct leg *l)
 {
 	struct epoll_event ev = { .events = (uint32_t)EPOLLIN | (uint32_t)EPOLLOUT |
@@ -5158,10 +5158,10 @@ static enum state response_step(struct session *s)
 		return RESPONSE;
 	if (!records_borrow(s))
 		return RESPONSE;
-	hd = head_load(s);
 	do {
 		if (!response_upload(s))
 			return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
+		hd = head_load(s);
 		moved = s->backend.eng && leg_fill(s, &s->backend);
 		n = s->broken ? 0 : backend_read(s, (unsigned char *)hd->bytes + hd->len,
 			head_max - hd->len);
