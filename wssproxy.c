@@ -4309,7 +4309,7 @@ static void leg_finish(struct session *s, struct leg *l)
 	if (l->fd >= 0)
 		shutdown(l->fd, SHUT_WR);
 	leg_mark(l, 0);
-	l->fin = 1;
+	l->fin = l->in = 1;     /* there may be what that kept back */
 }
 
 /* ---- relaying ---- */
