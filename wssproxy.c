@@ -5514,12 +5514,16 @@ static void session_open(int fd, const struct address *peer, enum listener_kind 
 	session_close(s);
 }
 
-/* A session can go on: a handshake waits for its turn, everything else runs. */
+/* A session can go on: a handshake waits for its turn, everything else runs. So does who has gone,
+ * to its end, unless its turn is next: its last words may say why. */
 static void session_resume(struct session *s)
 {
-	if ((s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE) && !s->client.gone)
+	const int turn = s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE;
+	const int next = link_alone(&turns[0]) && link_alone(&turns[1]);
+
+	if (turn)
 		turn_await(s);
-	else
+	if (!turn || s->client.gone > next)
 		session_run(s, 0);
 }
 
