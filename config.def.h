@@ -2,6 +2,10 @@
  * wssproxy -t checks what the compiler can't: addresses, files, keys. Times are in milliseconds
  * where the name ends in _ms, in seconds where it ends in _s. */
 
+/* Of which config.def.h this is. Another one has other entries: `diff config.h config.def.h` shows
+ * them; give config.h those, then its number. */
+#define config_version  1
+
 /* Where clients connect. The table costs a descriptor and a poll slot an entry. */
 static const struct listener listeners[] = {
 	/* address      port    kind: WSS (TLS), WS (clear), REDIRECT (308 to https) */

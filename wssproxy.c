@@ -71,6 +71,15 @@
 #endif
 #include CONFIG
 
+#define QUOTED(number)  #number
+#define NUMBER_TEXT(macro) QUOTED(macro)
+#ifndef config_version
+#define config_version 0        /* there was none */
+#endif
+_Static_assert(config_version == CONFIG_VERSION, CONFIG " is of config_version "
+	NUMBER_TEXT(config_version) ", config.def.h of " NUMBER_TEXT(CONFIG_VERSION)
+	": diff the two, give it the entries that it lacks, then that number");
+
 #ifndef VERSION
 #define VERSION "0.1"
 #endif
@@ -6020,7 +6029,8 @@ static const struct {
 	unsigned value, min, max;
 } numbers[] = {
 #define NUMBER(name, min, max) { #name, name, min, max }
-	NUMBER(hash_bits4, 1, 32), NUMBER(hash_bits6, 1, 128), NUMBER(ciphers_by_cpu, 0, 1),
+	NUMBER(config_version, 1, UINT_MAX), NUMBER(ciphers_by_cpu, 0, 1),
+	NUMBER(hash_bits4, 1, 32), NUMBER(hash_bits6, 1, 128),
 	NUMBER(session_cache, 0, UINT_MAX), NUMBER(check_accept, 0, 1),
 	NUMBER(tls_backends, 0, 1), NUMBER(resolve_names, 0, 1), NUMBER(max_sessions, 1, 100000),
 	NUMBER(max_busy, 1, max_sessions), NUMBER(max_per_ip, 0, UINT_MAX),

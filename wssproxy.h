@@ -8,6 +8,16 @@
 
 /* ---- types of config.h ---- */
 
+/* Goes up with each entry or field that config.def.h gains, loses or gives another sense, so that a
+ * config.h of before is not compiled as if nothing had happened. */
+#define CONFIG_VERSION 1
+
+/* In config.h, whatever CFLAGS say: a number where a string is wanted, which a start would die of,
+ * and a word of another entry are errors; fields may be left out. */
+#pragma GCC diagnostic error "-Wint-conversion"
+#pragma GCC diagnostic error "-Wenum-conversion"
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+
 enum listener_kind {
 	WSS,            /* TLS, then HTTP/1.1 */
 	WS,             /* HTTP/1.1 in the clear */

@@ -1,6 +1,8 @@
 /* unit-config.h - the configuration that tests/unit.c is compiled with. Entries are as in
  * config.def.h, where they are explained; those that tests change while they run are not const. */
 
+#define config_version CONFIG_VERSION
+
 static const struct listener listeners[] = {
 	{ "127.0.0.1", "0",    WS },
 	{ "127.0.0.1", "0",    REDIRECT },
