@@ -45,7 +45,8 @@ all: $(OUT)
 $(OUT): $(SRC) wssproxy.c wssproxy.h $(CONFIG) $(OUT).flags
 	@test -z '$(BEARSSL)' || { cd '$(BEARSSL)' && mkdir -p $(OBJECTS)/obj && \
 	$(LIBMAKE) CFLAGS='$(LIBFLAGS) '"$(CURVE_CFLAGS)" $(CURVES) && $(LIBMAKE) CFLAGS='$(LIBFLAGS)' lib; }
-	tree='$(BEARSSL)'; $(CC) $(FLAGS) $${SOURCE_DATE_EPOCH:+-DBUILD_TIME=$$SOURCE_DATE_EPOCH} \
+	build=$$(cat wssproxy.c wssproxy.h $(CONFIG) | cksum | tr ' ' -); tree='$(BEARSSL)'; \
+	$(CC) $(FLAGS) -DBUILD="\"$$build\"" $${SOURCE_DATE_EPOCH:+-DBUILD_TIME=$$SOURCE_DATE_EPOCH} \
 	-o $@ $(SRC) $(LDLIBS) $${tree:+-L$$tree/$(OBJECTS)} -lbearssl
 
 # What the program was last built with: another compiler or other flags build it again.

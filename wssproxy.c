@@ -83,6 +83,9 @@ _Static_assert(config_version == CONFIG_VERSION, CONFIG " is of config_version "
 #ifndef VERSION
 #define VERSION "0.1"
 #endif
+#ifndef BUILD
+#define BUILD "-"               /* made by hand */
+#endif
 #ifndef BUILD_TIME
 #define BUILD_TIME 1795305600   /* of this release: no certificate is judged by an earlier clock */
 #endif
@@ -6154,9 +6157,7 @@ static int version_print(void)
 	const br_config_option *o;
 	unsigned i;
 
-	print(out, "wssproxy %s", VERSION);
-	for (o = br_get_config(); o->name; o++)
-		print(out, "BearSSL %s = %d", o->name, (int)o->value);
+	print(out, "wssproxy %s build=%s", VERSION, BUILD);
 	for (i = 0; i < LISTENERS; i++)
 		print(out, "listeners[%u] = %s %s %s", i, text_or(listeners[i].address),
 			text_or(listeners[i].port), kinds[listeners[i].kind]);
@@ -6180,6 +6181,8 @@ static int version_print(void)
 		print(out, "%s = %s", texts[i].name, text_or(texts[i].value));
 	for (i = 0; i < LENGTH(numbers); i++)
 		print(out, "%s = %u", numbers[i].name, numbers[i].value);
+	for (o = br_get_config(); o->name; o++)
+		print(out, "BearSSL %s = %d", o->name, (int)o->value);
 	return 0;
 }
 

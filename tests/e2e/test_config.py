@@ -48,3 +48,28 @@ def test_config_of_another_version_does_not_compile(tmp_path, compiler, old):
 def test_config_of_another_version_is_told_without_make(place):
     with pytest.raises(BuildFailed, match="config_version 7"):
         build(config_text({"config_version": 7}))
+
+
+# ---- which program is it? ----
+
+def version(tmp_path):
+    result = subprocess.run([tmp_path / "wssproxy", "-v"], capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 0
+    return result.stdout
+
+
+def test_version_begins_with_the_build_and_the_configuration(tmp_path):
+    text = config_text({"backends": [{"host": "192.0.2.1", "port": "24311"}]})
+    assert make(tmp_path, text, "CFLAGS=-O0").returncode == 0
+    first, *more = version(tmp_path).splitlines()
+    sources = [(REPO / name).read_bytes() for name in ("wssproxy.c", "wssproxy.h")]
+    checksum = subprocess.run(["cksum"], input=b"".join([*sources, text.encode()]), capture_output=True)
+    assert re.fullmatch(r"wssproxy \S+ build=" + checksum.stdout.decode().strip().replace(" ", "-"), first)
+    assert more[0].startswith("listeners[0] = :: 443 WSS")
+    assert more[2].startswith("backends[0] = 192.0.2.1:24311")
+    program = (tmp_path / "wssproxy").read_bytes()
+    (tmp_path / "wssproxy").unlink()
+    assert make(tmp_path, text, "CFLAGS=-O0").returncode == 0
+    assert (tmp_path / "wssproxy").read_bytes() == program
+    assert make(tmp_path, text.replace("24311", "24312"), "CFLAGS=-O0").returncode == 0
+    assert version(tmp_path).splitlines()[0] != first
