@@ -10,6 +10,9 @@
 static const struct listener listeners[] = {
 	/* address      port    kind: WSS (TLS), WS (clear), REDIRECT (308 to https) */
 	{ "::",         "443",  WSS },                  /* "::" takes IPv4 as well */
+	/* More of one that is WSS: .client_ca, in place of the entry below; .verify_client,
+	 * VERIFY_REQUIRED, VERIFY_OPTIONAL (who shows no certificate is served, who shows a bad
+	 * one is not) or VERIFY_OFF. */
 };
 
 /* What the proxy shows to clients: a chain in file order and its key, PEM. EC keys (P-256) are
@@ -78,7 +81,9 @@ static const uint16_t ciphers[] = {
 #define session_cache   max_sessions
 
 /* PEM file: clients must show a certificate signed by one of these, at most 16 (with tls_backends
- * 256, those of .ca included); NULL: none is asked for. */
+ * 256, those of .ca included); NULL: none is asked for. listeners[] can say otherwise. Backends are
+ * told its common name in X-SSL-Client-CN, which they never get from a client. Where certificates
+ * are asked for, no session is resumed. */
 static const char *const client_ca = NULL;
 
 /* Requests that are no WebSocket upgrade: FORWARD (one a connection) or REFUSE (426). */

@@ -142,6 +142,7 @@ enum {
 };
 
 _Static_assert(LENGTH(backends) <= BACKENDS_MAX, "config.h: backends[]: at most 64 entries");
+_Static_assert(LENGTH(listeners) <= 255, "config.h: listeners[]: at most 255 entries");
 _Static_assert(LENGTH(ciphers) <= BR_MAX_CIPHER_SUITES, "config.h: ciphers[]: too many entries");
 _Static_assert(max_sessions >= 1 && max_sessions <= 100000,
 	"config.h: max_sessions: 1 to 100000");
@@ -255,7 +256,7 @@ struct trust {
 struct keyring {
 	/* of certs[], then of backends[], where chain_len 0 is none */
 	struct identity id[CERTS + (tls_backends ? BACKENDS : 0)];
-	struct trust backend_ca[BACKENDS], client_ca;
+	struct trust trust[LISTENERS + BACKENDS];       /* their .client_ca, .ca */
 	br_x509_trust_anchor anchor[ANCHORS_MAX];
 	unsigned anchors;
 	char bytes[ANCHOR_BYTES];
@@ -293,6 +294,7 @@ struct records {
 struct verifier {
 	int begun;                      /* 1: it has seen of a chain what nobody will show again */
 	int certs;                      /* of the chain, so far */
+	br_ssl_engine_context *eng;
 	br_name_element name;           /* where the subject's common name goes */
 	union {
 		br_x509_minimal_context minimal;
@@ -371,7 +373,7 @@ struct session {
 	struct session *next_free;
 	uint32_t id;
 	uint8_t state, why, by; /* enum state, why, party */
-	uint8_t kind;           /* enum listener_kind */
+	uint8_t listener;       /* index of the one that it came to */
 	uint8_t plain;          /* 1: no TLS with the client */
 	uint8_t opened;         /* 1: has its line `open` in the log */
 	uint8_t rejected;       /* 1: has its line `reject` */
@@ -1219,50 +1221,65 @@ static int identity_load(struct identity *id, const char *entry, unsigned i, con
 	return fault_none(identity_check(id));
 }
 
-static int trust_load(struct keyring *ring, struct trust *t, const char *entry, unsigned i,
-	const char *path, int one)
+/* Whose client certificates a listener wants to see; NULL: it asks for none. */
+__attribute__((always_inline))
+static inline const char *listener_ca(unsigned i)
 {
-	t->first = ring->anchors;
-	ring->one = one;
-	if (!pem_load(&anchors_pem, ring, entry, i, path))
-		return 0;
-	t->count = ring->anchors - t->first;
-	return fault_none(one && t->count > 1 ? "one certificate is wanted, there are several" :
-		NULL);
+	const struct listener *l = &listeners[i];
+
+	return l->kind != WSS || l->verify_client == VERIFY_OFF ? NULL :
+		l->client_ca ? l->client_ca : client_ca;
 }
 
-/* The first backend that trusts the same file in the same way, for they often share a bundle. */
-static unsigned trust_first(unsigned i)
+/* Whether any may. The compiler knows, and leaves out what is for that alone; of more than four
+ * listeners it is told nothing. */
+__attribute__((always_inline))
+static inline int clients_asked(void)
 {
+#define ASKS(i) (LISTENERS > (i) && listener_ca(LISTENERS > (i) ? (i) : 0))
+	return ASKS(0) || ASKS(1) || ASKS(2) || ASKS(3) || LISTENERS > 4;
+#undef ASKS
+}
+
+/* Which file has the anchors of a listener or, behind those, a backend; NULL: none is wanted. */
+static const char *trust_path(unsigned i)
+{
+	const struct backend *b = &backends[i < LISTENERS ? 0 : i - LISTENERS];
+
+	return i < LISTENERS ? listener_ca(i) :
+		b->tls == TLS_VERIFY || b->tls == TLS_PIN ? text_or(b->ca) : NULL;
+}
+
+static int trust_one(unsigned i)
+{
+	return i >= LISTENERS && backends[i - LISTENERS].tls == TLS_PIN;
+}
+
+/* Those who trust the same file in the same way share what is read of it: it may be a bundle. */
+static int trust_load(struct keyring *ring, unsigned i)
+{
+	struct trust *t = &ring->trust[i];
+	const char *path = trust_path(i);
 	unsigned k = 0;
 
-	while (k < i && !(backends[i].ca && backends[k].ca && backends[k].tls == backends[i].tls &&
-	    strcmp(backends[k].ca, backends[i].ca) == 0))
+	*t = (struct trust){ ring->anchors, 0 };
+	if (!path)
+		return 1;
+	while (!(k == i || (trust_path(k) && trust_one(k) == trust_one(i) &&
+	    strcmp(trust_path(k), path) == 0)))
 		k++;
-	return k;
-}
-
-static int keyring_load_backends(struct keyring *ring)
-{
-	unsigned i, first;
-
-	for (i = 0; i < BACKENDS; i++) {
-		const struct backend *b = &backends[i];
-
-		ring->id[CERTS + i].chain_len = 0;
-		if ((b->cert || b->key) &&
-		    !identity_load(&ring->id[CERTS + i], "backends", i, b->cert, b->key))
-			return 0;
-		if (b->tls != TLS_VERIFY && b->tls != TLS_PIN)
-			continue;
-		first = trust_first(i);
-		if (first < i)
-			ring->backend_ca[i] = ring->backend_ca[first];
-		else if (!trust_load(ring, &ring->backend_ca[i], "backends", i, b->ca,
-		    b->tls == TLS_PIN))
-			return 0;
+	if (k < i) {
+		*t = ring->trust[k];
+		return 1;
 	}
-	return 1;
+	ring->one = trust_one(i);
+	if (!pem_load(&anchors_pem, ring, i >= LISTENERS ? "backends" :
+	    listeners[i].client_ca ? "listeners" : "client_ca",
+	    i < LISTENERS ? i : i - LISTENERS, path))
+		return 0;
+	t->count = ring->anchors - t->first;
+	return fault_none(ring->one && t->count > 1 ?
+		"one certificate is wanted, there are several" : NULL);
 }
 
 /* Leaves nothing of its keys. */
@@ -1284,9 +1301,20 @@ static int keyring_load(struct keyring *ring)
 	for (i = 0; i < CERTS; i++)
 		if (!identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key))
 			return 0;
-	if (client_ca && !trust_load(ring, &ring->client_ca, "client_ca", 0, client_ca, 0))
-		return 0;
-	return !tls_backends || keyring_load_backends(ring);
+	for (i = 0; clients_asked() && i < LISTENERS; i++)
+		if (!trust_load(ring, i))
+			return 0;
+	for (i = 0; tls_backends && i < BACKENDS; i++) {
+		const struct backend *b = &backends[i];
+
+		ring->id[CERTS + i].chain_len = 0;
+		if ((b->cert || b->key) &&
+		    !identity_load(&ring->id[CERTS + i], "backends", i, b->cert, b->key))
+			return 0;
+		if (!trust_load(ring, LISTENERS + i))
+			return 0;
+	}
+	return 1;
 }
 
 /* ---- sockets ---- */
@@ -1393,6 +1421,11 @@ static struct address listener_address(unsigned i)
 	if (!address_parse(&a, l->address, l->port))
 		die("config.h: listeners[%u]: \"%s\", \"%s\": give an IPv4 or IPv6 literal and a "
 			"decimal port", i, text_or(l->address), text_or(l->port));
+	if (l->client_ca && l->kind != WSS)
+		die("config.h: listeners[%u].client_ca: only WSS asks for certificates", i);
+	if (l->verify_client == VERIFY_OPTIONAL && !listener_ca(i))
+		die("config.h: listeners[%u].verify_client: VERIFY_OPTIONAL needs kind WSS and a "
+			"client_ca", i);
 	return a;
 }
 
@@ -3538,6 +3571,11 @@ static const br_ssl_session_cache_class named_cache_class = {
 };
 static const br_ssl_session_cache_class *named_cache = &named_cache_class;
 
+static int client_asked(const struct session *s)
+{
+	return clients_asked() && listener_ca(s->listener) != NULL;
+}
+
 /* Notes what a ClientHello that is about to be fed says. Where it certainly lists no protocols,
  * the engine has none either, so that no other reading of it can make it answer one. */
 static void hello_note(struct session *s)
@@ -3546,9 +3584,11 @@ static void hello_note(struct session *s)
 	const struct leg *l = &s->client;
 	struct hello h;
 	br_sha256_context c;
+	int good = hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end }, &h);
 
-	note->resumable = (uint8_t)hello_read((struct bytes){ l->ahead + l->at,
-		l->ahead + l->end }, &h);
+	/* a resumed session shows no certificate, so none is kept or taken where one is asked
+	 * for, wherever the client has it from */
+	note->resumable = good && !client_asked(s);
 	br_ssl_engine_set_protocol_names(l->eng, protocols, !note->resumable || h.alpn);
 	br_sha256_init(&c);
 	br_sha256_update(&c, h.name.p, (size_t)(h.name.end - h.name.p));
@@ -3577,7 +3617,7 @@ static int engine_make(br_ssl_engine_context *eng)
 		br_ssl_engine_set_prf10(eng, &br_tls10_prf);
 		br_ssl_engine_set_default_aes_cbc(eng);
 	}
-	if (tls_backends || client_ca) {
+	if (tls_backends || clients_asked()) {
 		br_ssl_engine_set_default_rsavrfy(eng);
 		br_ssl_engine_set_default_ecdsa(eng);
 	}
@@ -3597,8 +3637,7 @@ static int tls_make(struct session *s)
 		return 0;
 	br_ssl_engine_add_flags(&s->tls.eng,
 		BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_FAIL_ON_ALPN_MISMATCH);
-	/* a resumed session shows no certificate, so none is resumed where one is asked for */
-	if (session_cache > 0 && !client_ca)
+	if (session_cache > 0)
 		br_ssl_server_set_cache(&s->tls, &named_cache);
 	s->tls_made = 1;
 	return 1;
@@ -3623,9 +3662,14 @@ static time_t clock_floor(void)
 	return t > (time_t)BUILD_TIME ? t : (time_t)BUILD_TIME;
 }
 
+/* Whoever need not show a certificate, but does, needs a good one: of none at all, this hears
+ * nothing. */
 static void chain_start(const br_x509_class **ctx, const char *name)
 {
-	OWNER(ctx, struct verifier, u.minimal.vtable)->begun = 1;
+	struct verifier *v = OWNER(ctx, struct verifier, u.minimal.vtable);
+
+	v->begun = 1;
+	br_ssl_engine_remove_flags(v->eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
 	br_x509_minimal_vtable.start_chain(ctx, name);
 }
 
@@ -3658,6 +3702,7 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	class.start_cert = chain_start_cert;
 	m->vtable = &class;
 	v->certs = 0;
+	v->eng = eng;
 	br_ssl_engine_set_x509(eng, &m->vtable);
 }
 
@@ -3667,9 +3712,20 @@ static void client_verify(struct session *s)
 	static unsigned char oid_cn[] = { 3, 0x55, 4, 3 };
 	struct verifier *v = &s->shelf->verifier;
 
-	verifier_chain(v, &s->tls.eng, s->ring, &s->ring->client_ca);
+	verifier_chain(v, &s->tls.eng, s->ring, &s->ring->trust[s->listener]);
 	v->name = (br_name_element){ oid_cn, s->note->subject, sizeof s->note->subject, 0 };
 	br_x509_minimal_set_name_elements(&v->u.minimal, &v->name, 1);
+}
+
+/* Has the engine ask for a certificate, or not: it may have served another listener before. */
+static void certificate_ask(struct session *s)
+{
+	const struct trust *t = &s->ring->trust[s->listener];
+
+	br_ssl_server_set_trust_anchor_names_alt(&s->tls, s->ring->anchor + t->first, t->count);
+	br_ssl_engine_remove_flags(&s->tls.eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
+	if (listeners[s->listener].verify_client == VERIFY_OPTIONAL)
+		br_ssl_engine_add_flags(&s->tls.eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
 }
 
 /* Readies the engine for a ClientHello. 0: no entropy. */
@@ -3682,9 +3738,8 @@ static int tls_start(struct session *s)
 	hello_note(s);
 	s->policy.vtable = &policy_class;
 	br_ssl_server_set_policy(&s->tls, &s->policy.vtable);
-	if (client_ca)
-		br_ssl_server_set_trust_anchor_names_alt(&s->tls,
-			s->ring->anchor + s->ring->client_ca.first, s->ring->client_ca.count);
+	if (clients_asked())
+		certificate_ask(s);
 	return br_ssl_server_reset(&s->tls) != 0;
 }
 
@@ -3761,7 +3816,7 @@ static void verifier_first(struct verifier *v, br_ssl_engine_context *eng,
 /* Readies the verifier of a backend's certificate. */
 static void backend_verify(struct session *s)
 {
-	const struct trust *trust = &s->ring->backend_ca[s->server];
+	const struct trust *trust = &s->ring->trust[LISTENERS + s->server];
 	const enum tls_mode mode = backends[s->server].tls;
 
 	if (mode == TLS_VERIFY)
@@ -4736,7 +4791,7 @@ static enum state handshake_step(struct session *s)
 	struct leg *l = &s->client;
 	size_t need;
 
-	if ((client_ca && !shelf_borrow(s)) || !records_borrow(s))
+	if ((client_asked(s) && !shelf_borrow(s)) || !records_borrow(s))
 		return HANDSHAKE;
 	if (leg_in(l) && (!l->eng || l->at == l->end))
 		leg_recv(s, l);
@@ -4753,7 +4808,7 @@ static enum state handshake_step(struct session *s)
 		if (!tls_start(s))
 			return session_fail(s, WHY_NO_RANDOM);
 	}
-	if (client_ca && !s->shelf->verifier.begun)
+	if (client_asked(s) && !s->shelf->verifier.begun)
 		client_verify(s);
 	if (leg_handshake(s, l))
 		return HEAD;
@@ -4804,7 +4859,7 @@ static enum state head_done(struct session *s)
 	int own;
 
 	s->head = (uint8_t)span_is(hd->bytes, r->head.part[0], "head");
-	if (why == WHY_NONE && s->kind == REDIRECT)
+	if (why == WHY_NONE && listeners[s->listener].kind == REDIRECT)
 		why = WHY_REDIRECT;
 	if (why == WHY_NONE && !r->upgrade && http == REFUSE)
 		why = WHY_NOT_WEBSOCKET;
@@ -5502,14 +5557,14 @@ static void session_run(struct session *s, int expired)
 		session_settle(s);
 }
 
-static void session_open(int fd, const struct address *peer, enum listener_kind kind)
+static void session_open(int fd, const struct address *peer, unsigned listener)
 {
 	struct session *s = pool_lend(&session_pool);
 
 	memset(s, 0, offsetof(struct session, tls));
 	s->id = ++last_id;
-	s->kind = (uint8_t)kind;
-	s->plain = kind != WSS;
+	s->listener = (uint8_t)listener;
+	s->plain = listeners[listener].kind != WSS;
 	s->client.fd = fd;
 	s->backend.fd = s->server = s->sticky = -1;
 	s->born = now;
@@ -5629,7 +5684,7 @@ static int place_find(void)
 }
 
 /* A connection to open a session for, or to turn away, which costs nobody a place. */
-static void listener_take(int fd, const struct address *peer, enum listener_kind kind)
+static void listener_take(int fd, const struct address *peer, unsigned listener)
 {
 	const struct source *o = source_find(peer);
 	struct session *s;
@@ -5644,7 +5699,7 @@ static void listener_take(int fd, const struct address *peer, enum listener_kind
 		session_end(s, BY_PROXY, WHY_DISPLACED);
 		session_close(s);
 	}
-	session_open(fd, peer, kind);
+	session_open(fd, peer, listener);
 }
 
 static void listener_event(unsigned i)
@@ -5673,7 +5728,7 @@ static void listener_event(unsigned i)
 			return;
 		}
 		address_read(&peer, (struct sockaddr *)&ss);
-		listener_take(fd, &peer, listeners[i].kind);
+		listener_take(fd, &peer, i);
 	}
 }
 
@@ -6144,6 +6199,8 @@ static int version_print(void)
 {
 	static const char *const balances[] = { "ROUND_ROBIN", "IP_HASH", "LEAST_CONN",
 		"STICKY_COOKIE" };
+	static const char *const verifies[] = { "VERIFY_REQUIRED", "VERIFY_OPTIONAL",
+		"VERIFY_OFF" };
 	static const char *const forwards[] = { "APPEND", "REPLACE", "OFF" };
 	static const char *const modes[] = { "TLS_OFF", "TLS_VERIFY", "TLS_PIN", "TLS_NOVERIFY" };
 	const struct { const char *name, *value; } texts[] = {
@@ -6159,8 +6216,9 @@ static int version_print(void)
 
 	print(out, "wssproxy %s build=%s", VERSION, BUILD);
 	for (i = 0; i < LISTENERS; i++)
-		print(out, "listeners[%u] = %s %s %s", i, text_or(listeners[i].address),
-			text_or(listeners[i].port), kinds[listeners[i].kind]);
+		print(out, "listeners[%u] = %s %s %s client_ca=%s verify_client=%s", i,
+			listeners[i].address, listeners[i].port, kinds[listeners[i].kind],
+			text_or(listeners[i].client_ca), verifies[listeners[i].verify_client]);
 	for (i = 0; i < CERTS; i++)
 		print(out, "certs[%u] = %s %s %s", i, text_or(certs[i].name),
 			text_or(certs[i].chain), text_or(certs[i].key));

@@ -24,10 +24,18 @@ enum listener_kind {
 	REDIRECT,       /* in the clear; every request is answered with 308 to https */
 };
 
+enum verify_client {
+	VERIFY_REQUIRED,        /* who shows no certificate is refused */
+	VERIFY_OPTIONAL,        /* who shows none is served, without X-SSL-Client-CN */
+	VERIFY_OFF,             /* none is asked for */
+};
+
 struct listener {
 	const char *address;    /* IPv4 or IPv6 literal; "::" is dual stack */
 	const char *port;       /* decimal; "0": the kernel chooses, the log tells */
 	enum listener_kind kind;
+	const char *client_ca;  /* PEM file, WSS: as the entry client_ca; NULL: that one */
+	enum verify_client verify_client;       /* without a client_ca as with VERIFY_OFF */
 };
 
 struct cert {

@@ -1460,7 +1460,7 @@ static void client_connects(const char *literal)
 		set = epoll_create1(EPOLL_CLOEXEC);
 	fds[FD_EPOLL].fd = set;
 	far_ends[far_count++] = pair[1];
-	listener_take(pair[0], &a, WS);
+	listener_take(pair[0], &a, 0);
 }
 
 /* Whether the one that connected last was turned away. */

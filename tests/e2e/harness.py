@@ -230,7 +230,7 @@ class Proxy:
 
     def address(self, kind=None):
         """Address and port of the first listener of that kind, or of the first of all."""
-        for (host, _, k), port in zip(self.entries["listeners"], self.ports):
+        for (host, _, k, *_), port in zip(self.entries["listeners"], self.ports):
             if kind in (None, k):
                 return {"::": "::1"}.get(host, host), port
         raise KeyError(kind)

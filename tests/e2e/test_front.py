@@ -3,6 +3,7 @@ X-Forwarded-For, old TLS."""
 
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 from threading import Thread
@@ -13,7 +14,7 @@ from conftest import certificate, whole_config
 from harness import (APPEND, FORWARD, OFF, PATIENCE, REDIRECT, REFUSE, REPLACE, WS, WSS, C,
                      run_once)
 from more import answer, curl, exchange, key_of, pem, request
-from peers import ask, client_context, connect, open_tunnel, switching, upgrade
+from peers import TlsStream, ask, client_context, connect, open_tunnel, switching, upgrade
 
 BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
 
@@ -299,6 +300,127 @@ def test_bad_client_ca_is_named(place, file):
     result = run_once(whole_config([place()], {"client_ca": file}), "-t")
     assert result.returncode == 1
     assert "client_ca" in result.stderr and str(file) in result.stderr
+
+
+# ---- client certificates by listener ----
+
+REQUIRED, OPTIONAL, OFF_HERE = C("VERIFY_REQUIRED"), C("VERIFY_OPTIONAL"), C("VERIFY_OFF")
+
+
+def listener(ca=None, verify=REQUIRED):
+    return ("127.0.0.1", "0", WSS, ca and pem(ca), verify)
+
+
+class At:
+    """A client of the nth listener; it asks for a page, and tells whether its session was resumed and
+    what the backend hears of its name."""
+
+    def __init__(self, p, n, context, session=None):
+        sock = socket.create_connection(("127.0.0.1", p.ports[n]), PATIENCE)
+        self.stream = TlsStream(sock, context, session=session)
+        self.session = self.stream.tls.session
+
+    def name(self, p, backend):
+        return page(p, backend, self.stream, X_SSL_Client_CN="root").get("X-SSL-Client-CN")
+
+
+def refused(p, backend, n, context, session=None):
+    """Whether that client gets nothing of a page, nor the backend any of its request."""
+    with pytest.raises((ssl.SSLError, OSError)):
+        client = At(p, n, context, session).stream
+        client.send(request())
+        assert client.receive() == b""
+        raise ConnectionError("ended without an answer")
+    return backend.untouched()
+
+
+@pytest.fixture
+def ways(proxy, scripted):
+    """A proxy with a listener for each way to treat client certificates, and its backend."""
+    backend = scripted()
+    p = proxy(backend, http=FORWARD, client_ca=pem("client-ca"), listeners=[
+        listener(), listener(verify=OPTIONAL), listener(verify=OFF_HERE),
+        listener("stranger"), listener("stranger", OPTIONAL)])
+    return p, backend
+
+
+CLIENTS = {"none": None, "client-ec": "gateway 7", "client-stranger": "gateway 9"}
+# who is trusted there, and whether one need not show a certificate
+WAYS = ("client-ca", 0), ("client-ca", 1), (None, 1), ("stranger", 0), ("stranger", 1)
+
+
+def let_in(client, way):
+    """What a backend hears of that client's name there; False: it is refused."""
+    authority, optional = way
+    if client == "none" or authority is None:
+        return None if optional else False
+    signer = "client-ca" if client == "client-ec" else client.removeprefix("client-")
+    return CLIENTS[client] if signer == authority else False
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_each_listener_has_its_own_way_with_client_certificates(ways, client):
+    p, backend = ways
+    context = showing(None if client == "none" else client)
+    for n, way in enumerate(WAYS):
+        wanted = let_in(client, way)
+        if wanted is False:
+            assert refused(p, backend, n, context)
+        else:
+            assert At(p, n, context).name(p, backend) == wanted
+
+
+@pytest.mark.parametrize("name, cause", [
+    ("client-stranger", "unknown-ca"), ("client-expired", "expired"),
+    ("client-early", "not-yet-valid"), ("client-key-usage", "key-usage")])
+def test_bad_certificate_is_refused_where_none_is_needed(ways, name, cause):
+    """Or its name would be anyone's."""
+    p, backend = ways
+    assert refused(p, backend, 1, showing(name))
+    p.log.wait_ending("client-cert", cause=cause)
+
+
+@pytest.mark.parametrize("first, client", [
+    (first, client) for first, way in enumerate(WAYS) for client in CLIENTS
+    if let_in(client, way) is not False])
+def test_session_of_one_listener_is_no_pass_for_another(ways, first, client):
+    """Who has a session from where no certificate is asked for, or another authority is trusted,
+    offers it everywhere, and back again."""
+    p, backend = ways
+    context = showing(None if client == "none" else client)
+    start = At(p, first, context)
+    start.name(p, backend)
+    for n in [*range(len(WAYS)), first]:
+        wanted = let_in(client, WAYS[n])
+        if wanted is False:
+            assert refused(p, backend, n, context, start.session)
+            continue
+        again = At(p, n, context, start.session)
+        assert again.stream.tls.session_reused == (WAYS[n][0] is None and WAYS[first][0] is None)
+        assert again.name(p, backend) == wanted
+
+
+def test_sighup_loads_each_authority_again(proxy, scripted, live_files):
+    backend = scripted()
+    files = [live_files / "a.pem", live_files / "b.pem"]
+    for file, name in zip(files, ("client-ca", "stranger")):
+        shutil.copy(pem(name), file)
+    p = proxy(backend, http=FORWARD, listeners=[
+        ("127.0.0.1", "0", WSS, file, verify) for file, verify in zip(files, (REQUIRED, OPTIONAL))])
+    assert At(p, 1, showing("client-stranger")).name(p, backend) == "gateway 9"
+    assert refused(p, backend, 0, showing("client-stranger"))
+    shutil.copy(pem("stranger"), files[0])
+    shutil.copy(pem("client-ca"), files[1])
+    p.signal(signal.SIGHUP)
+    p.log.wait("reload", ok=True)
+    assert At(p, 0, showing("client-stranger")).name(p, backend) == "gateway 9"
+    assert refused(p, backend, 1, showing("client-stranger"))
+
+
+def test_many_listeners_with_one_bundle_count_it_once(place):
+    """16 authorities at most, in all."""
+    entries = whole_config([place()], {"listeners": [listener("client-ca") for _ in range(20)]})
+    assert run_once(entries, "-t").returncode == 0
 
 
 # ---- redirects ----
