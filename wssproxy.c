@@ -489,6 +489,9 @@ static struct {                 /* within a second; the timer runs while there a
 static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, what is thrown away */
 static char file_text[ANCHORS_MAX * 2048];      /* a PEM file */
 static int reload_due;          /* SIGHUP came; 0 again when it was done */
+static char checked[32];        /* "backends[3]" while that is looked at, else "" */
+static char fault[LOG_LINE / 2]; /* what was found to be wrong with config.h, or a file of it, */
+static unsigned faults_found;   /* so many times */
 static int stops;               /* SIGTERM and SIGINT so far */
 
 static const struct {
@@ -626,6 +629,16 @@ static int print(int fd, const char *format, ...)
 
 /* Before the loop: says what is wrong and ends. */
 #define die(...) (print(STDERR_FILENO, "wssproxy: " __VA_ARGS__), exit(1))
+
+/* Says the fault that was found in config.h and goes on: one run tells all there are. */
+static void wrong_say(void)
+{
+	print(STDERR_FILENO, "wssproxy: config.h: %s%s", checked, fault);
+	faults_found++;
+}
+
+#define wrong(is, ...) \
+	((is) ? (string_format(fault, sizeof fault, __VA_ARGS__), wrong_say()) : (void)0)
 
 /* Connects the log's socket to the syslog daemon. */
 static int log_connect(void)
@@ -1160,20 +1173,25 @@ static const char *identity_check(const struct identity *id)
 	return match ? NULL : "its first certificate is not that of the key";
 }
 
-/* What keyring_load found to be wrong: which entry, which file, what. */
-static char fault[LOG_LINE / 2];
-
-/* Whether nothing is. */
-static int fault_none(const char *what)
-{
-	if (what)
-		string_format(fault, sizeof fault, "%s[%u]: %s: %s", reading.entry, reading.index,
-			text_or(reading.path), what);
-	return !what;
-}
-
 /* 1: files are read, but nothing is taken from them; those that can't be are named in the log. */
 static int only_look;
+
+/* Says what is wrong with a file, unless NULL. 1: nothing is, or it does not matter now. */
+static int fault_none(const char *what)
+{
+	if (!what)
+		return 1;
+	string_format(fault, sizeof fault, "%s[%u]: %s: %s", reading.entry, reading.index,
+		reading.path, what);
+	if (only_look)
+		log_line(LOG_WARNING, "warning %s for user and chroot_dir: SIGHUP will fail",
+			fault);
+	else if (keyring)
+		log_line(LOG_ERR, "reload failed config.h: %s: the old certificates stay", fault);
+	else
+		wrong_say();
+	return only_look;
+}
 
 /* Reads a PEM file. 1, or 0 and the fault. */
 static int pem_load(const struct pem *pem, void *owner, const char *entry, unsigned i,
@@ -1183,27 +1201,22 @@ static int pem_load(const struct pem *pem, void *owner, const char *entry, unsig
 	const char *what;
 	size_t len = 0;
 	ssize_t n = 1;
-	int fd = path ? open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY) : -1;
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
 
 	reading.entry = entry;
 	reading.index = i;
 	reading.path = path;
 	while (fd >= 0 && len < room && (n = read(fd, file_text + len, room - len)) > 0)
 		len += (size_t)n;
-	what = !path ? "a PEM file is needed" :
-		fd < 0 || n < 0 ? strerror(errno) : len == room ? "too large for a PEM file" :
+	what = fd < 0 || n < 0 ? strerror(errno) : len == room ? "too large for a PEM file" :
 		only_look ? NULL : pem_walk(pem, owner, file_text, len);
 	wipe(file_text, len + 1);
 	if (fd >= 0)
 		close(fd);
-	if (fault_none(what))
-		return 1;
-	if (only_look)
-		log_line(LOG_WARNING, "warning %s for user and chroot_dir: SIGHUP will fail",
-			fault);
-	return only_look;
+	return fault_none(what);
 }
 
+/* Without files there is none, which is right, or was said to be wrong. */
 static int identity_load(struct identity *id, const char *entry, unsigned i, const char *chain,
 	const char *key)
 {
@@ -1211,6 +1224,8 @@ static int identity_load(struct identity *id, const char *entry, unsigned i, con
 
 	id->chain_len = id->der_len = 0;
 	br_skey_decoder_init(&id->key);
+	if (!chain || !key)
+		return 1;
 	if (!pem_load(&chain_pem, id, entry, i, chain) || !pem_load(&key_pem, id, entry, i, key))
 		return 0;
 	if (only_look)
@@ -1247,7 +1262,7 @@ static const char *trust_path(unsigned i)
 	const struct backend *b = &backends[i < LISTENERS ? 0 : i - LISTENERS];
 
 	return i < LISTENERS ? listener_ca(i) :
-		b->tls == TLS_VERIFY || b->tls == TLS_PIN ? text_or(b->ca) : NULL;
+		b->tls == TLS_VERIFY || b->tls == TLS_PIN ? b->ca : NULL;
 }
 
 static int trust_one(unsigned i)
@@ -1291,30 +1306,24 @@ static void keyring_wipe(struct keyring *ring)
 		wipe(ring->id[i].room, sizeof ring->id[i].room);
 }
 
-/* Fills a keyring with what config.h names. 1, or 0 and the fault. */
+/* Fills a keyring with what config.h names. 1, or 0: it said each fault. */
 static int keyring_load(struct keyring *ring)
 {
 	unsigned i;
+	int good = 1;
 
 	ring->anchors = 0;
 	ring->kept = (struct text){ .p = ring->bytes, .size = sizeof ring->bytes };
 	for (i = 0; i < CERTS; i++)
-		if (!identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key))
-			return 0;
+		good &= identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key);
 	for (i = 0; clients_asked() && i < LISTENERS; i++)
-		if (!trust_load(ring, i))
-			return 0;
+		good &= trust_load(ring, i);
 	for (i = 0; tls_backends && i < BACKENDS; i++) {
-		const struct backend *b = &backends[i];
-
-		ring->id[CERTS + i].chain_len = 0;
-		if ((b->cert || b->key) &&
-		    !identity_load(&ring->id[CERTS + i], "backends", i, b->cert, b->key))
-			return 0;
-		if (!trust_load(ring, LISTENERS + i))
-			return 0;
+		good &= identity_load(&ring->id[CERTS + i], "backends", i, backends[i].cert,
+			backends[i].key);
+		good &= trust_load(ring, LISTENERS + i);
 	}
-	return 1;
+	return good;
 }
 
 /* ---- sockets ---- */
@@ -1413,32 +1422,17 @@ static int listener_bind(const struct address *a, int dual)
 
 static const char *const kinds[] = { "WSS", "WS", "REDIRECT" };
 
-static struct address listener_address(unsigned i)
-{
-	const struct listener *l = &listeners[i];
-	struct address a;
-
-	if (!address_parse(&a, l->address, l->port))
-		die("config.h: listeners[%u]: \"%s\", \"%s\": give an IPv4 or IPv6 literal and a "
-			"decimal port", i, text_or(l->address), text_or(l->port));
-	if (l->client_ca && l->kind != WSS)
-		die("config.h: listeners[%u].client_ca: only WSS asks for certificates", i);
-	if (l->verify_client == VERIFY_OPTIONAL && !listener_ca(i))
-		die("config.h: listeners[%u].verify_client: VERIFY_OPTIONAL needs kind WSS and a "
-			"client_ca", i);
-	return a;
-}
-
 static void listener_open(unsigned i)
 {
 	const struct listener *l = &listeners[i];
 	const int dual = strcmp(l->address, "::") == 0;
 	struct sockaddr_storage ss = { 0 };
-	struct address a = listener_address(i);
+	struct address a;
 	char text[ADDRESS_TEXT];
 	socklen_t len = sizeof ss;
 	int fd;
 
+	address_parse(&a, l->address, l->port);
 	fd = listener_bind(&a, dual);
 	if (fd < 0 && dual && (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) {
 		a.family = AF_INET;     /* a kernel without IPv6 */
@@ -1533,6 +1527,9 @@ static void become_do(const struct become *b, const char *root)
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 && errno != EINVAL && errno != ENOSYS)
 		die("prctl: PR_SET_NO_NEW_PRIVS: %s", strerror(errno));
 	core_forbid();          /* which a change of user may have undone */
+	if (!user && getuid() == 0)
+		log_line(LOG_WARNING, "warning user: it stays root, without capabilities: name "
+			"another in config.h");
 }
 
 /* What SIGHUP will not find, or may not read, is said now, not when the certificate has expired. */
@@ -1702,10 +1699,9 @@ static void descriptors_raise(void)
 	if (r.rlim_cur >= need)
 		return;
 	r = (struct rlimit){ need, r.rlim_max < need ? need : r.rlim_max };
-	if (setrlimit(RLIMIT_NOFILE, &r) < 0)
-		die("config.h: max_sessions = %u needs %u descriptors, which the system does not "
-			"grant (%s): raise the limit (ulimit -n) or lower max_sessions",
-			(unsigned)max_sessions, (unsigned)need, strerror(errno));
+	wrong(setrlimit(RLIMIT_NOFILE, &r) < 0, "max_sessions = %u needs %u descriptors, which the "
+		"system does not grant (%s): raise the limit (ulimit -n) or lower max_sessions",
+		(unsigned)max_sessions, (unsigned)need, strerror(errno));
 }
 
 /* ---- HTTP: pure functions, no I/O ----
@@ -2865,34 +2861,15 @@ static void server_place(unsigned i)
 {
 	const struct backend *b = &backends[i];
 	struct server *v = &servers[i];
-	struct address *a = &v->address[0];
 
-	if (!b->host || !*b->host)
-		die("config.h: backends[%u]: host is missing", i);
-	if (b->path && b->path[0] && b->path[0] != '/')
-		die("config.h: backends[%u]: .path \"%s\": begin it with /", i, b->path);
 	if (is_unix(b)) {
-		if (!b->host[5] ||
-		    strlen(b->host + 5) >= sizeof ((struct sockaddr_un *)0)->sun_path)
-			die("config.h: backends[%u]: %s: path missing or too long", i, b->host);
-		a->family = AF_UNIX;
+		v->address[0].family = AF_UNIX;
 		v->addresses = 1;
 		string_format(v->name, sizeof v->name, "%s", b->host);
 		return;
 	}
-	if (!address_parse(a, "0.0.0.0", b->port) || a->port == 0)
-		die("config.h: backends[%u]: port \"%s\": give 1 to 65535", i, text_or(b->port));
-	v->addresses = (uint8_t)address_parse(a, b->host, b->port);
+	v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
 	v->by_name = !v->addresses;
-	if (v->addresses && a->family == AF_INET6 && a->ip[0] == 0xfe && (a->ip[1] & 0xc0) == 0x80)
-		die("config.h: backends[%u]: \"%s\" is link-local, which needs an interface, too: "
-			"give it an address that is not, or a unix: socket", i, b->host);
-	/* what a resolver could know: "_" is in names of containers */
-	if (v->by_name && b->host[word_end(b->host, 0, strlen(b->host), "-._")])
-		die("config.h: backends[%u]: \"%s\" is no address and can't be a name: no scheme, "
-			"port, path, brackets or zone", i, b->host);
-	if (v->by_name && !resolve_names)
-		die("config.h: backends[%u]: \"%s\" is a name: set resolve_names to 1", i, b->host);
 	string_format(v->name, sizeof v->name, strchr(b->host, ':') ? "[%s]:%s" : "%s:%s", b->host,
 		b->port);
 }
@@ -2902,25 +2879,14 @@ static void servers_init(void)
 	unsigned i;
 
 	for (i = 0; i < BACKENDS; i++) {
-		const struct backend *b = &backends[i];
 		struct server *v = &servers[i];
 
 		link_init(&v->retry.link);
 		link_init(&v->check.link);
 		if (check_ms > 0)
 			link_append(&queues[Q_CHECK].list, &v->check.link);     /* due at once */
-		weights[i] = b->weight ? b->weight : 1;
-		if (weights[i] > WEIGHT_MAX)
-			die("config.h: backends[%u]: weight %u: at most %d", i, b->weight,
-				WEIGHT_MAX);
+		weights[i] = backends[i].weight ? backends[i].weight : 1;
 		server_place(i);
-		if (b->tls != TLS_OFF && !tls_backends)
-			die("config.h: backends[%u]: tls: set tls_backends to 1", i);
-		if (b->tls == TLS_VERIFY && (!backend_sni(b) || !*backend_sni(b)))
-			die("config.h: backends[%u]: TLS_VERIFY needs a name: give the "
-				"certificate's as .sni", i);
-		if (b->tls != TLS_OFF && backend_sni(b) && strlen(backend_sni(b)) > 255)
-			die("config.h: backends[%u]: .sni is longer than 255", i);
 		server_ids[i] = hash_bytes(0, v->name, strlen(v->name));
 		cookie_make(v);
 	}
@@ -3255,17 +3221,6 @@ static void suites_init(void)
 	int aes = br_aes_x86ni_ctr_get_vtable() != NULL || br_aes_pwr8_ctr_get_vtable() != NULL;
 	unsigned i, n = 0, pass;
 
-	if (tls_min < BR_TLS10 || tls_min > tls_max || tls_max > BR_TLS12)
-		die("config.h: tls_min, tls_max: BR_TLS10, BR_TLS11 or BR_TLS12, in order");
-	for (i = 0; i < LENGTH(ciphers); i++) {
-		int k = suite_find(ciphers[i]);
-
-		if (k < 0)
-			die("config.h: ciphers[%u]: 0x%04x is not served: choose ECDHE suites with "
-				"AES-GCM, ChaCha20 or AES-CBC-SHA", i, (unsigned)ciphers[i]);
-		if (suite_names[k].cbc && tls_min >= BR_TLS12)
-			die("config.h: ciphers[%u]: CBC suites need tls_min below BR_TLS12", i);
-	}
 	for (pass = 0; pass < 2; pass++) {
 		for (i = 0; i < LENGTH(ciphers); i++) {
 			int first = suite_names[suite_find(ciphers[i])].chacha != aes;
@@ -6105,17 +6060,6 @@ static const struct {
 #undef NUMBER
 };
 
-static void chroot_check(const char *dir)
-{
-	struct stat st;
-	const char *what = stat(dir, &st) < 0 ? strerror(errno) : !S_ISDIR(st.st_mode) ?
-		"Not a directory" : dir[0] != '/' ? "not an absolute path" : NULL;
-
-	if (what)
-		die("config.h: chroot_dir \"%s\": %s: make that directory, or give NULL", dir,
-			what);
-}
-
 /* Whether browsers could send it: scheme, host and port in lower case, no path (RFC 6454 6.1). */
 static int origin_valid(const char *o)
 {
@@ -6130,51 +6074,149 @@ static int origin_valid(const char *o)
 	return !*o;
 }
 
-/* What would be written to heads as it is, or never be found in one. */
+static void backend_check(const struct backend *b)
+{
+	const char *host = b->host ? b->host : "", *url = strstr(host, "://");
+	const int local = strncmp(host, "unix:", 5) == 0;
+	struct address a;
+	const int name = !address_parse(&a, host, "1") && *host && !local;
+	/* what a resolver could know: "_" is in names of containers */
+	const int odd = name && host[word_end(host, 0, strlen(host), "-._")];
+
+	wrong(!*host, ".host is missing");
+	wrong(url != NULL, ".host \"%s\" has a scheme: give the name alone; its port is .port, its "
+		"path .path, and wss: or https: .tls = TLS_VERIFY", host);
+	wrong(odd && !url, ".host \"%s\" is no address and can't be a name: no port, path, "
+		"brackets or zone", host);
+	wrong(name && !odd && !resolve_names, ".host \"%s\" is a name: set resolve_names to 1",
+		host);
+	wrong(local && (!host[5] || strlen(host) >= 5 + sizeof ((struct sockaddr_un *)0)->sun_path),
+		".host \"%s\": path missing or too long", host);
+	wrong(a.family == AF_INET6 && a.ip[0] == 0xfe && (a.ip[1] & 0xc0) == 0x80,
+		".host \"%s\" is link-local, which needs an interface, too: give it an address "
+		"that is not, or a unix: socket", host);
+	wrong(!local && (!address_parse(&a, "::", b->port) || a.port == 0),
+		".port \"%s\": give 1 to 65535", text_or(b->port));
+	wrong(b->path && *b->path && *b->path != '/', ".path \"%s\": begin it with /",
+		text_or(b->path));
+	wrong(b->weight > WEIGHT_MAX, ".weight = %u: at most %d", b->weight, WEIGHT_MAX);
+}
+
+static void backend_check_tls(const struct backend *b)
+{
+	const char *sni = b->host || b->sni ? text_or(backend_sni(b)) : "";
+	const int trusts = b->tls == TLS_VERIFY || b->tls == TLS_PIN;
+
+	wrong(b->tls != TLS_OFF && !tls_backends, ".tls: set tls_backends to 1");
+	wrong(b->tls == TLS_OFF && (b->sni || b->ca || b->cert || b->key), ".tls is missing, "
+		"without which .sni, .ca, .cert and .key say nothing: TLS_VERIFY?");
+	wrong(trusts && !b->ca, ".ca is missing: a PEM file, for TLS_VERIFY with its authorities, "
+		"for TLS_PIN with its certificate");
+	wrong(b->tls == TLS_VERIFY && (!*sni || !backend_sni(b)), ".sni is missing: TLS_VERIFY "
+		"needs a name, the certificate's");
+	wrong(b->tls != TLS_OFF && strlen(sni) > 255, ".sni is longer than 255");
+	wrong(!b->cert != !b->key, ".%s is missing: .cert and .key go together",
+		b->key ? "cert" : "key");
+}
+
+static void listener_check(unsigned i)
+{
+	const struct listener *l = &listeners[i];
+	struct address a;
+
+	wrong(!address_parse(&a, l->address, l->port), ": \"%s\", \"%s\": give an IPv4 or IPv6 "
+		"literal and a decimal port", text_or(l->address), text_or(l->port));
+	wrong(l->client_ca && l->kind != WSS, ".client_ca: only WSS asks for certificates");
+	wrong(l->verify_client == VERIFY_OPTIONAL && !listener_ca(i),
+		".verify_client: VERIFY_OPTIONAL needs kind WSS and a client_ca");
+}
+
+static void ciphers_check(void)
+{
+	unsigned i, cbc = 0;
+
+	wrong(tls_min < BR_TLS10 || tls_min > tls_max || tls_max > BR_TLS12, "tls_min, tls_max: "
+		"BR_TLS10, BR_TLS11 or BR_TLS12, in order");
+	for (i = 0; i < LENGTH(ciphers); i++) {
+		const int k = suite_find(ciphers[i]), is_cbc = k >= 0 && suite_names[k].cbc;
+
+		wrong(k < 0, "ciphers[%u]: 0x%04x is not served: choose ECDHE suites with AES-GCM, "
+			"ChaCha20 or AES-CBC-SHA", i, (unsigned)ciphers[i]);
+		wrong(is_cbc && tls_min >= BR_TLS12, "ciphers[%u]: CBC suites need tls_min below "
+			"BR_TLS12", i);
+		cbc |= (unsigned)is_cbc;
+	}
+	wrong(!cbc && tls_min < BR_TLS12, "tls_min: TLS 1.0 and 1.1 need CBC suites in ciphers[], "
+		"such as BR_TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA");
+}
+
 static void texts_check(void)
 {
 	unsigned i;
 
-	if (cookie_name[word_end(cookie_name, 0, strlen(cookie_name), in_token)])
-		die("config.h: cookie_name \"%s\": no token (RFC 6265 4.1.1): letters, digits, - "
-			"and _ will do", cookie_name);
+	wrong(cookie_name[word_end(cookie_name, 0, strlen(cookie_name), in_token)] != '\0',
+		"cookie_name \"%s\": no token (RFC 6265 4.1.1): letters, digits, - and _ will do",
+		cookie_name);
 	for (i = 0; i < LENGTH(origins); i++) {
 		const char *o = origins[i];
 
-		if (o && !origin_valid(o))
-			die("config.h: origins[%u] \"%s\": give it as browsers do, in lower case, "
-				"without a path, each one by itself: https://a.example; or NULL "
-				"for any, \"none\" for those that send none", i, o);
+		wrong(o && !origin_valid(o), "origins[%u] \"%s\": give it as browsers do, in "
+			"lower case, without a path, each one by itself: https://a.example; or "
+			"NULL for any, \"none\" for those that send none", i, text_or(o));
 	}
 }
 
-/* What the compiler can't know. Dies with the entry's name. */
+/* What the compiler can't know. */
 static void config_check(void)
 {
 	const unsigned probing_s = keepalive_s + keepalive_interval_s * keepalive_probes;
 	unsigned i;
 
 	for (i = 0; i < LENGTH(numbers); i++)
-		if (numbers[i].value < numbers[i].min || numbers[i].value > numbers[i].max)
-			die("config.h: %s = %u: give %u to %u", numbers[i].name, numbers[i].value,
-				numbers[i].min, numbers[i].max);
-	if (idle_ms > 0 && idle_ms <= head_ms)
-		die("config.h: idle_ms: must be above head_ms, or 0");
-	if (keepalive_s > 0 && user_timeout_ms > 0 && user_timeout_ms / 1000 < probing_s)
-		die("config.h: user_timeout_ms = %u leaves no time for keepalive_probes: give "
-			"%u000 or more, or 0", user_timeout_ms, probing_s);
-	for (i = 0; i < LISTENERS; i++)
-		(void)listener_address(i);
+		wrong(numbers[i].value < numbers[i].min || numbers[i].value > numbers[i].max,
+			"%s = %u: give %u to %u", numbers[i].name, numbers[i].value,
+			numbers[i].min, numbers[i].max);
+	wrong(idle_ms > 0 && idle_ms <= head_ms, "idle_ms: must be above head_ms, or 0");
+	wrong(keepalive_s > 0 && user_timeout_ms > 0 && user_timeout_ms / 1000 < probing_s,
+		"user_timeout_ms = %u leaves no time for keepalive_probes: give %u000 or more, "
+		"or 0", user_timeout_ms, probing_s);
+	ciphers_check();
 	texts_check();
-	if (chroot_dir)
-		chroot_check(chroot_dir);
+	for (i = 0; i < LISTENERS; i++) {
+		string_format(checked, sizeof checked, "listeners[%u]", i);
+		listener_check(i);
+	}
+	for (i = 0; i < CERTS; i++) {
+		string_format(checked, sizeof checked, "certs[%u]", i);
+		wrong(!certs[i].chain, ".chain is missing: a PEM file");
+		wrong(!certs[i].key, ".key is missing: a PEM file");
+	}
+	for (i = 0; i < BACKENDS; i++) {
+		string_format(checked, sizeof checked, "backends[%u]", i);
+		backend_check(&backends[i]);
+		backend_check_tls(&backends[i]);
+	}
+	checked[0] = '\0';
+}
+
+/* What depends on the machine. */
+static void system_check(void)
+{
+	struct stat st;
+	const char *dir = text_or(chroot_dir);
+	const char *what = !chroot_dir ? NULL : stat(dir, &st) < 0 ? strerror(errno) :
+		!S_ISDIR(st.st_mode) ? "Not a directory" :
+		dir[0] != '/' ? "not an absolute path" : NULL;
+
+	wrong(what != NULL, "chroot_dir \"%s\": %s: make that directory, or give NULL", dir,
+		text_or(what));
+	descriptors_raise();
 }
 
 static void certs_init(void)
 {
+	keyring_load(&keyrings[0]);
 	keyring = &keyrings[0];
-	if (!keyring_load(keyring))
-		die("config.h: %s", fault);
 }
 
 static unsigned memory_kb(void)
@@ -6183,15 +6225,6 @@ static unsigned memory_kb(void)
 		sizeof head_buffer + sizeof sources + sizeof buckets + sizeof keyrings +
 		sizeof servers + sizeof upstreams + sizeof cache_store + sizeof fds +
 		sizeof scratch + sizeof file_text) / 1024);
-}
-
-/* wssproxy -t */
-static int check_print(void)
-{
-	return !print(STDOUT_FILENO, "wssproxy: config.h and its files are good\n"
-		"memory: at most %u KB of tables: %u sessions of %u bytes, %u busy of %u bytes",
-		memory_kb(), (unsigned)max_sessions, (unsigned)sizeof sessions[0],
-		(unsigned)max_busy, (unsigned)(sizeof records[0] + sizeof shelves[0]));
 }
 
 /* wssproxy -v */
@@ -6282,6 +6315,21 @@ static void warnings_print(void)
 			"backend a cookie stands for");
 }
 
+/* wssproxy -t */
+static int check_print(void)
+{
+	certs_init();
+	become_find(user, group);
+	if (faults_found > 0)
+		return 1;
+	servers_init();
+	warnings_print();
+	return !print(STDOUT_FILENO, "wssproxy: config.h and its files are good\n"
+		"memory: at most %u KB of tables: %u sessions of %u bytes, %u busy of %u bytes",
+		memory_kb(), (unsigned)max_sessions, (unsigned)sizeof sessions[0],
+		(unsigned)max_busy, (unsigned)(sizeof records[0] + sizeof shelves[0]));
+}
+
 int main(int argc, char *argv[])
 {
 	struct become become;
@@ -6292,26 +6340,29 @@ int main(int argc, char *argv[])
 		print(STDERR_FILENO, "usage: wssproxy [-t | -v]");
 		return 2;
 	}
+	core_forbid();
 	clock_read();
 	tables_init();
+	config_check();
+	if (argc == 1 || argv[1][1] == 't')
+		system_check();
+	if (argc == 2 && argv[1][1] == 't')
+		return check_print();
+	if (faults_found > 0)
+		return 1;
 	suites_init();
 	servers_init();
-	if (argc == 2 && argv[1][1] == 'v')
+	if (argc == 2)
 		return version_print();
-	config_check();
 	become = become_find(user, group);
-	core_forbid();
-	if (argc == 2) {
-		certs_init();
-		return check_print();
-	}
 	log_open();
 	entropy_wait();
 	signals_init();
-	descriptors_raise();
 	if (resolve_names)
 		resolver_start(&become);
 	certs_init();
+	if (faults_found > 0)
+		return 1;
 	lending_test();
 	warnings_print();
 	log_line(LOG_NOTICE, "start version=%s sessions=%u busy=%u memory=%uKB", VERSION,
@@ -6322,9 +6373,6 @@ int main(int argc, char *argv[])
 	if (fds[FD_EPOLL].fd < 0)
 		die("epoll_create1: %s: a kernel with CONFIG_EPOLL is needed", strerror(errno));
 	become_do(&become, chroot_dir);
-	if (!user && getuid() == 0)
-		log_line(LOG_WARNING, "warning user: it stays root, without capabilities: name "
-			"another in config.h");
 	files_foretell();
 	if (seccomp && !filter_loop())
 		log_line(LOG_WARNING, "warning seccomp: this kernel or machine has no filter: "

@@ -128,30 +128,6 @@ static void test_log_escape(void)
 	}
 }
 
-/* The log is a pipe for a while. */
-static int log_pipe[2];
-
-static void log_open_pipe(void)
-{
-	if (pipe(log_pipe) < 0) {
-		perror("pipe");
-		exit(2);
-	}
-	log_fd = log_pipe[1];
-}
-
-static const char *log_read(void)
-{
-	static char text[8192];
-	struct pollfd p = { .fd = log_pipe[0], .events = POLLIN };
-	ssize_t n = 0;
-
-	if (poll(&p, 1, 0) == 1)
-		n = read(log_pipe[0], text, sizeof text - 1);
-	text[n > 0 ? n : 0] = '\0';
-	return text;
-}
-
 static void test_log_line(void)
 {
 	char text[3000];

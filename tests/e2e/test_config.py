@@ -1,11 +1,158 @@
-"""What the compiler says of a config.h, and what a program says of its own."""
+"""Configurations as products have them, and what is wrong with others: each fault is named, with its
+cure, all of them in one run, or by the compiler."""
 
+import os
 import re
+import resource
 import subprocess
 
 import pytest
 
-from harness import FORWARD, PATIENCE, REPO, WSS, BuildFailed, build, config_text
+import pki
+from conftest import certificate, whole_config
+from harness import (FORWARD, PATIENCE, REDIRECT, REPO, SYSLOG, WS, WSS, BuildFailed, C, build, config_text,
+                     run_once)
+from more import key_of, pem
+
+CBC = C("BR_TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA")
+GCM = C("BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256")
+VERIFY, PIN = C("TLS_VERIFY"), C("TLS_PIN")
+STICKY = C("STICKY_COOKIE")
+
+# entries of config.h
+PRODUCTS = {
+    "kvm": {
+        "listeners": [("0.0.0.0", "443", WSS), ("0.0.0.0", "80", REDIRECT)],
+        "backends": [{"host": "unix:/run/kvm.sock", "path": "/api"},
+                     {"host": "127.0.0.1", "port": "8000", "path": "/stream", "max_conns": 4},
+                     {"host": "127.0.0.1", "port": "8080"}],
+        "http": FORWARD, "max_sessions": 32, "max_busy": 4, "resolve_names": 0},
+    "home-automation": {
+        "backends": [{"host": "homeassistant.lan", "port": "8123"},
+                     {"host": "nodered.lan", "port": "1880", "path": "/red"}],
+        "http": FORWARD, "idle_ms": 0, "max_sessions": 64, "origins": ["same", None]},
+    "charge-points": {
+        "listeners": [("0.0.0.0", "8443", WSS, pem("client-ca"), C("VERIFY_REQUIRED")),
+                      ("::1", "443", WSS, pem("client-ca"), C("VERIFY_OPTIONAL")),
+                      ("::1", "8080", WS)],
+        "backends": [{"host": "csms.example", "port": "443", "path": "/ocpp", "tls": VERIFY,
+                      "ca": pem("stranger"), "cert": pem("client-ec"), "key": key_of("client-ec")}],
+        "tls_backends": 1, "origins": ["none", None]},
+    "shop": {
+        "certs": [(None, pki.DIR / "ec256.pem", pki.DIR / "ec256.key"),
+                  ("*.b.example", pki.DIR / "rsa2048.pem", pki.DIR / "rsa2048.key")],
+        "backends": [{"host": f"192.0.2.{n}", "port": "3000", "weight": n} for n in range(1, 5)],
+        "balance": STICKY, "cookie_secret": "Ahoo7ul9", "check_ms": 2000, "max_sessions": 2000,
+        "max_busy": 32, "log_to": SYSLOG},
+    "old-meters": {
+        "backends": [{"host": "192.0.2.1", "port": "3000", "tls": PIN, "ca": pem("stranger")}],
+        "tls_backends": 1, "tls_min": C("BR_TLS10"), "ciphers": [GCM, CBC]},
+}
+
+
+def product(name, **changes):
+    return whole_config([], {**PRODUCTS[name], **changes})
+
+
+def backend(name, index=0, lacks=(), **changes):
+    """The entry backends of a product, one of them changed."""
+    backends = [dict(b) for b in PRODUCTS[name]["backends"]]
+    backends[index].update(changes)
+    for field in lacks:
+        del backends[index][field]
+    return {"backends": backends}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products(name):
+    result = run_once(product(name), "-t")
+    assert result.returncode == 0 and "wssproxy:" not in result.stderr
+
+
+@pytest.mark.parametrize("name, changes, culprit, cure", [
+    ("kvm", {"listeners": [("gateway.lan", "443", WSS)]}, "listeners[0]", "literal"),
+    ("kvm", backend("kvm", 0, host="/run/kvm.sock", port="80"), "backends[0].host", "can't be a name"),
+    ("kvm", backend("kvm", 1, host="localhost"), "backends[1].host", "set resolve_names to 1"),
+    ("kvm", backend("kvm", 2, host=None), "backends[2].host", "missing"),
+    ("kvm", backend("kvm", 2, port=None), "backends[2].port", "give 1 to 65535"),
+    ("kvm", backend("kvm", 1, path="stream"), "backends[1].path", "begin it with /"),
+    ("kvm", backend("kvm", 1, weight=257), "backends[1].weight = 257", "at most 256"),
+    ("home-automation", backend("home-automation", host="ws://api.lan"), "backends[0].host",
+     "give the name alone; its port is .port"),
+    ("home-automation", backend("home-automation", host="https://api.lan:8123/x"), "backends[0].host",
+     "https: .tls = TLS_VERIFY"),
+    ("home-automation", backend("home-automation", host="api.lan:8123"), "backends[0].host", "no port"),
+    ("home-automation", {"origins": ["https://A.example", None]}, "origins[0]", "in lower case"),
+    ("charge-points", backend("charge-points", lacks=["ca"]), "backends[0].ca", "a PEM file"),
+    ("charge-points", backend("charge-points", lacks=["key"]), "backends[0].key", "go together"),
+    ("charge-points", backend("charge-points", lacks=["cert"]), "backends[0].cert", "go together"),
+    ("charge-points", backend("charge-points", lacks=["tls"]), "backends[0].tls", "TLS_VERIFY?"),
+    ("charge-points", backend("charge-points", host="192.0.2.1"), "backends[0].sni", "needs a name"),
+    ("charge-points", {"tls_backends": 0}, "backends[0].tls", "set tls_backends to 1"),
+    ("charge-points", {"listeners": [("::1", "443", WS, pem("client-ca"))]}, "listeners[0].client_ca",
+     "only WSS"),
+    ("charge-points", {"listeners": [("::1", "443", WSS, None, C("VERIFY_OPTIONAL"))]},
+     "listeners[0].verify_client", "needs kind WSS and a client_ca"),
+    ("shop", {"certs": [(None, None, pki.DIR / "ec256.key")]}, "certs[0].chain", "a PEM file"),
+    ("shop", {"certs": [(None, pki.DIR / "ec256.pem", None)]}, "certs[0].key", "a PEM file"),
+    ("shop", {"cookie_name": "a b"}, "cookie_name", "letters, digits"),
+    ("old-meters", {"ciphers": [GCM]}, "tls_min", "need CBC suites"),
+    ("old-meters", {"tls_min": C("BR_TLS12")}, "ciphers[1]", "tls_min below BR_TLS12"),
+    ("old-meters", backend("old-meters", lacks=["ca"]), "backends[0].ca", "its certificate"),
+])
+def test_one_fault_is_named_with_its_cure(name, changes, culprit, cure):
+    result = run_once(product(name, **changes), "-t")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"wssproxy: config.h: {culprit}")
+    assert cure in result.stderr
+    assert result.stderr.count("wssproxy: ") == 1
+
+
+WRONG = {
+    "listeners": [("a", "443", WSS), ("::1", "b", WSS)], "head_ms": 0, "cookie_name": "c d",
+    "certs": [(None, "/nowhere/1.pem", None), ("a", pki.DIR / "ec256.pem", "/nowhere/2.key"),
+              certificate("ec256", "other.key")],
+    "backends": [{"host": "e:1", "port": "f", "path": "g", "tls": VERIFY},
+                 {"host": "::1", "port": "80", "tls": PIN, "ca": "/nowhere/3.pem"}],
+    "tls_backends": 1, "chroot_dir": "/nowhere",
+    "user": "no-such-user"}
+SAID = ["listeners[0]", "listeners[1]", "head_ms", "cookie_name", "certs[0].key", "backends[0].host",
+        "backends[0].port", "backends[0].path", "backends[0].ca", "chroot_dir", "user"]
+FILES = ["certs[1]: /nowhere/2.key", f"certs[2]: {pki.DIR}/ec256.pem", "backends[1]: /nowhere/3.pem"]
+
+
+def test_all_faults_are_told_in_one_run():
+    result = run_once(whole_config([], WRONG), "-t")
+    assert result.returncode == 1 and result.stdout == ""
+    lines = result.stderr.splitlines()
+    for culprit in SAID + FILES:
+        assert len([line for line in lines if line.startswith(f"wssproxy: config.h: {culprit}")]) == 1
+    assert len(lines) == len(SAID + FILES)
+
+
+def test_it_does_not_start_with_faults():
+    result = run_once(whole_config([], WRONG))
+    assert result.returncode == 1
+    assert all(f"config.h: {culprit}" in result.stderr for culprit in SAID if culprit != "user")
+
+
+def test_check_sees_a_limit_of_descriptors_that_is_too_small(place):
+    entries = whole_config([place()], {"max_sessions": 1000})
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+        if os.geteuid() == 0:
+            os.setresuid(65534, 65534, 65534)       # root may raise it
+    result = run_once(entries, "-t", preexec_fn=limit)
+    assert "wssproxy: config.h: max_sessions = 1000 needs" in result.stderr
+    assert "ulimit -n" in result.stderr
+    assert result.returncode == 1
+
+
+def test_check_warns_of_an_empty_secret():
+    result = run_once(product("shop", cookie_secret=""), "-t")
+    assert result.returncode == 0
+    assert result.stderr.startswith("warning cookie_secret is empty")
 
 
 # ---- the compiler ----
@@ -73,3 +220,9 @@ def test_version_begins_with_the_build_and_the_configuration(tmp_path):
     assert (tmp_path / "wssproxy").read_bytes() == program
     assert make(tmp_path, text.replace("24311", "24312"), "CFLAGS=-O0").returncode == 0
     assert version(tmp_path).splitlines()[0] != first
+
+
+def test_version_of_a_faulty_configuration_tells_the_fault():
+    result = run_once(product("kvm", head_ms=0), "-v")
+    assert result.returncode == 1
+    assert "head_ms" in result.stderr

@@ -137,7 +137,7 @@ def test_bad_entry_is_named(place, config, named):
     ({"host": "fe80::1", "port": "80"}, '"fe80::1" is link-local'),
     ({"host": "febf:0:0:1::", "port": "80"}, "is link-local"),
     ({"host": "fe80::1%eth0", "port": "80"}, '"fe80::1%eth0" is no address and can\'t be a name'),
-    ({"host": "ws://api.lan", "port": "80"}, "no scheme"),
+    ({"host": "ws://api.lan", "port": "80"}, "has a scheme: give the name alone"),
     ({"host": "api.lan:3000", "port": "80"}, '"api.lan:3000"'),
     ({"host": "[2001:db8::1]", "port": "80"}, "brackets"),
     ({"host": "api lan", "port": "80"}, '"api lan"'),
