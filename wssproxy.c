@@ -5560,10 +5560,10 @@ static int leg_told(struct leg *l, unsigned events)
 
 	if (events & (unsigned)EPOLLPRI)
 		recv(l->fd, scratch, 1, MSG_OOB);
-	l->in |= in;
+	l->in = l->in || in;
 	l->full = l->full && !out;
 	l->gone = gone > l->gone ? gone : l->gone;
-	l->last |= gone || (events & (unsigned)EPOLLPRI);
+	l->last = l->last || gone || (events & (unsigned)EPOLLPRI);
 	return news;
 }
 
