@@ -4740,6 +4740,14 @@ static int looks_like_http(const struct leg *l)
 		(is_alnum(p[2]) || p[2] == ' ');
 }
 
+/* A ClientHello whose list of versions is TLS 1.3 alone (RFC 8446 4.2.1) has 1.2 where BearSSL
+ * looks for one. There it gets SSL 2, to be refused for its version, not for its suites. */
+static void hello_unmask(struct leg *l)
+{
+	if (memmem(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
+		l->ahead[l->at + 9] = 2;
+}
+
 /* The ClientHello is awaited whole, for its server name; then the engine is started. */
 static enum state handshake_step(struct session *s)
 {
@@ -4760,6 +4768,7 @@ static enum state handshake_step(struct session *s)
 			l->at = l->end;
 			return session_fail(s, WHY_PLAIN_HTTP);
 		}
+		hello_unmask(l);
 		if (!tls_start(s))
 			return session_fail(s, WHY_NO_RANDOM);
 	}
