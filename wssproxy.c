@@ -130,6 +130,7 @@ enum {
 	PROBES_MIN = 4,         /* keepalive's, one a second, */
 	RETRANSMITS_MIN = 6,    /* or what is sent again, which takes 12 s at least */
 	FULL_PAUSE_MS = 10000,  /* between two lines `full` */
+	DOWN_PAUSE_MS = 60000,  /* and two `down` of a backend that stays so */
 	REDIAL_MS = 20,         /* until sessions that could not dial yet look again */
 	LOG_LINE = 1024,
 	LISTENERS = LENGTH(listeners),
@@ -431,7 +432,10 @@ struct server {
 	uint8_t by_name;        /* 1: the resolver is asked */
 	uint8_t pending;        /* 1: the resolver was asked and has not answered */
 	uint8_t asked_before;   /* 1: it has answered at least once */
-	uint8_t down;           /* 1: has its line `down` in the log */
+	uint8_t down;           /* 1: has its line `down` in the log, */
+	uint64_t down_since;    /* and is so since then, */
+	uint64_t down_after;    /* which may be said again then, */
+	unsigned lost;          /* and so many requests found no backend meanwhile */
 	uint8_t checked;        /* address that the active check is at, */
 	const char *check_why;  /* and why one before it failed; NULL: none did */
 	unsigned active;        /* sessions */
@@ -2558,8 +2562,24 @@ static void server_good(struct server *v)
 	v->fails = 0;
 	v->aside_until = v->held_until = 0;
 	if (v->down)
-		log_line(LOG_NOTICE, "backend name=%s up", v->name);
+		log_line(LOG_NOTICE, "backend name=%s up s=%llu requests=%u", v->name,
+			(now - v->down_since) / 1000ull, v->lost);
 	v->down = 0;
+}
+
+/* It is down: said at once, and again, if that is found again, once a minute. */
+static void server_down(struct server *v, const char *why)
+{
+	if (!v->down) {
+		v->down_since = v->down_after = now;
+		v->lost = 0;
+	}
+	v->down = 1;
+	if (now < v->down_after)
+		return;
+	v->down_after = now + DOWN_PAUSE_MS;
+	log_line(LOG_WARNING, "backend name=%s down why=%s s=%llu requests=%u", v->name, why,
+		(now - v->down_since) / 1000ull, v->lost);
 }
 
 static void resolver_ask(struct server *v);
@@ -2578,9 +2598,7 @@ static void server_failed(struct server *v, const char *why)
 	if (max_fails == 0 || v->fails < max_fails)
 		return;
 	v->aside_until = now + fail_ms;
-	if (!v->down)
-		log_line(LOG_WARNING, "backend name=%s down why=%s", v->name, why);
-	v->down = 1;
+	server_down(v, why);
 	resolver_ask(v);
 }
 
@@ -2782,10 +2800,8 @@ static void resolver_answer(const struct resolved *r)
 			server_good(v);
 		v->addresses = r->count;
 	} else {
-		if (v->addresses == 0 && !v->down) {
-			log_line(LOG_WARNING, "backend name=%s down why=unresolved", v->name);
-			v->down = 1;
-		}
+		if (v->addresses == 0)
+			server_down(v, "unresolved");
 		if (fds[FD_RESOLVER].fd >= 0)
 			timer_start(&queues[Q_RESOLVE], &v->retry);
 	}
@@ -4629,7 +4645,10 @@ static int is_probe(const struct session *s, enum why why)
 static void session_reject(const struct session *s, unsigned status, enum why why)
 {
 	const int probe = is_probe(s, why);
+	unsigned i;
 
+	for (i = 0; i < BACKENDS && s->state == CONNECT; i++)
+		servers[i].lost += servers[i].down && (s->group >> i & 1);
 	if (probe)
 		totals.probes++;
 	if (!probe || log_probes)

@@ -1150,18 +1150,57 @@ static void test_server_failed(void)
 	now += fail_ms;
 	server_failed(v, "refused");
 	CHECK_INT(v->aside_until, now + fail_ms);
-	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 down why=refused\n");
+	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 down why=refused s=0 requests=0\n");
 	CHECK_INT(v->failures, 3);
 	server_failed(v, "timeout");                    /* tried all the same, and failed */
 	CHECK_INT(v->aside_until, now + fail_ms);
 	CHECK_STR(log_read(), "");                      /* said once */
+	now += 1500;
 	server_good(v);
 	CHECK(v->aside_until <= now);
-	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 up\n");
+	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 up s=1 requests=0\n");
 	server_good(v);
 	CHECK_STR(log_read(), "");
 	server_failed(v, "refused");                    /* a new count */
 	CHECK(v->aside_until <= now);
+}
+
+/* One that stays down says so once a minute, with what it costs. */
+static void test_server_stays_down(void)
+{
+	struct server *v = &servers[A];
+	struct session *s;
+	char want[100];
+	unsigned i;
+
+	servers_up();
+	log_open_pipe();
+	s = session_make(0);
+	s->state = CONNECT;
+	s->group = (uint64_t)1 << A;
+	server_failed(v, "refused");
+	for (i = 0; i < 180; i++) {
+		at("second %u", i);
+		server_failed(v, i < 100 ? "refused" : "timeout");
+		sprintf(want, "backend name=192.0.2.1:3000 down why=%s s=%u requests=%u\n",
+			i < 100 ? "refused" : "timeout", i, i);
+		CHECK_STR(log_read(), i % 60 ? "" : want);
+		session_reject(s, 502, WHY_NO_BACKEND);
+		log_read();
+		now += 1000;
+	}
+	s->state = RESPONSE;                            /* that has a backend */
+	session_reject(s, 502, WHY_BAD_RESPONSE);
+	s->state = CONNECT;
+	s->group = (uint64_t)1 << B;                    /* that would not have gone there */
+	session_reject(s, 502, WHY_NO_BACKEND);
+	log_read();
+	server_good(v);
+	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 up s=180 requests=180\n");
+	now += 1000;                                    /* a new count, said at once */
+	server_failed(v, "reset");
+	server_failed(v, "reset");
+	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 down why=reset s=0 requests=0\n");
 }
 
 /* A check that connects lifts what failed connects have set, and nothing else. */
@@ -1198,12 +1237,12 @@ static void test_check_good(void)
 	at("the time of TLS is over");
 	now += fail_ms + 1;
 	check_good(v, &none);
-	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 down why=expired\n");
+	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 down why=expired s=0 requests=0\n");
 	server_failed(v, "refused");
 	server_failed(v, "refused");
 	check_good(v, &none);
 	CHECK(v->aside_until <= now);
-	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 up\n");
+	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 up s=15 requests=0\n");
 }
 
 /* Where clients go is the same on each machine and after each release: these values are fixed. */
@@ -1922,7 +1961,7 @@ static void test_resolver_answer(void)
 	r.count = 0;
 	resolver_answer(&r);
 	CHECK(!v->pending && v->asked_before && v->addresses == 0);
-	CHECK_STR(log_read(), "backend name=name.example:3000 down why=unresolved\n");
+	CHECK_STR(log_read(), "backend name=name.example:3000 down why=unresolved s=0 requests=0\n");
 	CHECK(!link_alone(&v->retry.link));             /* asked again */
 	CHECK_INT(v->retry.due, now + resolve_ms);
 	resolver_answer(&r);
@@ -1936,7 +1975,7 @@ static void test_resolver_answer(void)
 	resolver_answer(&r);
 	CHECK_INT(v->addresses, 2);
 	CHECK_INT(v->address[1].family, AF_INET6);
-	CHECK_STR(log_read(), "backend name=name.example:3000 up\n");
+	CHECK_STR(log_read(), "backend name=name.example:3000 up s=0 requests=0\n");
 
 	at("none any more: the old ones stay");
 	r.count = 0;

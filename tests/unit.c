@@ -110,6 +110,7 @@ static const struct test tests[] = {
 	TEST(cookie_add),
 	TEST(server_pick_sticky),
 	TEST(server_failed),
+	TEST(server_stays_down),
 	TEST(check_good),
 	TEST(rendezvous_fixed),
 	TEST(whys),
