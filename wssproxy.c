@@ -665,22 +665,36 @@ static void log_write(const char *line, size_t len)
 		totals.log_lost++;
 }
 
-/* One line to the log. Whatever came from outside must have gone through log_escape. */
-__attribute__((format(printf, 2, 3)))
-static void log_line(int priority, const char *format, ...)
+/* Begins the log's next line, of which there is one at a time; log_end ends it. Whatever came from
+ * outside must have gone through log_escape. */
+static struct text log_begin(int priority)
 {
-	char line[LOG_LINE];
+	static char line[LOG_LINE];
 	struct text t = { .p = line, .size = sizeof line - 1 };
-	va_list ap;
 
 	if (log_syslog)
 		text_format(&t, "<%d>wssproxy[%d]: ", LOG_DAEMON | priority, (int)getpid());
+	return t;
+}
+
+static void log_end(struct text *t)
+{
+	if (!log_syslog)
+		t->p[t->len++] = '\n';
+	log_write(t->p, t->len);
+}
+
+/* One line to the log, of a format. */
+__attribute__((format(printf, 2, 3)))
+static void log_line(int priority, const char *format, ...)
+{
+	struct text t = log_begin(priority);
+	va_list ap;
+
 	va_start(ap, format);
 	text_append(&t, format, ap);
 	va_end(ap);
-	if (!log_syslog)
-		line[t.len++] = '\n';
-	log_write(line, t.len);
+	log_end(&t);
 }
 
 /* Copies bytes from outside so that they stay one word of one line: all but visible ASCII, and
@@ -699,6 +713,11 @@ static void log_escape(char *out, size_t size, const char *in, size_t len)
 			text_format(&t, "\\x%02x", c);
 	}
 	out[t.len] = '\0';
+}
+
+static const char *or_dash(const char *s)
+{
+	return *s ? s : "-";
 }
 
 /* Where the log goes. The daemon's socket is opened before chroot; without it, stderr serves. A
@@ -2155,9 +2174,10 @@ static enum why request_check(struct request *r, const char *buf)
 	enum why why;
 
 	facts_read(&f, h, buf);
+	r->host = f.value[NAME_HOST];
+	r->origin = f.value[NAME_ORIGIN];
 	if (h->part[0].len == 7 && memcmp(buf, "CONNECT", 7) == 0)
 		return WHY_METHOD;
-	r->host = f.value[NAME_HOST];
 	if (f.count[NAME_HOST] != 1 || !host_valid(buf, r->host))
 		return WHY_HOST;
 	if ((why = target_parse(r, buf)) != WHY_NONE)
@@ -4529,7 +4549,7 @@ static const char *status_text(unsigned status)
 {
 	static const struct { unsigned status; const char *text; } texts[] = {
 		{ 308, "Permanent Redirect" }, { 400, "Bad Request" }, { 403, "Forbidden" },
-		{ 405, "Method Not Allowed" }, { 408, "Request Timeout" },
+		{ 404, "Not Found" }, { 405, "Method Not Allowed" }, { 408, "Request Timeout" },
 		{ 411, "Length Required" }, { 414, "URI Too Long" }, { 426, "Upgrade Required" },
 		{ 431, "Request Header Fields Too Large" }, { 501, "Not Implemented" },
 		{ 502, "Bad Gateway" }, { 503, "Service Unavailable" },
@@ -4597,35 +4617,94 @@ static void reply_compose(struct session *s, enum why why)
 	hd->off = 0;
 }
 
-/* What the log adds to why: the alert that a client sent, or what its TLS failed of. */
-static const char *session_cause(const struct session *s)
+/* Of a line of the log: what TLS with the client has come to. */
+static void text_tls(struct text *t, const struct session *s)
 {
-	static char text[48];
-	const struct leg *l = s->by == BY_BACKEND ? &s->backend : &s->client;
-	int error = leg_fault(s, l);
+	br_ssl_session_parameters p;
+	char name[sizeof s->note->subject];
+	int k;
 
-	text[0] = '\0';
-	if (s->why == WHY_TLS_ALERT)
-		string_format(text, sizeof text, " alert=%d", error - BR_ERR_RECV_FATAL_ALERT);
-	else if (error && (s->why == WHY_TLS_ERROR || s->why == WHY_CLIENT_CERT))
-		string_format(text, sizeof text, " cause=%s", fault_find(error)->word);
-	return text;
+	br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
+	k = suite_find(p.cipher_suite);
+	log_escape(name, sizeof name, s->note->subject, strlen(s->note->subject));
+	text_format(t, " tls=1.%d suite=%s resumed=%d cn=%s", (int)p.version - BR_TLS10,
+		k < 0 ? "?" : suite_names[k].name, s->policy.id == NULL, or_dash(name));
+	wipe(&p, sizeof p);
 }
 
-static void log_reject(const struct address *peer, unsigned status, enum why why,
-	const char *cause)
+/* Why it ended, with the alert that a client sent, or what TLS failed of. */
+static void text_why(struct text *t, const struct session *s, enum why why)
 {
-	char client[ADDRESS_TEXT], number[12] = "-";
+	int error = leg_fault(s, s->by == BY_BACKEND ? &s->backend : &s->client);
 
+	text_format(t, " why=%s", whys[why].text);
+	if (why == WHY_TLS_ALERT)
+		text_format(t, " alert=%d", error - BR_ERR_RECV_FATAL_ALERT);
+	else if (error && (why == WHY_TLS_ERROR || why == WHY_CLIENT_CERT))
+		text_format(t, " cause=%s", fault_find(error)->word);
+}
+
+/* What was asked for, as far as that is known; of an Origin that is refused, which. */
+static void text_asked(struct text *t, const struct session *s, enum why why)
+{
+	const struct note *note = s->note;
+	char origin[sizeof note->host];
+	struct span o;
+
+	if (!note || !note->path[0])
+		return;
+	text_format(t, " host=%s path=%s backend=%s", or_dash(note->host), note->path,
+		s->server < 0 ? "-" : servers[s->server].name);
+	if (why == WHY_ORIGIN) {
+		o = s->hd->u.request.origin;
+		log_escape(origin, sizeof origin, s->hd->bytes + o.at, o.len);
+		text_format(t, " origin=%s", or_dash(origin));
+	}
+}
+
+enum event { OPEN, CLOSE, REJECT };
+
+/* The log's line of a session that begins (a tunnel stands, or a plain answer is on its way), ends,
+ * or ends without a backend's answer. `status` is that of the answer, 0: none. */
+static void log_session(const struct session *s, enum event event, unsigned status, enum why why)
+{
+	static const char *const words[] = { "open", "close", "reject" };
+	static const char *const parties[] = { "proxy", "client", "backend" };
+	const unsigned long long ms = now - s->born;
+	struct text t;
+	char client[ADDRESS_TEXT];
+
+	if (event != REJECT && log_sessions != ALL && !(log_sessions == TUNNELS && s->upgrade))
+		return;
+	t = log_begin(event == REJECT ? LOG_NOTICE : LOG_INFO);
+	text_format(&t, event == CLOSE ? "%s id=%u by=%s" : "%s id=%u client=%s", words[event],
+		(unsigned)s->id, event == CLOSE ? parties[s->by] :
+		address_format(&s->peer, 1, client));
+	if (event == OPEN && s->plain)
+		text_string(&t, " tls=- suite=- resumed=0 cn=-");
+	else if (event == OPEN)
+		text_tls(&t, s);
+	if (event == REJECT)
+		text_format(&t, status ? " status=%u" : " status=-", status);
+	if (event != OPEN)
+		text_why(&t, s, why);
+	if (event != CLOSE)
+		text_asked(&t, s, why);
+	if (event == OPEN)
+		text_format(&t, " status=%u ms=%llu", status, ms);
+	if (event == CLOSE)
+		text_format(&t, " rx=%llu tx=%llu s=%llu.%u", (unsigned long long)s->rx,
+			(unsigned long long)s->tx, ms / 1000, (unsigned)(ms % 1000 / 100));
+	log_end(&t);
+}
+
+/* Counts a line `reject`. Whether it is one of those that may be written in this second. */
+static int reject_counts(void)
+{
 	totals.rejected++;
 	if (link_alone(&rejects.timer.link))
 		timer_start(&queues[Q_REJECTS], &rejects.timer);
-	if (rejects.count++ >= log_rejects && log_rejects > 0)
-		return;
-	if (status)
-		string_format(number, sizeof number, "%u", status);
-	log_line(LOG_NOTICE, "reject client=%s status=%s why=%s%s",
-		address_format(peer, 1, client), number, whys[why].text, cause);
+	return rejects.count++ < log_rejects || log_rejects == 0;
 }
 
 /* Whether a client that left, or whose time is over, has asked nothing: not a byte, or TLS and then
@@ -4649,10 +4728,9 @@ static void session_reject(const struct session *s, unsigned status, enum why wh
 
 	for (i = 0; i < BACKENDS && s->state == CONNECT; i++)
 		servers[i].lost += servers[i].down && (s->group >> i & 1);
-	if (probe)
-		totals.probes++;
-	if (!probe || log_probes)
-		log_reject(&s->peer, status, why, status ? "" : session_cause(s));
+	totals.probes += (unsigned)probe;
+	if ((!probe || log_probes) && reject_counts())
+		log_session(s, REJECT, status, why);
 }
 
 /* A second of rejects is over: says how many had no line of their own. */
@@ -4828,50 +4906,59 @@ static int cookie_find(const struct head *h, const char *buf)
 	return -1;
 }
 
-/* The request is whole: judges it, and puts what the backend gets in its place. */
-static enum state head_done(struct session *s)
+/* Notes what is asked for, as far as that was parsed: for the log, and which backends serve it. */
+static void request_note(struct session *s)
+{
+	const struct head_buffer *hd = s->hd;
+	const struct request *r = &hd->u.request;
+	const struct span target = r->target.len > 0 ? r->target : r->head.part[1];
+	const char *path = hd->bytes + target.at, *query = memchr(path, '?', target.len);
+	size_t len = query ? (size_t)(query - path) : target.len;
+
+	if (target.len == 0)
+		return;
+	if (*path != '/') {
+		path = "/";
+		len = 1;
+	}
+	log_escape(s->note->path, sizeof s->note->path, path, len);
+	log_escape(s->note->host, sizeof s->note->host, hd->bytes + r->host.at, r->host.len);
+	s->group = servers_for(path, len);
+}
+
+/* The request is whole, or no good: judges it, and puts what the backend gets in its place. */
+static enum state head_done(struct session *s, enum why why)
 {
 	struct head_buffer *hd = s->hd;
 	struct request *r = &hd->u.request;
-	struct note *note;
-	struct forwarded f = { .proto = s->plain ? "http" : "https" };
-	char client[ADDRESS_TEXT];
-	const char *target, *query;
-	enum why why = request_check(r, hd->bytes);
-	size_t len, i;
-	int own;
+	struct forwarded f = { .proto = s->plain ? "http" : "https", .subject = s->note->subject };
+	char client[ADDRESS_TEXT], *p;
 
+	if (why == WHY_NONE)
+		why = request_check(r, hd->bytes);
+	request_note(s);
 	s->head = (uint8_t)span_is(hd->bytes, r->head.part[0], "head");
 	if (why == WHY_NONE && listeners[s->listener].kind == REDIRECT)
 		why = WHY_REDIRECT;
 	if (why == WHY_NONE && !r->upgrade && http == REFUSE)
 		why = WHY_NOT_WEBSOCKET;
+	if (why == WHY_NONE && !s->group)
+		why = WHY_NO_PATH;
 	if (why != WHY_NONE)
 		return session_fail(s, why);
-	note = note_take(s);
-	own = r->target.len > 0 && hd->bytes[r->target.at] == '/';
-	target = own ? hd->bytes + r->target.at : "/";
-	len = own ? r->target.len : 1;
-	query = memchr(target, '?', len);
-	log_escape(note->host, sizeof note->host, hd->bytes + r->host.at, r->host.len);
-	log_escape(note->path, sizeof note->path, target, query ? (size_t)(query - target) : len);
-	s->group = servers_for(target, len);
 	if (balance == STICKY_COOKIE)
 		s->sticky = cookie_find(&r->head, hd->bytes);
 	s->upgrade = (uint8_t)r->upgrade;
 	s->up_left = r->length;
 	if (r->upgrade)
-		accept_key(hd->bytes + r->key.at, note->accept);
+		accept_key(hd->bytes + r->key.at, s->note->accept);
 	f.client = address_format(&s->peer, 0, client);
-	f.subject = note->subject;
-	for (i = 0; note->subject[i]; i++)
-		if (is_control((unsigned char)note->subject[i]))
-			note->subject[i] = '?';
+	for (p = s->note->subject; *p; p++)
+		if (is_control((unsigned char)*p))
+			*p = '?';
 	hd->len = request_render(r, hd->bytes, &f, scratch, HEAD_ROOM);
-	if (hd->len == 0)
-		return session_fail(s, WHY_LARGE_HEAD);
 	memcpy(hd->bytes, scratch, hd->len);
-	return CONNECT;
+	return hd->len > 0 ? CONNECT : session_fail(s, WHY_LARGE_HEAD);
 }
 
 static enum state head_step(struct session *s)
@@ -4891,14 +4978,12 @@ static enum state head_step(struct session *s)
 			len = len < room ? len : room;
 			memcpy(hd->bytes + hd->len, p, len);
 			why = request_parse(&hd->u.request, hd->bytes, hd->len + len);
-			if (why == WHY_NONE) {
-				leg_consume(&s->client, hd->u.request.head.size - hd->len);
-				return head_done(s);
-			}
+			if (why == WHY_NONE)
+				len = hd->u.request.head.size - hd->len;
 			leg_consume(&s->client, len);
 			hd->len += len;
 			if (why != WHY_MORE)
-				return session_fail(s, why);
+				return head_done(s, why);
 		}
 	} while (leg_fill(s, &s->client) && !s->broken);
 	return s->client.eof || s->broken ? FREE : HEAD;
@@ -5068,31 +5153,6 @@ static enum state request_step(struct session *s)
 	return RESPONSE;
 }
 
-/* The line `open`: a tunnel stands, or a plain answer is on its way. */
-static void log_open_session(struct session *s, unsigned status)
-{
-	char client[ADDRESS_TEXT], tls[80] = "tls=- suite=- resumed=0";
-	br_ssl_session_parameters p;
-	int k;
-
-	totals.opened++;
-	s->opened = 1;
-	if (!log_sessions)
-		return;
-	if (!s->plain) {
-		br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
-		k = suite_find(p.cipher_suite);
-		string_format(tls, sizeof tls, "tls=1.%d suite=%s resumed=%d",
-			(int)p.version - BR_TLS10, k < 0 ? "?" : suite_names[k].name,
-			s->policy.id == NULL);
-		wipe(&p, sizeof p);
-	}
-	log_line(LOG_INFO, "open id=%u client=%s %s host=%s path=%s backend=%s status=%u ms=%llu",
-		(unsigned)s->id, address_format(&s->peer, 1, client), tls, s->note->host,
-		s->note->path, servers[s->server].name, status,
-		(unsigned long long)(now - s->born));
-}
-
 /* Adds the cookie of the session's backend to a rendered head, in front of its empty line. The new
  * length. */
 static size_t cookie_add(const struct session *s, char *head, size_t len)
@@ -5167,7 +5227,9 @@ static enum state response_done(struct session *s)
 	s->down_left = r.length;
 	if (!answer_place(s, &r))
 		return session_fail(s, WHY_LARGE_RESPONSE);
-	log_open_session(s, r.status);
+	totals.opened++;
+	s->opened = 1;
+	log_session(s, OPEN, r.status, WHY_NONE);
 	if (s->upgrade)
 		s->up_left = r.framing == BODY_TUNNEL ? UINT64_MAX : 0;
 	return r.framing == BODY_TUNNEL ? RELAY : EXCHANGE;
@@ -5365,18 +5427,6 @@ static void session_enter(struct session *s, enum state state)
 	s->moved = 1;
 }
 
-static void log_close_session(const struct session *s)
-{
-	static const char *const party[] = { "proxy", "client", "backend" };
-	uint64_t ms = now - s->born;
-
-	if (log_sessions)
-		log_line(LOG_INFO, "close id=%u by=%s why=%s%s rx=%llu tx=%llu s=%llu.%u",
-			(unsigned)s->id, party[s->by], whys[s->why].text, session_cause(s),
-			(unsigned long long)s->rx, (unsigned long long)s->tx,
-			(unsigned long long)(ms / 1000), (unsigned)(ms % 1000 / 100));
-}
-
 /* The one end of every session. A reset of one side resets the other. */
 static void session_close(struct session *s)
 {
@@ -5384,7 +5434,7 @@ static void session_close(struct session *s)
 
 	s->tx -= unsent < s->tx ? unsent : s->tx;
 	if (s->opened)
-		log_close_session(s);
+		log_session(s, CLOSE, 0, s->why);
 	else if (!s->rejected)
 		session_reject(s, 0, s->why);
 	totals.rx += s->rx;
@@ -5670,10 +5720,14 @@ static int place_find(void)
 static void listener_take(int fd, const struct address *peer, unsigned listener)
 {
 	const struct source *o = source_find(peer);
+	char client[ADDRESS_TEXT];
 	struct session *s;
 
 	if (max_per_ip > 0 && o && o->sessions >= max_per_ip) {
-		log_reject(peer, 0, WHY_PER_IP, "");
+		if (reject_counts())
+			log_line(LOG_NOTICE, "reject id=%u client=%s status=- why=%s",
+				(unsigned)++last_id, address_format(peer, 1, client),
+				whys[WHY_PER_IP].text);
 		close(fd);
 		return;
 	}
@@ -6083,7 +6137,7 @@ static const struct {
 	NUMBER(max_fails, 0, UINT_MAX), NUMBER(fail_ms, 0, INT_MAX), NUMBER(check_ms, 0, INT_MAX),
 	NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
-	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_sessions, 0, 1), NUMBER(seccomp, 0, 1),
+	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(seccomp, 0, 1),
 	NUMBER(log_rejects, 0, INT_MAX), NUMBER(source_bits6, 1, 64), NUMBER(log_probes, 0, 1),
 #undef NUMBER
 };
@@ -6263,6 +6317,7 @@ static int version_print(void)
 	static const char *const verifies[] = { "VERIFY_REQUIRED", "VERIFY_OPTIONAL",
 		"VERIFY_OFF" };
 	static const char *const forwards[] = { "APPEND", "REPLACE", "OFF" };
+	static const char *const logged[] = { "NONE", "TUNNELS", "ALL" };
 	static const char *const modes[] = { "TLS_OFF", "TLS_VERIFY", "TLS_PIN", "TLS_NOVERIFY" };
 	const struct { const char *name, *value; } texts[] = {
 		{ "balance", balances[balance] }, { "cookie_name", cookie_name },
@@ -6270,6 +6325,7 @@ static int version_print(void)
 		{ "x_forwarded_for", forwards[x_forwarded_for] }, { "user", user },
 		{ "group", group }, { "chroot_dir", chroot_dir },
 		{ "log_to", log_to == STDERR ? "STDERR" : "SYSLOG" },
+		{ "log_sessions", logged[log_sessions] },
 	};
 	const int out = STDOUT_FILENO;
 	const br_config_option *o;

@@ -87,6 +87,12 @@ enum log_to {
 	SYSLOG,
 };
 
+enum log_sessions {
+	NONE,
+	TUNNELS,        /* of requests for an upgrade */
+	ALL,
+};
+
 /* ---- why a session ends: WHY(name, status of the answer or 0, text for the log) ---- */
 
 #define WHYS(WHY) \
@@ -103,6 +109,7 @@ enum log_to {
 	WHY(KEY, 400, "bad-key")                   /* not once 16 bytes in base64 */ \
 	WHY(PLAIN_HTTP, 400, "plain-http")         /* HTTP in the clear on a TLS port */ \
 	WHY(ORIGIN, 403, "origin")                 /* Origin is not in origins[] */ \
+	WHY(NO_PATH, 404, "no-path")               /* under no backend's .path */ \
 	WHY(METHOD, 405, "method")                 /* CONNECT */ \
 	WHY(HEAD_TIMEOUT, 408, "head-timeout")     /* head not complete within head_ms */ \
 	WHY(LENGTH, 411, "length-required")        /* Transfer-Encoding: chunked request */ \
@@ -178,6 +185,7 @@ struct request {
 	struct head head;
 	struct span target;         /* path and query, to be sent in origin-form */
 	struct span host;           /* Host, or the authority of an absolute-form target */
+	struct span origin;         /* Origin, the last one; empty: none */
 	struct span key;            /* Sec-WebSocket-Key, of an upgrade */
 	int upgrade;                /* 1: a well-formed WebSocket upgrade */
 	uint64_t length;            /* bytes of body that follow */

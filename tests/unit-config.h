@@ -80,6 +80,6 @@ static const char *const group      = NULL;
 static const char *const chroot_dir = NULL;
 static const int seccomp = 0;
 static const enum log_to log_to     = STDERR;
-static const int log_sessions       = 1;
+static const enum log_sessions log_sessions = ALL;
 static const unsigned log_rejects   = 5;
 static const int log_probes         = 1;

@@ -150,18 +150,6 @@ static void test_log_line(void)
 	}
 }
 
-/* The line of the design, byte for byte. */
-static void test_log_reject(void)
-{
-	struct address a = { .ip = { 192, 0, 2, 9 }, .port = 51234, .family = AF_INET };
-
-	log_open_pipe();
-	log_reject(&a, 400, WHY_KEY, "");
-	CHECK_STR(log_read(), "reject client=192.0.2.9:51234 status=400 why=bad-key\n");
-	log_reject(&a, 0, WHY_TLS_ALERT, " alert=45");
-	CHECK_STR(log_read(), "reject client=192.0.2.9:51234 status=- why=tls-alert alert=45\n");
-}
-
 static unsigned lines_of(const char *text)
 {
 	unsigned n = 0;
@@ -169,38 +157,6 @@ static unsigned lines_of(const char *text)
 	for (; *text != '\0'; text++)
 		n += *text == '\n';
 	return n;
-}
-
-/* A flood has its first few lines and then, when its second is over, one that counts the rest. */
-static void test_log_rejects(void)
-{
-	struct address a = { .ip = { 192, 0, 2, 9 }, .port = 51234, .family = AF_INET };
-	unsigned second, i;
-
-	tables_init();
-	log_open_pipe();
-	now = 5000;
-	for (second = 0; second < 3; second++) {
-		at("second %u", second);
-		for (i = 0; i < log_rejects + 7 * second; i++) {
-			log_reject(&a, 400, WHY_KEY, "");
-			now += 10;
-			timers_run();
-		}
-		CHECK_INT(lines_of(log_read()), log_rejects);
-		CHECK(timers_next() > 0 && timers_next() <= 1000);
-		now += 1000;
-		timers_run();
-		CHECK_STR(log_read(), second == 0 ? "" : second == 1 ? "reject suppressed=7\n" :
-			"reject suppressed=14\n");
-		CHECK_INT(timers_next(), -1);
-	}
-	for (i = 0; i < log_rejects + 3; i++)
-		log_reject(&a, 400, WHY_KEY, "");
-	log_read();
-	sessions_end();
-	CHECK_STR(log_read(), "reject suppressed=3\n");
-	CHECK_INT(totals.rejected, 4 * log_rejects + 7 + 14 + 3);
 }
 
 /* A reader that does not read costs lines, never time. */
@@ -232,6 +188,113 @@ static struct session *session_make(unsigned i)
 	link_init(&s->stall.link);
 	link_init(&s->place.link);
 	return s;
+}
+
+/* A session's lines, byte for byte. */
+static void test_log_session(void)
+{
+	struct session *s;
+
+	tables_init();
+	servers_init();
+	log_open_pipe();
+	now = 5000;
+	s = session_make(7);
+	s->born = now - 12345;
+	s->peer = (struct address){ .ip = { 192, 0, 2, 9 }, .port = 51234, .family = AF_INET };
+	log_session(s, REJECT, 0, WHY_HANDSHAKE_TIMEOUT);
+	CHECK_STR(log_read(), "reject id=7 client=192.0.2.9:51234 status=- why=handshake-timeout\n");
+	head_load(s);
+	log_session(s, REJECT, 431, WHY_LARGE_HEAD);
+	CHECK_STR(log_read(), "reject id=7 client=192.0.2.9:51234 status=431 why=large-head\n");
+	strcpy(s->note->path, "/chat");
+	log_session(s, REJECT, 400, WHY_HOST);
+	CHECK_STR(log_read(), "reject id=7 client=192.0.2.9:51234 status=400 why=host host=- "
+		"path=/chat backend=-\n");
+	strcpy(s->note->host, "a.example");
+	s->server = B;
+	log_session(s, REJECT, 504, WHY_RESPONSE_TIMEOUT);
+	CHECK_STR(log_read(), "reject id=7 client=192.0.2.9:51234 status=504 why=response-timeout "
+		"host=a.example path=/chat backend=[2001:db8::1]:3000\n");
+	s->plain = s->upgrade = 1;
+	log_session(s, OPEN, 101, WHY_NONE);
+	CHECK_STR(log_read(), "open id=7 client=192.0.2.9:51234 tls=- suite=- resumed=0 cn=- "
+		"host=a.example path=/chat backend=[2001:db8::1]:3000 status=101 ms=12345\n");
+	s->by = BY_CLIENT;
+	s->rx = 1234;
+	s->tx = 5678;
+	log_session(s, CLOSE, 0, WHY_EOF);
+	CHECK_STR(log_read(), "close id=7 by=client why=eof rx=1234 tx=5678 s=12.3\n");
+}
+
+/* Each field as long as it may get, and escaped all through: one whole line. */
+static void test_log_session_long(void)
+{
+	struct session *s;
+	const char *got;
+
+	tables_init();
+	servers_init();
+	log_open_pipe();
+	s = session_make(0);
+	s->id = UINT32_MAX;
+	s->peer = (struct address){ .port = 65535, .family = AF_INET6 };
+	memset(s->peer.ip, 0xff, sizeof s->peer.ip);
+	s->server = A;
+	memset(servers[A].name, 'n', sizeof servers[A].name - 1);
+	now = UINT64_MAX;
+	head_load(s);
+	memset(s->hd->bytes, '\n', 4096);
+	s->hd->u.request.origin = s->hd->u.request.host = span_of(0, 4096);
+	s->hd->u.request.target = span_of(0, 4096);
+	s->hd->bytes[0] = '/';
+	request_note(s);
+	CHECK(strlen(s->note->path) > sizeof s->note->path - 5);
+	CHECK(strlen(s->note->host) > sizeof s->note->host - 5);
+	memset(s->note->subject, '\n', sizeof s->note->subject - 1);
+	log_session(s, REJECT, 403, WHY_ORIGIN);
+	got = log_read();
+	CHECK(strlen(got) < LOG_LINE - 100);
+	CHECK(strstr(got, "origin=/\\x0a\\x0a") != NULL && strchr(got, '\n') == got + strlen(got) - 1);
+	CHECK_INT(lines_of(got), 1);
+	log_session(s, OPEN, 101, WHY_NONE);
+	got = log_read();
+	CHECK(strlen(got) < LOG_LINE - 100);
+	CHECK(strstr(got, "cn=\\x0a\\x0a") != NULL && strstr(got, " status=101 ms=") != NULL);
+	CHECK_INT(lines_of(got), 1);
+}
+
+/* A flood has its first few lines and then, when its second is over, one that counts the rest. */
+static void test_log_rejects(void)
+{
+	struct session *s;
+	unsigned second, i;
+
+	tables_init();
+	log_open_pipe();
+	s = session_make(0);
+	now = 5000;
+	for (second = 0; second < 3; second++) {
+		at("second %u", second);
+		for (i = 0; i < log_rejects + 7 * second; i++) {
+			session_reject(s, 400, WHY_KEY);
+			now += 10;
+			timers_run();
+		}
+		CHECK_INT(lines_of(log_read()), log_rejects);
+		CHECK(timers_next() > 0 && timers_next() <= 1000);
+		now += 1000;
+		timers_run();
+		CHECK_STR(log_read(), second == 0 ? "" : second == 1 ? "reject suppressed=7\n" :
+			"reject suppressed=14\n");
+		CHECK_INT(timers_next(), -1);
+	}
+	for (i = 0; i < log_rejects + 3; i++)
+		session_reject(s, 400, WHY_KEY);
+	log_read();
+	sessions_end();
+	CHECK_STR(log_read(), "reject suppressed=3\n");
+	CHECK_INT(totals.rejected, 4 * log_rejects + 7 + 14 + 3);
 }
 
 static void test_lists(void)
@@ -1260,8 +1323,8 @@ static void test_rendezvous_fixed(void)
 
 /* ---- answers of our own ---- */
 
-static const unsigned statuses[] = { 308, 400, 403, 405, 408, 411, 414, 426, 431, 501, 502, 503, 504,
-	505 };
+static const unsigned statuses[] = { 308, 400, 403, 404, 405, 408, 411, 414, 426, 431, 501, 502, 503,
+	504, 505 };
 
 /* The reasons have the statuses of the design, all of them, and each its own word in the log. */
 static void test_whys(void)
@@ -1518,7 +1581,7 @@ static void test_sessions_per_ip(void)
 	CHECK_STR(log_read(), "");
 	client_connects("192.0.2.1");
 	CHECK_INT(sessions_of("192.0.2.1"), max_per_ip);
-	CHECK_STR(log_read(), "reject client=192.0.2.1:1 status=- why=per-ip\n");
+	CHECK_STR(log_read(), "reject id=13 client=192.0.2.1:1 status=- why=per-ip\n");
 	CHECK(client_turned_away());
 	client_connects("192.0.2.2");                   /* another is not concerned */
 	CHECK_INT(sessions_of("192.0.2.2"), 1);
@@ -1562,11 +1625,11 @@ static void test_sessions_displaced(void)
 	CHECK(!place_find());
 	now++;
 	newcomer_connects("192.0.2.1");
-	CHECK_STR(log_read(), "reject client=198.51.100.0:1 status=- why=displaced\n");
+	CHECK_STR(log_read(), "reject id=1 client=198.51.100.0:1 status=- why=displaced\n");
 	CHECK(!place_find());                           /* the next came 1 ms later */
 	now++;
 	newcomer_connects("192.0.2.2");
-	CHECK_STR(log_read(), "reject client=198.51.100.1:1 status=- why=displaced\n");
+	CHECK_STR(log_read(), "reject id=2 client=198.51.100.1:1 status=- why=displaced\n");
 
 	/* who waits for something of ours does not give way */
 	now++;
@@ -1574,33 +1637,33 @@ static void test_sessions_displaced(void)
 	CHECK(!place_find());
 	now++;
 	newcomer_connects("192.0.2.3");
-	CHECK_STR(log_read(), "reject client=198.51.100.3:1 status=- why=displaced\n");
+	CHECK_STR(log_read(), "reject id=4 client=198.51.100.3:1 status=- why=displaced\n");
 
 	/* each step forward gives as long again: to another state, */
 	now += 2;
 	session_enter(session_of("198.51.100.4"), HANDSHAKE);
 	newcomer_connects("192.0.2.4");
-	CHECK_STR(log_read(), "reject client=198.51.100.5:1 status=- why=displaced\n");
+	CHECK_STR(log_read(), "reject id=6 client=198.51.100.5:1 status=- why=displaced\n");
 	/* or its ClientHello */
 	now = 5000 + 2 * DISPLACE_MS;
 	place_start(session_of("198.51.100.4"));
 	CHECK_STR(log_read(), "");
 	newcomer_connects("192.0.2.6");
-	CHECK_STR(log_read(), "reject client=198.51.100.6:1 status=- why=displaced\n");
+	CHECK_STR(log_read(), "reject id=7 client=198.51.100.6:1 status=- why=displaced\n");
 	CHECK_INT(sessions_of("198.51.100.2") + sessions_of("198.51.100.4"), 2);
 
 	/* nor does who is past its request */
 	rejects_over();
 	session_enter(session_of("198.51.100.7"), RELAY);
 	newcomer_connects("192.0.2.7");
-	CHECK_STR(log_read(), "reject client=198.51.100.8:1 status=- why=displaced\n");
+	CHECK_STR(log_read(), "reject id=9 client=198.51.100.8:1 status=- why=displaced\n");
 
 	/* of those at max_per_ip nobody is let in for another */
 	session_of("192.0.2.7")->source->sessions = max_per_ip;
 	CHECK(place_find());
 	client_connects("192.0.2.7");
 	CHECK(client_turned_away());
-	CHECK_STR(log_read(), "reject client=192.0.2.7:1 status=- why=per-ip\n");
+	CHECK_STR(log_read(), "reject id=31 client=192.0.2.7:1 status=- why=per-ip\n");
 	CHECK_INT(session_pool.lent, max_sessions);
 }
 

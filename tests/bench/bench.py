@@ -259,9 +259,9 @@ def config_write(path, port, backend, changes):
     table("certs", f'{{ NULL, "{OUT}/cert.pem", "{OUT}/key.pem" }}')
     table("backends", f'{{ .host = "127.0.0.1", .port = "{backend}" }}')
     table("ciphers", SUITES[SUITE][1])
-    values = {"max_sessions": MAX_SESSIONS, "max_per_ip": 0, "log_sessions": 0}
+    values = {"max_sessions": MAX_SESSIONS, "max_per_ip": 0, "log_sessions": "NONE"}
     for name, value in {**values, **changes}.items():
-        change(rf"^(#define {name}\s+|static const \w+ {name}\s+= )\w+(.*?$)", str(value))
+        change(rf"^(#define {name}\s+|static const [\w ]+ {name}\s+= )\w+(.*?$)", str(value))
     path.write_text(text)
 
 

@@ -40,6 +40,7 @@ ROUND_ROBIN, IP_HASH = C("ROUND_ROBIN"), C("IP_HASH")
 FORWARD, REFUSE = C("FORWARD"), C("REFUSE")
 APPEND, REPLACE, OFF = C("APPEND"), C("REPLACE"), C("OFF")
 STDERR, SYSLOG = C("STDERR"), C("SYSLOG")
+NONE, TUNNELS, ALL = C("NONE"), C("TUNNELS"), C("ALL")
 
 
 def c_text(value):
@@ -74,7 +75,7 @@ def set_entry(text, name, value):
 def config_text(entries):
     text = (REPO / "config.def.h").read_text()
     defaults = {"resolve_names": 1, "http": REFUSE, "log_rejects": 0, "log_probes": 1,
-                "seccomp": not INSTRUMENTED}
+                "log_sessions": ALL, "seccomp": not INSTRUMENTED}
     if PLAIN:
         defaults["max_busy"] = C("max_sessions")
     for name, value in {**defaults, **entries}.items():

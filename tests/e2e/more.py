@@ -21,7 +21,7 @@ import pytest
 
 import pki
 from harness import BUILD, E2E, PATIENCE, WSS, C, Log, eventually
-from peers import NODE, Stream, TlsStream, connect, head
+from peers import NODE, Stream, TlsStream, client_context, connect, head
 
 TLS_OFF, TLS_VERIFY, TLS_PIN, TLS_NOVERIFY = map(
     C, ("TLS_OFF", "TLS_VERIFY", "TLS_PIN", "TLS_NOVERIFY"))
@@ -146,6 +146,14 @@ def pem(name):
 
 def key_of(name):
     return certificates() / f"{name}.key"
+
+
+def showing(name=None):
+    """A client that shows the certificate of that name, or none."""
+    context = client_context()
+    if name:
+        context.load_cert_chain(pem(name), key_of(name))
+    return context
 
 
 def identity(name):

@@ -439,13 +439,6 @@ def test_path_is_not_stripped(proxy, backends):
     assert page(p, among, "/chat/x?y")[1].first == "GET /chat/x?y HTTP/1.1"
 
 
-def test_path_without_a_group_gets_an_answer(proxy, backends):
-    among = backends(1)
-    p = proxy(among[0].entry(path="/chat"), **PLAIN)
-    assert ask(p, request("/"))[0].status in (404, 502, 503)
-    assert among[0].untouched()
-
-
 def test_group_shares_its_path(proxy, backends):
     among = backends(4)
     p = proxy(among[0].entry(path="/chat"), among[1].entry(), among[2].entry(path="/chat"),

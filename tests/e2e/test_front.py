@@ -13,7 +13,7 @@ import pytest
 from conftest import certificate, whole_config
 from harness import (APPEND, FORWARD, OFF, PATIENCE, REDIRECT, REFUSE, REPLACE, WS, WSS, C,
                      run_once)
-from more import answer, curl, exchange, key_of, pem, request
+from more import answer, curl, exchange, key_of, pem, request, showing
 from peers import TlsStream, ask, client_context, connect, open_tunnel, switching, upgrade
 
 BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
@@ -156,13 +156,6 @@ def test_sighup_changes_the_certificate_of_one_name(proxy, place, live_files):
 
 
 # ---- client certificates ----
-
-def showing(name=None):
-    context = client_context()
-    if name:
-        context.load_cert_chain(pem(name), key_of(name))
-    return context
-
 
 @pytest.fixture
 def guarded(proxy, scripted):

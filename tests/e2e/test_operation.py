@@ -240,18 +240,6 @@ def test_request_makes_no_line_of_its_own(proxy, scripted, path, host):
     assert all(char.isprintable() for line in p.log.lines for char in line.text)
 
 
-def test_log_sessions_0_leaves_open_and_close_out(proxy, scripted):
-    backend = scripted()
-    p = proxy(backend, log_sessions=0)
-    client, server = open_tunnel(p, backend)
-    server.close()
-    client.read_to_end()
-    client.close()
-    ask(p, GET)
-    p.log.wait("reject", why="not-websocket")
-    assert not p.log.all("open") and not p.log.all("close")
-
-
 def test_flood_of_rejects_does_not_fill_the_log(proxy, place):
     p = proxy(place(), listeners=[("127.0.0.1", "0", WS)], log_rejects=3)
     p.signal(signal.SIGSTOP)            # so that all come at one moment
