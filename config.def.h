@@ -178,13 +178,15 @@ static const char *const chroot_dir = NULL;
  * ARM, MIPS and 64-bit RISC-V. 0 is for tools with calls of their own: sanitizers, valgrind. */
 static const int seccomp            = 1;
 
-/* STDERR or SYSLOG (facility daemon).
+/* STDERR or SYSLOG (facility daemon). log_time = 1: lines on stderr begin with the time, for those
+ * who have no supervisor that adds it.
  * log_sessions: which have lines open and close: NONE, TUNNELS (requests for an upgrade), or ALL:
  * one page with its parts may have a hundred of these, 20 KB.
  * log_rejects: lines reject a second, so that no flood fills the log; one line counts the rest. 0:
  * no limit. log_probes = 1: also for connections that ask nothing, as health checks make them; the
  * totals (SIGUSR1) count these in any case. */
 static const enum log_to log_to             = STDERR;
+static const int log_time                   = 0;
 static const enum log_sessions log_sessions = TUNNELS;
 static const unsigned log_rejects           = 20;
 static const int log_probes                 = 0;

@@ -556,7 +556,7 @@ static void text_number(struct text *t, unsigned long long n, unsigned base, uns
 }
 
 /* The compiler checks arguments; what it would take and this does not, lint finds: there are only
- * %s %d %u %llu %x, and %0Nx of at least N digits. */
+ * %s %d %u %llu %x, and %0Nu %0Nx of at least N digits. */
 __attribute__((format(printf, 2, 0)))
 static void text_append(struct text *t, const char *format, va_list ap)
 {
@@ -615,6 +615,24 @@ static size_t string_format(char *out, size_t size, const char *format, ...)
 	return t.len;
 }
 
+/* The time by UTC (ISO 8601). A year begins in March here, so that a leap day is its last one. */
+static void text_time(struct text *t, const struct timespec *ts)
+{
+	const unsigned s = (unsigned)(ts->tv_sec % 86400);
+	unsigned day, era, year, month;
+
+	day = (unsigned)(ts->tv_sec / 86400) + 719468;          /* since March 1 of the year 0 */
+	era = day / 146097;                                     /* of 400 years */
+	day %= 146097;
+	year = (day - day / 1460 + day / 36524 - day / 146096) / 365;
+	day -= 365 * year + year / 4 - year / 100;
+	month = (5 * day + 2) / 153;
+	day -= (153 * month + 2) / 5;
+	text_format(t, "%04u-%02u-%02uT%02u:%02u:%02u.%03uZ ", era * 400 + year + month / 10,
+		(month + 2) % 12 + 1, day + 1, s / 3600, s / 60 % 60, s % 60,
+		(unsigned)(ts->tv_nsec / 1000000));
+}
+
 /* ---- diagnostics ---- */
 
 /* Before the loop: a line. 1, or 0: it can't be written. */
@@ -671,9 +689,14 @@ static struct text log_begin(int priority)
 {
 	static char line[LOG_LINE];
 	struct text t = { .p = line, .size = sizeof line - 1 };
+	struct timespec ts;
 
-	if (log_syslog)
+	if (log_syslog) {
 		text_format(&t, "<%d>wssproxy[%d]: ", LOG_DAEMON | priority, (int)getpid());
+	} else if (log_time) {
+		clock_gettime(CLOCK_REALTIME, &ts);
+		text_time(&t, &ts);
+	}
 	return t;
 }
 
@@ -6137,7 +6160,7 @@ static const struct {
 	NUMBER(max_fails, 0, UINT_MAX), NUMBER(fail_ms, 0, INT_MAX), NUMBER(check_ms, 0, INT_MAX),
 	NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
-	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(seccomp, 0, 1),
+	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_time, 0, 1), NUMBER(seccomp, 0, 1),
 	NUMBER(log_rejects, 0, INT_MAX), NUMBER(source_bits6, 1, 64), NUMBER(log_probes, 0, 1),
 #undef NUMBER
 };

@@ -80,6 +80,7 @@ static const char *const group      = NULL;
 static const char *const chroot_dir = NULL;
 static const int seccomp = 0;
 static const enum log_to log_to     = STDERR;
+static const int log_time           = 0;
 static const enum log_sessions log_sessions = ALL;
 static const unsigned log_rejects   = 5;
 static const int log_probes         = 1;

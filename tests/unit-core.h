@@ -159,6 +159,28 @@ static unsigned lines_of(const char *text)
 	return n;
 }
 
+/* The time is libc's, on each day and at each end of one. */
+static void test_text_time(void)
+{
+	static const long long days[] = { 0, 58, 59, 364, 365, 789, 790, 11015, 11016, 11017, 11322,
+		11323, 20784, 24855, 47540, 47541, 47542 };
+	char got[64], want[64];
+	size_t i;
+
+	for (i = 0; i < 40000 + COUNT(days); i++) {
+		time_t t = (time_t)((i < COUNT(days) ? days[i] : (long long)i) * 86400 +
+			(i % 3 == 0 ? 0 : i % 3 == 1 ? 86399 : 45296));
+		struct timespec ts = { .tv_sec = t, .tv_nsec = (long)(i % 1000) * 1000000 };
+		struct text out = { .p = got, .size = sizeof got - 1 };
+
+		text_time(&out, &ts);
+		got[out.len] = '\0';
+		strftime(want, sizeof want, "%Y-%m-%dT%H:%M:%S", gmtime(&t));
+		sprintf(want + strlen(want), ".%03uZ ", (unsigned)(i % 1000));
+		CHECK_STR(got, want);
+	}
+}
+
 /* A reader that does not read costs lines, never time. */
 static void test_log_full(void)
 {

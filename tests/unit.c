@@ -84,6 +84,7 @@ static const struct test tests[] = {
 	TEST(log_line),
 	TEST(log_session),
 	TEST(log_session_long),
+	TEST(text_time),
 	TEST(log_rejects),
 	TEST(log_full),
 	TEST(lists),

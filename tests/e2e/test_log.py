@@ -1,6 +1,7 @@
 """What the log says of sessions and backends, so that who reads it need not guess."""
 
 import re
+from datetime import datetime, timezone
 
 import pytest
 
@@ -148,7 +149,7 @@ def test_backend_that_others_stand_in_for_costs_nothing(proxy, place, python_ser
     assert p.log.wait("backend", name=dead.name, up=True)["requests"] == "0"
 
 
-# ---- which lines there are ----
+# ---- which lines there are, and their time ----
 
 def session_of_each_kind(p, backend):
     """A tunnel, an upgrade that the backend refuses, and a page; nothing is left of them."""
@@ -179,3 +180,17 @@ def test_log_sessions(proxy, scripted, log_sessions, logged):
     assert [line["path"] for line in opened] == logged
     assert sorted(line["id"] for line in closed) == [line["id"] for line in opened]
     assert len(p.log.all("reject")) == 1
+
+
+def test_lines_begin_with_the_time(proxy, place):
+    before = datetime.now(timezone.utc)
+    p = proxy(place(), log_time=1, ready=False)
+    p.log.wait_text("listen address=")
+    p.stop()
+    after = datetime.now(timezone.utc)
+    times = [re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3})Z [a-z]", line.text)
+             for line in p.log.lines]
+    assert times and all(times)
+    said = [datetime.fromisoformat(time[1] + "+00:00") for time in times]
+    assert said == sorted(said)
+    assert before.replace(microsecond=before.microsecond // 1000 * 1000) <= said[0] <= said[-1] <= after
