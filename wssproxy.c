@@ -266,12 +266,6 @@ struct keyring {
 	unsigned users;         /* handshakes that may still point into it */
 };
 
-/* The server policy of BearSSL's handshake: which certificate, and its key. */
-struct policy {
-	const br_ssl_server_policy_class *vtable;
-	const struct identity *id;
-};
-
 /* The buffers of one connection: an engine's record buffers and the records read ahead of it; or,
  * for a client in the clear, what was read (ahead) and what is to be sent (obuf). */
 struct buffers {
@@ -405,11 +399,12 @@ struct session {
 	struct shelf *shelf;
 	struct note *note;
 	struct keyring *ring;   /* while a handshake is under way */
+	const struct identity *identity;        /* whose key has signed it; NULL: it was resumed */
+	const br_ssl_server_policy_class *policy;       /* of it, for the client */
 	struct link wait;       /* for buffers, a shelf, a handshake turn, or in runnable */
 	struct timer timer;     /* the state's */
 	struct timer stall;
 	struct timer place;     /* in Q_YOUNG, Q_GROWN or Q_ASKED */
-	struct policy policy;
 	br_ssl_server_context tls;
 	uint8_t tls_made;       /* 1: the slot's context is set up; survives the session */
 };
@@ -3324,102 +3319,73 @@ static int hash_choose(uint32_t offered)
 {
 	static const int order[] = { br_sha256_ID, br_sha384_ID, br_sha512_ID, br_sha224_ID,
 		br_sha1_ID };
-	unsigned i;
+	unsigned i = 0;
 
-	for (i = 0; i < LENGTH(order); i++)
-		if (offered >> order[i] & 1)
-			return order[i];
-	return -1;
-}
-
-/* Whether this identity can serve this suite for this client; sets the signature algorithm. */
-static int identity_serves(const struct identity *id, const br_ssl_server_context *cc,
-	unsigned suite_type, unsigned *algo_id)
-{
-	const br_ec_private_key *ec = br_skey_decoder_get_ec(&id->key);
-	int old = br_ssl_engine_get_version(&cc->eng) < BR_TLS12;
-	uint32_t offered = br_ssl_server_get_client_hashes(cc);
-	int hash;
-
-	if (suite_type != (ec ? BR_SSLKEYX_ECDHE_ECDSA : BR_SSLKEYX_ECDHE_RSA))
-		return 0;
-	if (ec && !(br_ssl_server_get_client_curves(cc) >> ec->curve & 1))
-		return 0;
-	hash = old ? (ec ? br_sha1_ID : 0) : hash_choose(ec ? offered >> 8 & 0xff : offered & 0xff);
-	if (hash < 0)
-		return 0;
-	*algo_id = 0xff00 + (unsigned)hash;
-	return 1;
+	while (i + 1 < LENGTH(order) && !(offered >> order[i] & 1))
+		i++;
+	return order[i];
 }
 
 /* Certificate and suite for a ClientHello: among the certificates that fit its server name best,
- * the first suite that one of them can serve. */
+ * the first suite that one of them can serve. BearSSL offers those alone for whose kind of key
+ * there is a hash. */
 static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
-	struct policy *p = OWNER(ctx, struct policy, vtable);
-	const struct session *s = OWNER(p, struct session, policy);
+	struct session *s = OWNER(ctx, struct session, policy);
 	const char *name = br_ssl_engine_get_server_name(&cc->eng);
-	size_t n, len = strnlen(name, sizeof cc->eng.server_name), u;
-	const br_suite_translated *offered = br_ssl_server_get_client_suites(cc, &n);
-	int fits[CERTS], best = 1;
+	const int old = br_ssl_engine_get_version(&cc->eng) < BR_TLS12;
+	const uint32_t offered = br_ssl_server_get_client_hashes(cc);
+	size_t n, u;
+	const br_suite_translated *suite = br_ssl_server_get_client_suites(cc, &n);
+	int fits[CERTS], best = 1, hash;
 	unsigned i;
 
 	for (i = 0; i < CERTS; i++) {
-		fits[i] = name_fits(certs[i].name, name, len);
+		fits[i] = name_fits(certs[i].name, name, strlen(name));
 		best = fits[i] > best ? fits[i] : best;
 	}
 	for (u = 0; u < n; u++) {
 		for (i = 0; i < CERTS; i++) {
 			const struct identity *id = &s->ring->id[i];
+			const br_ec_private_key *ec = br_skey_decoder_get_ec(&id->key);
 
-			if (fits[i] != best ||
-			    !identity_serves(id, cc, offered[u][1] >> 12, &choices->algo_id))
+			if (fits[i] != best || suite[u][1] >> 12 !=
+			    (ec ? BR_SSLKEYX_ECDHE_ECDSA : BR_SSLKEYX_ECDHE_RSA) ||
+			    (ec && !(br_ssl_server_get_client_curves(cc) >> ec->curve & 1)))
 				continue;
-			p->id = id;
-			choices->cipher_suite = offered[u][0];
-			choices->chain = id->chain;
-			choices->chain_len = id->chain_len;
+			hash = old ? (ec ? br_sha1_ID : 0) : hash_choose(ec ? offered >> 8 : offered);
+			s->identity = id;
+			*choices = (br_ssl_server_choices){ suite[u][0], 0xff00 + (unsigned)hash,
+				id->chain, id->chain_len };
 			return 1;
 		}
 	}
 	return 0;
 }
 
-/* Key exchanges that are not ephemeral are not offered. */
-static uint32_t policy_keyx(const br_ssl_server_policy_class **ctx, unsigned char *data,
-	size_t *len)
-{
-	(void)ctx;
-	(void)data;
-	(void)len;
-	return 0;
-}
-
+/* By what policy_choose has chosen. BearSSL's room is that of a key of 4096 bits. */
 static size_t policy_sign(const br_ssl_server_policy_class **ctx, unsigned algo_id,
 	unsigned char *data, size_t hv_len, size_t len)
 {
 	static const unsigned char *const oid[] = { NULL, NULL, BR_HASH_OID_SHA1,
 		BR_HASH_OID_SHA224, BR_HASH_OID_SHA256, BR_HASH_OID_SHA384, BR_HASH_OID_SHA512 };
-	const struct policy *p = OWNER(ctx, struct policy, vtable);
-	const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&p->id->key);
-	const br_ec_private_key *ec = br_skey_decoder_get_ec(&p->id->key);
+	const struct identity *id = OWNER(ctx, struct session, policy)->identity;
+	const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&id->key);
 	unsigned char hash[64];
 	unsigned h = algo_id & 0xff;
-	size_t n;
 
-	if (h >= LENGTH(hashes) || hv_len > sizeof hash)
-		return 0;
 	memcpy(hash, data, hv_len);
-	if (ec)
-		return len < 139 || !hashes[h] ? 0 : br_ecdsa_sign_asn1_get_default()(
-			br_ec_get_default(), hashes[h], hash, ec, data);
-	n = (rsa->n_bitlen + 7) / 8;
-	return len >= n && br_rsa_pkcs1_sign_get_default()(oid[h], hash, hv_len, rsa, data) ? n : 0;
+	if (!rsa)
+		return br_ecdsa_sign_asn1_get_default()(br_ec_get_default(), hashes[h], hash,
+			br_skey_decoder_get_ec(&id->key), data);
+	len = (rsa->n_bitlen + 7) / 8;
+	return br_rsa_pkcs1_sign_get_default()(oid[h], hash, hv_len, rsa, data) ? len : 0;
 }
 
+/* No suite asks for a key exchange with the certificate's key. */
 static const br_ssl_server_policy_class policy_class = {
-	sizeof(struct policy), policy_choose, policy_keyx, policy_sign,
+	.choose = policy_choose, .do_sign = policy_sign,
 };
 
 /* Fills buf from the kernel's generator. 0: it has none. */
@@ -3433,27 +3399,7 @@ static int random_bytes(void *buf, size_t len, unsigned flags)
 	return n == (ssize_t)len;
 }
 
-#define HTTP11 "http/1.1"
-static const char *protocols[] = { HTTP11 };    /* of ALPN */
-
-struct bytes {
-	const unsigned char *p, *end;
-};
-
-/* Takes a vector off the front, whose length has that many bytes. Once one runs past the end, it
- * and all that follow are { NULL, NULL }, and so is what they were to come from. */
-static struct bytes vector_take(struct bytes *from, int bytes)
-{
-	struct bytes v = *from;
-	size_t len = 0;
-
-	while (v.p && bytes-- > 0)
-		v.p = v.p < v.end ? (len = len << 8 | *v.p, v.p + 1) : NULL;
-	if (!v.p || len > (size_t)(v.end - v.p))
-		return *from = (struct bytes){ NULL, NULL };
-	v.end = from->p = v.p + len;
-	return v;
-}
+static const char *protocols[] = { "http/1.1" };        /* of ALPN */
 
 /* Bytes of the records in front that are there to their ends, up to the first with application data
  * or that alone; if none is, need gets what the first one has. Where BearSSL fails at a header, all
@@ -3474,75 +3420,34 @@ static size_t records_whole(const unsigned char *p, size_t len, size_t *need)
 	}
 }
 
-/* What a ClientHello says that a session must not be resumed in spite of. */
-struct hello {
-	struct bytes name;      /* its server name; empty: none */
-	int alpn;               /* 1: it lists protocols, and ours is among them */
-};
-
-/* RFC 6066 3: a list of one name, of the one type there is. */
-static int hello_name(struct bytes v, struct hello *h)
+static int client_asked(const struct session *s)
 {
-	struct bytes list = vector_take(&v, 2);
-
-	if (!list.p || list.p == list.end || *list.p++ != 0)
-		return 0;
-	h->name = vector_take(&list, 2);
-	return list.p && list.p == list.end && v.p == v.end;
+	return clients_asked() && listener_ca(s->listener) != NULL;
 }
 
-/* RFC 7301 3.1: a list of names, none of them empty. */
-static int hello_alpn(struct bytes v, struct hello *h)
+/* BearSSL looks a session up before it has come to the extensions of a ClientHello, and if there is
+ * one, nothing that they say is checked: of a list of protocols without ours its answer would even
+ * be read from far behind our table. So what came is read twice, at first without the cache and with
+ * this policy: who gets here has said nothing wrong, and may resume a session of that server name.
+ * Everybody else gets a full handshake, in which BearSSL does check. A resumed session shows no
+ * certificate, so none is kept or taken where one is asked for, wherever the client has it from. */
+static int hello_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
+	br_ssl_server_choices *choices)
 {
-	struct bytes list = vector_take(&v, 2), name;
-	const size_t len = sizeof HTTP11 - 1;
+	const struct session *s = OWNER(ctx, struct session, policy);
+	struct note *note = s->note;
+	const char *name = br_ssl_engine_get_server_name(&cc->eng);
+	br_sha256_context c;
 
-	while (list.p && list.p < list.end) {
-		name = vector_take(&list, 1);
-		if (name.p == name.end)
-			return 0;
-		h->alpn |= (size_t)(name.end - name.p) == len && memcmp(name.p, HTTP11, len) == 0;
-	}
-	return list.p && v.p == v.end && h->alpn;
+	(void)choices;
+	br_sha256_init(&c);
+	br_sha256_update(&c, name, strlen(name));
+	br_sha256_out(&c, note->name_hash);
+	note->resumable = !client_asked(s);
+	return 0;
 }
 
-/* Reads the first record of a handshake (RFC 5246 7.4.1.2). BearSSL looks a session up before it
- * has come to the extensions, and if there is one, nothing that they say is checked: of a list of
- * protocols without ours its answer would even be read from far behind our table. So whoever asks
- * to resume is read here first, and strictly. 0: not known, or not to be resumed: in doubt a full
- * handshake is the answer, in which BearSSL does check. */
-static int hello_read(struct bytes b, struct hello *h)
-{
-	struct bytes record, hello, list, v;
-	int names = 0, alpns = 0, type, good = 1;
-
-	*h = (struct hello){ .name = { b.end, b.end } };
-	if (b.end - b.p < 5 + 4 + 34 || b.p[0] != 22 || b.p[5] != 1)
-		return 0;
-	b.p += 3;
-	record = vector_take(&b, 2);
-	if (record.p == record.end)
-		return 0;
-	record.p++;
-	hello = vector_take(&record, 3);
-	if (record.p != record.end || hello.end - hello.p < 34)
-		return 0;
-	hello.p += 34;
-	vector_take(&hello, 1);                         /* session ID */
-	vector_take(&hello, 2);                         /* cipher suites */
-	vector_take(&hello, 1);                         /* compression methods */
-	list = hello.p < hello.end ? vector_take(&hello, 2) : hello;
-	while (good && list.end - list.p >= 2) {
-		type = list.p[0] << 8 | list.p[1];
-		list.p += 2;
-		v = vector_take(&list, 2);
-		if (v.p && type == 0)
-			good = names++ == 0 && hello_name(v, h);
-		else if (v.p && type == 16)
-			good = alpns++ == 0 && hello_alpn(v, h);
-	}
-	return good && list.p && list.p == list.end && hello.p == hello.end;
-}
+static const br_ssl_server_policy_class hello_class = { .choose = hello_choose };
 
 /* The session cache: BearSSL's, with the server name mixed into the session ID, for a session must
  * not be resumed under another name. */
@@ -3584,30 +3489,6 @@ static const br_ssl_session_cache_class named_cache_class = {
 	sizeof(br_ssl_session_cache_class *), cache_save, cache_load,
 };
 static const br_ssl_session_cache_class *named_cache = &named_cache_class;
-
-static int client_asked(const struct session *s)
-{
-	return clients_asked() && listener_ca(s->listener) != NULL;
-}
-
-/* Notes what a ClientHello that is about to be fed says. Where it certainly lists no protocols,
- * the engine has none either, so that no other reading of it can make it answer one. */
-static void hello_note(struct session *s)
-{
-	struct note *note = note_take(s);
-	const struct leg *l = &s->client;
-	struct hello h;
-	br_sha256_context c;
-	int good = hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end }, &h);
-
-	/* a resumed session shows no certificate, so none is kept or taken where one is asked
-	 * for, wherever the client has it from */
-	note->resumable = good && !client_asked(s);
-	br_ssl_engine_set_protocol_names(l->eng, protocols, !note->resumable || h.alpn);
-	br_sha256_init(&c);
-	br_sha256_update(&c, h.name.p, (size_t)(h.name.end - h.name.p));
-	br_sha256_out(&c, note->name_hash);
-}
 
 /* What engines of both sides have in common. */
 static int engine_make(br_ssl_engine_context *eng)
@@ -3657,14 +3538,37 @@ static int tls_make(struct session *s)
 	return 1;
 }
 
-/* Gives an engine its buffers, and the keyring that its handshake points into. */
-static void leg_start(struct session *s, struct leg *l, br_ssl_engine_context *eng)
+/* Gives a leg an engine, and that its buffers. */
+static void leg_start(struct leg *l, br_ssl_engine_context *eng)
 {
 	l->eng = eng;
 	br_ssl_engine_set_buffers_bidi(eng, l->buf->ibuf, sizeof l->buf->ibuf,
 		l->buf->obuf, sizeof l->buf->obuf);
+}
+
+/* A handshake begins, which may point into the keyring. */
+static void tls_ring_take(struct session *s)
+{
 	s->ring = keyring;
 	keyring->users++;
+}
+
+/* The first of two readings of a ClientHello: see hello_choose. */
+static void hello_read(struct session *s)
+{
+	const struct leg *l = &s->client;
+	size_t at, len;
+	unsigned char *p;
+
+	note_take(s);
+	s->policy = &hello_class;
+	br_ssl_server_set_policy(&s->tls, &s->policy);
+	br_ssl_server_reset(&s->tls);
+	for (at = l->at; at < l->end && (p = br_ssl_engine_recvrec_buf(l->eng, &len)); at += len) {
+		len = len < l->end - at ? len : l->end - at;
+		memcpy(p, l->ahead + at, len);
+		br_ssl_engine_recvrec_ack(l->eng, len);
+	}
 }
 
 /* The system's time, but not before this program was made: a device without a clock boots in
@@ -3745,13 +3649,16 @@ static void certificate_ask(struct session *s)
 /* Readies the engine for a ClientHello. 0: no entropy. */
 static int tls_start(struct session *s)
 {
+	struct leg *l = &s->client;
+
 	if (!s->tls_made && !tls_make(s))
 		return 0;
 	place_start(s);
-	leg_start(s, &s->client, &s->tls.eng);
-	hello_note(s);
-	s->policy.vtable = &policy_class;
-	br_ssl_server_set_policy(&s->tls, &s->policy.vtable);
+	tls_ring_take(s);
+	leg_start(l, &s->tls.eng);
+	hello_read(s);
+	leg_start(l, &s->tls.eng);
+	s->policy = &policy_class;
 	if (clients_asked())
 		certificate_ask(s);
 	return br_ssl_server_reset(&s->tls) != 0;
@@ -3856,7 +3763,8 @@ static int tls_dial(struct session *s)
 		u->made = 1;
 	}
 	leg_attach(&s->backend, &s->rec->side[tls_backends]);
-	leg_start(s, &s->backend, eng);
+	tls_ring_take(s);
+	leg_start(&s->backend, eng);
 	br_ssl_client_set_client_certificate(&u->tls, NULL);
 	if (id->chain_len > 0 && br_skey_decoder_get_rsa(&id->key))
 		br_ssl_client_set_single_rsa(&u->tls, id->chain, id->chain_len,
@@ -4651,7 +4559,7 @@ static void text_tls(struct text *t, const struct session *s)
 	k = suite_find(p.cipher_suite);
 	log_escape(name, sizeof name, s->note->subject, strlen(s->note->subject));
 	text_format(t, " tls=1.%d suite=%s resumed=%d cn=%s", (int)p.version - BR_TLS10,
-		k < 0 ? "?" : suite_names[k].name, s->policy.id == NULL, or_dash(name));
+		k < 0 ? "?" : suite_names[k].name, !s->identity, or_dash(name));
 	wipe(&p, sizeof p);
 }
 
