@@ -1807,12 +1807,6 @@ static int span_is(const char *buf, struct span s, const char *word)
 	return s.len == strlen(word) && strncasecmp(buf + s.at, word, s.len) == 0;
 }
 
-static int span_begins(const char *buf, struct span s, const char *word)
-{
-	s.len = s.len < strlen(word) ? s.len : (uint16_t)strlen(word);
-	return span_is(buf, s, word);
-}
-
 /* Takes the next element off a comma-separated list (RFC 9110 5.6.1), white space trimmed. 0: no
  * more. Empty elements are skipped. */
 static int list_next(const char *buf, struct span *list, struct span *out)
@@ -2087,7 +2081,8 @@ static int host_valid(const char *buf, struct span s)
 	return i == end;
 }
 
-/* The target in origin-form, its authority as Host (RFC 9112 3.2). */
+/* The target in origin-form, its authority as Host (RFC 9112 3.2). The space behind it is in none of
+ * the schemes. */
 static enum why target_parse(struct request *r, const char *buf)
 {
 	static const char *const schemes[] = { "http://", "https://", "ws://", "wss://" };
@@ -2101,7 +2096,7 @@ static enum why target_parse(struct request *r, const char *buf)
 		return WHY_NONE;
 	if (t.len == 1 && buf[t.at] == '*')
 		return span_is(buf, r->head.part[0], "options") ? WHY_NONE : WHY_TARGET;
-	for (i = 0; !span_begins(buf, t, schemes[i]); i++)
+	for (i = 0; strncasecmp(buf + t.at, schemes[i], strlen(schemes[i])) != 0; i++)
 		if (i + 1 == LENGTH(schemes))
 			return WHY_TARGET;
 	at = t.at + strlen(schemes[i]);
@@ -2124,33 +2119,31 @@ static int key_valid(const char *buf, struct span s)
 		memcmp(buf + digits_end, "==", 2) == 0;
 }
 
+/* Less that at its end, if it is there and not all. */
+static struct span span_without(const char *buf, struct span s, const char *end)
+{
+	const size_t len = strlen(end);
+
+	if (s.len > len && memcmp(buf + s.at + s.len - len, end, len) == 0)
+		s.len = (uint16_t)(s.len - len);
+	return s;
+}
+
 /* Whether an Origin is that of the Host asked for, on http or https: the names have no case, and
  * the scheme's own port may be left out (RFC 6454 4). */
 static int origin_same(const char *buf, struct span origin, struct span host)
 {
-	static const struct { const char *scheme, *port; } schemes[] = {
-		{ "https://", ":443" }, { "http://", ":80" },
-	};
-	unsigned i, k;
-	size_t len;
+	const char *const o = buf + origin.at;
+	const int tls = strncmp(o, "https://", 8) == 0;
+	const char *const port = tls ? ":443" : ":80";
 
-	for (i = 0; i < LENGTH(schemes); i++) {
-		struct span both[2] = { origin, host };
-
-		len = strlen(schemes[i].scheme);
-		if (origin.len <= len || memcmp(buf + origin.at, schemes[i].scheme, len) != 0)
-			continue;
-		both[0].at = (uint16_t)(both[0].at + len);
-		both[0].len = (uint16_t)(both[0].len - len);
-		len = strlen(schemes[i].port);
-		for (k = 0; k < 2; k++)
-			if (both[k].len > len && memcmp(buf + both[k].at + both[k].len - len,
-			    schemes[i].port, len) == 0)
-				both[k].len = (uint16_t)(both[k].len - len);
-		return both[0].len == both[1].len &&
-			strncasecmp(buf + both[0].at, buf + both[1].at, both[0].len) == 0;
-	}
-	return 0;
+	if (!tls && strncmp(o, "http://", 7) != 0)
+		return 0;
+	origin = span_of(origin.at + 7u + (unsigned)tls, (size_t)origin.at + origin.len);
+	origin = span_without(buf, origin, port);
+	host = span_without(buf, host, port);
+	return origin.len == host.len &&
+		strncasecmp(buf + origin.at, buf + host.at, host.len) == 0;
 }
 
 /* Whether the value of Origin is one of origins[], or there is none, which only programs send. */
@@ -2357,45 +2350,47 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 	return t.full ? 0 : t.len;
 }
 
-static void base64(const unsigned char *in, size_t len, char *out)
+static void accept_key(const char *key, char out[29])
 {
 	static const char digit[] =
 		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-	size_t bit;
-
-	for (bit = 0; bit < 8 * len; bit += 6) {
-		const unsigned char *p = in + bit / 8;
-		unsigned two = (unsigned)p[0] << 8 | (p + 1 < in + len ? p[1] : 0);
-
-		*out++ = digit[two >> (10 - bit % 8) & 63];
-	}
-	for (; bit % 24 > 0; bit += 6)
-		*out++ = '=';
-	*out = '\0';
-}
-
-static void accept_key(const char *key, char out[29])
-{
-	unsigned char hash[br_sha1_SIZE];
+	unsigned char hash[br_sha1_SIZE + 1] = { 0 };   /* the last digit takes bits of this 0 */
 	br_sha1_context c;
+	unsigned bit;
 
 	br_sha1_init(&c);
 	br_sha1_update(&c, key, 24);
 	br_sha1_update(&c, "258EAFA5-E914-47DA-95CA-C5AB0DC85B11", 36);
 	br_sha1_out(&c, hash);
-	base64(hash, sizeof hash, out);
+	for (bit = 0; bit < 8 * br_sha1_SIZE; bit += 6)
+		*out++ = digit[(hash[bit / 8] << 8 | hash[bit / 8 + 1]) >> (10 - bit % 8) & 63];
+	memcpy(out, "=", 2);
 }
 
 /* A chunked body's grammar, a byte at a time but for the data (RFC 9112 7.1). Blanks behind a size
  * are taken, for servers that pad it. */
-enum { CHUNK_SIZE, CHUNK_BLANK, CHUNK_EXT, CHUNK_SIZE_LF, CHUNK_DATA, CHUNK_DATA_CR, CHUNK_DATA_LF,
-	CHUNK_TRAILER, CHUNK_TRAILER_LINE, CHUNK_TRAILER_LF, CHUNK_END_LF };
+enum { CHUNK_SIZE, CHUNK_BLANK, CHUNK_EXT, CHUNK_DATA, CHUNK_DATA_END, CHUNK_TRAILER,
+	CHUNK_TRAILER_LINE, CHUNK_END,
+	CHUNK_LF = 8 };         /* and one of these: which is next behind the line feed */
 
-/* The size line: its digits, then blanks, then an extension. */
-static int chunked_size_byte(struct chunked *c, char b)
+/* One byte outside of a chunk's data. Returns the next state, -1: not the grammar. */
+static int chunked_byte(struct chunked *c, char b)
 {
-	int digit = hex_digit(b);
+	const int digit = hex_digit(b), ends = b == '\r', bad = is_control((unsigned char)b);
 
+	if (c->state >= CHUNK_LF)
+		return b == '\n' ? c->state - CHUNK_LF : -1;
+	switch (c->state) {
+	case CHUNK_DATA_END:
+		c->digits = 0;
+		return ends ? CHUNK_LF + CHUNK_SIZE : -1;
+	case CHUNK_TRAILER:
+		return ends ? CHUNK_LF + CHUNK_END :
+			word_end(&b, 0, 1, in_token) ? CHUNK_TRAILER_LINE : -1;
+	case CHUNK_TRAILER_LINE:
+		return ends ? CHUNK_LF + CHUNK_TRAILER : bad ? -1 : CHUNK_TRAILER_LINE;
+	}
+	/* the size line: its digits, then blanks, then an extension */
 	if (c->state == CHUNK_SIZE && digit >= 0 && c->digits < 15) {
 		c->left = c->left << 4 | (uint64_t)digit;
 		c->digits++;
@@ -2403,40 +2398,11 @@ static int chunked_size_byte(struct chunked *c, char b)
 	}
 	if (c->digits == 0)
 		return -1;
-	if (b == '\r')
-		return CHUNK_SIZE_LF;
+	if (ends)
+		return CHUNK_LF + (c->left > 0 ? CHUNK_DATA : CHUNK_TRAILER);
 	if (c->state == CHUNK_EXT)
-		return is_control((unsigned char)b) ? -1 : CHUNK_EXT;
+		return bad ? -1 : CHUNK_EXT;
 	return b == ';' ? CHUNK_EXT : b == ' ' || b == '\t' ? CHUNK_BLANK : -1;
-}
-
-/* One byte outside of a chunk's data. Returns the next state, -1: not the grammar. */
-static int chunked_byte(struct chunked *c, char b)
-{
-	switch (c->state) {
-	case CHUNK_SIZE:
-	case CHUNK_BLANK:
-	case CHUNK_EXT:
-		return chunked_size_byte(c, b);
-	case CHUNK_SIZE_LF:
-		return b != '\n' ? -1 : c->left > 0 ? CHUNK_DATA : CHUNK_TRAILER;
-	case CHUNK_DATA_CR:
-		return b == '\r' ? CHUNK_DATA_LF : -1;
-	case CHUNK_DATA_LF:
-		c->digits = 0;
-		return b == '\n' ? CHUNK_SIZE : -1;
-	case CHUNK_TRAILER:
-		return b == '\r' ? CHUNK_END_LF :
-			word_end(&b, 0, 1, in_token) ? CHUNK_TRAILER_LINE : -1;
-	case CHUNK_TRAILER_LINE:
-		return b == '\r' ? CHUNK_TRAILER_LF :
-			is_control((unsigned char)b) ? -1 : CHUNK_TRAILER_LINE;
-	case CHUNK_TRAILER_LF:
-		return b == '\n' ? CHUNK_TRAILER : -1;
-	default:
-		c->done = b == '\n';
-		return b == '\n' ? CHUNK_END_LF : -1;
-	}
 }
 
 static size_t chunked_scan(struct chunked *c, const char *buf, size_t len)
@@ -2452,11 +2418,12 @@ static size_t chunked_scan(struct chunked *c, const char *buf, size_t len)
 			i += n;
 			c->left -= n;
 			if (c->left == 0)
-				c->state = CHUNK_DATA_CR;
+				c->state = CHUNK_DATA_END;
 			continue;
 		}
 		next = chunked_byte(c, buf[i]);
 		c->bad = next < 0;
+		c->done = next == CHUNK_END;
 		c->state = (uint8_t)next;
 		i += !c->bad;
 	}
@@ -3292,7 +3259,7 @@ static int name_fits(const char *pattern, const char *name, size_t len)
 {
 	const int wild = pattern && pattern[0] == '*' && pattern[1] == '.';
 	const char *dot = wild ? memchr(name, '.', len) : name;
-	size_t n, i;
+	size_t n;
 
 	if (!pattern)
 		return 1;
@@ -3303,9 +3270,7 @@ static int name_fits(const char *pattern, const char *name, size_t len)
 	len -= len > 0 && dot[len - 1] == '.';
 	n = strlen(pattern);
 	n -= n > 0 && pattern[n - 1] == '.';
-	for (i = 0; i < n && i < len && lower(pattern[i]) == lower(dot[i]); i++)
-		;
-	return i < n || n != len ? 0 : wild ? 2 : 3;
+	return n != len || strncasecmp(pattern, dot, n) != 0 ? 0 : wild ? 2 : 3;
 }
 
 /* By BearSSL's ids. */

@@ -322,13 +322,7 @@ static void test_pem_key_large(void)
 			len += der_integer(der + len, i == 3 ? large : 1);
 		der[2] = (unsigned char)((len - 4) >> 8);
 		der[3] = (unsigned char)(len - 4);
-		n = (size_t)sprintf(pem, "-----BEGIN RSA PRIVATE KEY-----\n");
-		for (i = 0; i < len; i += 3 * 16) {
-			base64(der + i, len - i < 48 ? len - i : 48, pem + n);
-			n += strlen(pem + n);
-			pem[n++] = '\n';
-		}
-		n += (size_t)sprintf(pem + n, "-----END RSA PRIVATE KEY-----\n");
+		n = br_pem_encode(pem, der, len, "RSA PRIVATE KEY", 0);
 		memset(owner.behind, 0xdb, sizeof owner.behind);
 		pem_parse_into(&owner.id, &key_pem, pem, n);
 		for (i = 0; i < sizeof owner.behind; i++)

@@ -127,19 +127,12 @@ static void der_must(unsigned name, unsigned times, const unsigned char *der, si
 {
 	static const char *const names[] = { "CERTIFICATE", "X509 CERTIFICATE", "EC PRIVATE KEY",
 		"RSA PRIVATE KEY", "PRIVATE KEY", "ENCRYPTED PRIVATE KEY", "EC PARAMETERS" };
-	size_t size = times * (2 * len + 128) + 1, n = 0, i;
+	size_t size = times * (2 * len + 128) + 1, n = 0;
 	char *text = malloc(size);
 
 	name %= LENGTH(names);
-	while (times-- > 0) {
-		n += (size_t)sprintf(text + n, "-----BEGIN %s-----\n", names[name]);
-		for (i = 0; i < len; i += 48) {
-			base64(der + i, len - i < 48 ? len - i : 48, text + n);
-			n += strlen(text + n);
-			text[n++] = '\n';
-		}
-		n += (size_t)sprintf(text + n, "-----END %s-----\n", names[name]);
-	}
+	while (times-- > 0)
+		n += br_pem_encode(text + n, der, len, names[name], 0);
 	text_must(text, n);
 	free(text);
 }
