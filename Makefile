@@ -27,8 +27,9 @@ MINUTES ?= 60
 
 VERSION = 0.1
 SRC     = wssproxy.c
-# Data that begins in the file where the code ends, not at the next page: up to 4 KB less.
-PAGES   = $$(case $$($(CC) -dumpmachine) in (mips*) echo -Wl,-z,common-page-size=65536;; esac)
+# Data that begins in the file where the code ends, not at the next page: up to 4 KB less. (With pages
+# of 65536 bytes the linker does so only for some sizes of .bss, and else adds 20 KB.)
+PAGES   = $$(case $$($(CC) -dumpmachine) in (mips*) echo -Wl,-z,common-page-size=16;; esac)
 SMALL   = -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables
 FLAGS   = -std=c11 -D_GNU_SOURCE -DVERSION='"$(VERSION)"' -DCONFIG='"$(CONFIG)"' -I. \
 	$(BEARSSL:%=-isystem %/inc) $(PIC) $(SMALL) $(CPPFLAGS) $(CFLAGS) \
