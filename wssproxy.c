@@ -324,8 +324,7 @@ struct shelf {
 /* What is remembered of a session until its answer; there is one for each. */
 struct note {
 	void *next_free;
-	uint8_t resumable;      /* 1: as far as its ClientHello says; */
-	unsigned char name_hash[br_sha256_SIZE];        /* of the server name in there */
+	uint64_t name_hash;     /* of the server name in its ClientHello */
 	uint16_t len, off;      /* of a head that was put aside; 0: none */
 	char text[NOTE_TEXT];   /* where it lies unless it is longer */
 	unsigned interim;       /* 1xx answers so far */
@@ -1433,16 +1432,6 @@ static int socket_unsent(int fd)
 	return ioctl(fd, TIOCOUTQ, &n) == 0 ? n : 0;
 }
 
-/* -1, and errno as it is. */
-static int close_failed(int fd)
-{
-	const int error = errno;
-
-	close(fd);
-	errno = error;
-	return -1;
-}
-
 /* A listening socket for an address, -1 and errno. */
 static int listener_bind(const struct address *a, int dual)
 {
@@ -1458,7 +1447,8 @@ static int listener_bind(const struct address *a, int dual)
 	socket_tune(fd);
 	if (bind(fd, (struct sockaddr *)&ss, len) == 0 && listen(fd, SOMAXCONN) == 0)
 		return fd;
-	return close_failed(fd);
+	close(fd);              /* which leaves errno alone */
+	return -1;
 }
 
 static const char *const kinds[] = { "WSS", "WS", "REDIRECT" };
@@ -1590,7 +1580,7 @@ static void files_foretell(void)
  * x32 are numbers of their own. All written out, for a libc may come without the kernel's headers.
  *
  * The numbers are those of the libc that we are linked with, for what both glibc and musl make of
- * our calls, the hot ones first. time() and clock_gettime() are calls where there is no vDSO. */
+ * our calls, the hot ones first. clock_gettime() is a call where there is no vDSO. */
 
 #define FILTER_LITTLE (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0x40000000 : 0)
 #if defined(__x86_64__) && !defined(__ILP32__)
@@ -1647,12 +1637,6 @@ static struct filter_op loop_calls[] = {
 #endif
 #ifdef SYS_clock_gettime64
 	ON(clock_gettime64, LET),
-#endif
-#ifdef SYS_time
-	ON(time, LET),
-#endif
-#ifdef SYS_gettimeofday
-	ON(gettimeofday, LET),
 #endif
 	ON(accept4, LET), ON(connect, LET), ON(close, LET), ON(shutdown, LET),
 	ON(getsockopt, LET), ON(setsockopt, LET), ON(getrandom, LET), ON(getpid, LET),
@@ -2648,7 +2632,8 @@ static int server_dial(unsigned i, unsigned which)
 		socket_tune(fd);
 	if (connect(fd, (struct sockaddr *)&ss, len) == 0 || errno == EINPROGRESS)
 		return fd;
-	return close_failed(fd);
+	close(fd);              /* which leaves errno alone */
+	return -1;
 }
 
 /* Active checks: every check_ms a TCP connect, to each address until one answers; one that has not
@@ -2945,8 +2930,6 @@ static struct source *source_take(const struct address *a)
 
 	if (!*p) {
 		*p = pool_lend(&source_pool);
-		if (!*p)
-			abort();
 		memset(*p, 0, sizeof **p);
 		memcpy((*p)->key, key, sizeof key);
 	}
@@ -2979,18 +2962,12 @@ static void source_release(struct source *o, const struct address *a)
 
 static unsigned char no_records[32];    /* what a resting engine's offsets are based on */
 
-/* The only two places that write private fields of BearSSL (verifier_early reads some): the record
+/* The only place that writes private fields of BearSSL (verifier_early reads some): the record
  * buffers of an engine that stands at a record boundary hold nothing, so their bases can change. */
-static void engine_lend(br_ssl_engine_context *eng, struct buffers *b)
+static void engine_lend(br_ssl_engine_context *eng, unsigned char *ibuf, unsigned char *obuf)
 {
-	eng->ibuf = b->ibuf;
-	eng->obuf = b->obuf;
-}
-
-static void engine_take_back(br_ssl_engine_context *eng)
-{
-	eng->ibuf = no_records;
-	eng->obuf = no_records;
+	eng->ibuf = ibuf;
+	eng->obuf = obuf;
 }
 
 static void leg_attach(struct leg *l, struct buffers *b)
@@ -3001,7 +2978,7 @@ static void leg_attach(struct leg *l, struct buffers *b)
 	l->at = l->end = 0;
 	l->started = 0;
 	if (l->eng)
-		engine_lend(l->eng, b);
+		engine_lend(l->eng, b->ibuf, b->obuf);
 }
 
 static void records_attach(struct session *s, void *item)
@@ -3075,7 +3052,7 @@ static void leg_detach(struct leg *l)
 	spare_return(l);
 	l->buf = NULL;
 	if (l->eng)
-		engine_take_back(l->eng);
+		engine_lend(l->eng, no_records, no_records);
 }
 
 static void records_return(struct session *s)
@@ -3353,15 +3330,10 @@ static const br_ssl_server_policy_class policy_class = {
 	.choose = policy_choose, .do_sign = policy_sign,
 };
 
-/* Fills buf from the kernel's generator. 0: it has none. */
+/* Fills buf from the kernel's generator. 0: it has none. (No handler of a signal interrupts it.) */
 static int random_bytes(void *buf, size_t len, unsigned flags)
 {
-	ssize_t n;
-
-	do
-		n = getrandom(buf, len, flags);
-	while (n < 0 && errno == EINTR);
-	return n == (ssize_t)len;
+	return getrandom(buf, len, flags) == (ssize_t)len;
 }
 
 static const char *protocols[] = { "http/1.1" };        /* of ALPN */
@@ -3385,6 +3357,46 @@ static size_t records_whole(const unsigned char *p, size_t len, size_t *need)
 	}
 }
 
+/* The session cache: BearSSL's, with the server name mixed into the session ID, for a session must
+ * not be resumed under another name. */
+static void cache_key(const struct session *s, br_ssl_session_parameters *p)
+{
+	uint64_t id;
+
+	memcpy(&id, p->session_id, sizeof id);
+	id ^= s->note->name_hash;
+	memcpy(p->session_id, &id, sizeof id);
+}
+
+static void cache_save(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
+	const br_ssl_session_parameters *params)
+{
+	br_ssl_session_parameters p = *params;
+
+	(void)ctx;
+	cache_key(OWNER(cc, struct session, tls), &p);
+	cache.vtable->save(&cache.vtable, cc, &p);
+	wipe(&p, sizeof p);
+}
+
+static int cache_load(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
+	br_ssl_session_parameters *params)
+{
+	const struct session *s = OWNER(cc, struct session, tls);
+	int found;
+
+	(void)ctx;
+	cache_key(s, params);
+	found = cache.vtable->load(&cache.vtable, cc, params);
+	cache_key(s, params);
+	return found;
+}
+
+static const br_ssl_session_cache_class named_cache_class = {
+	.save = cache_save, .load = cache_load,
+};
+static const br_ssl_session_cache_class *named_cache = &named_cache_class;
+
 static int client_asked(const struct session *s)
 {
 	return clients_asked() && listener_ca(s->listener) != NULL;
@@ -3399,61 +3411,17 @@ static int client_asked(const struct session *s)
 static int hello_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
-	const struct session *s = OWNER(ctx, struct session, policy);
-	struct note *note = s->note;
+	struct session *s = OWNER(ctx, struct session, policy);
 	const char *name = br_ssl_engine_get_server_name(&cc->eng);
-	br_sha256_context c;
 
 	(void)choices;
-	br_sha256_init(&c);
-	br_sha256_update(&c, name, strlen(name));
-	br_sha256_out(&c, note->name_hash);
-	note->resumable = !client_asked(s);
+	s->note->name_hash = hash_bytes(0, name, strlen(name));
+	if (session_cache > 0 && !client_asked(s))
+		br_ssl_server_set_cache(&s->tls, &named_cache);
 	return 0;
 }
 
 static const br_ssl_server_policy_class hello_class = { .choose = hello_choose };
-
-/* The session cache: BearSSL's, with the server name mixed into the session ID, for a session must
- * not be resumed under another name. */
-static void cache_key(const struct session *s, br_ssl_session_parameters *p)
-{
-	unsigned i;
-
-	for (i = 0; i < sizeof p->session_id; i++)
-		p->session_id[i] ^= s->note->name_hash[i];
-}
-
-static void cache_save(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
-	const br_ssl_session_parameters *params)
-{
-	const struct session *s = OWNER(cc, struct session, tls);
-	br_ssl_session_parameters p = *params;
-
-	(void)ctx;
-	cache_key(s, &p);
-	if (s->note->resumable)
-		cache.vtable->save(&cache.vtable, cc, &p);
-	wipe(&p, sizeof p);
-}
-
-static int cache_load(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
-	br_ssl_session_parameters *params)
-{
-	const struct session *s = OWNER(cc, struct session, tls);
-	int found;
-
-	(void)ctx;
-	cache_key(s, params);
-	found = s->note->resumable && cache.vtable->load(&cache.vtable, cc, params);
-	cache_key(s, params);
-	return found;
-}
-
-static const br_ssl_session_cache_class named_cache_class = {
-	sizeof(br_ssl_session_cache_class *), cache_save, cache_load,
-};
-static const br_ssl_session_cache_class *named_cache = &named_cache_class;
 
 /* What engines of both sides have in common. */
 static int engine_make(br_ssl_engine_context *eng)
@@ -3497,8 +3465,6 @@ static int tls_make(struct session *s)
 		return 0;
 	br_ssl_engine_add_flags(&s->tls.eng,
 		BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_FAIL_ON_ALPN_MISMATCH);
-	if (session_cache > 0)
-		br_ssl_server_set_cache(&s->tls, &named_cache);
 	s->tls_made = 1;
 	return 1;
 }
@@ -3528,6 +3494,7 @@ static void hello_read(struct session *s)
 	note_take(s);
 	s->policy = &hello_class;
 	br_ssl_server_set_policy(&s->tls, &s->policy);
+	br_ssl_server_set_cache(&s->tls, NULL);
 	br_ssl_server_reset(&s->tls);
 	for (at = l->at; at < l->end && (p = br_ssl_engine_recvrec_buf(l->eng, &len)); at += len) {
 		len = len < l->end - at ? len : l->end - at;
@@ -3540,9 +3507,10 @@ static void hello_read(struct session *s)
  * 1970. */
 static time_t clock_floor(void)
 {
-	time_t t = time(NULL);
+	struct timespec t;
 
-	return t > (time_t)BUILD_TIME ? t : (time_t)BUILD_TIME;
+	clock_gettime(CLOCK_REALTIME, &t);
+	return t.tv_sec > (time_t)BUILD_TIME ? t.tv_sec : (time_t)BUILD_TIME;
 }
 
 /* Whoever need not show a certificate, but does, needs a good one: of none at all, this hears
@@ -6008,7 +5976,7 @@ static void lending_test(void)
 	br_ssl_engine_set_buffers_bidi(eng, b->ibuf, sizeof b->ibuf, b->obuf, sizeof b->obuf);
 	if (!br_ssl_server_reset(&s->tls))
 		die("BearSSL: br_ssl_server_reset: error %d", br_ssl_engine_last_error(eng));
-	engine_take_back(eng);
+	engine_lend(eng, no_records, no_records);
 	if (br_ssl_engine_recvrec_buf(eng, &len) != no_records || len != 5)
 		die("BearSSL: this version does not let its buffers be lent: use 0.6");
 	s->tls_made = 0;
