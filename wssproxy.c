@@ -506,20 +506,17 @@ static const struct {
  * No printf: that of a static musl brings 12 KB, most of it floating point that no MIPS router has
  * in hardware. */
 
-static void text_add(struct text *t, const char *p, size_t len)
+/* To a struct text. BearSSL's decoders call it as well. */
+static void text_add(void *to, const void *p, size_t len)
 {
+	struct text *t = to;
+
 	if (len > t->size - t->len) {
 		len = t->size - t->len;
 		t->full = 1;
 	}
 	memcpy(t->p + t->len, p, len);
 	t->len += len;
-}
-
-/* The same for BearSSL's decoders. */
-static void text_push(void *t, const void *p, size_t len)
-{
-	text_add(t, p, len);
 }
 
 static void text_string(struct text *t, const char *s)
@@ -876,25 +873,19 @@ static void pool_return(struct pool *p, void *item)
 
 /* ---- addresses ---- */
 
+/* IPv4 that came through IPv6 is IPv4. */
 static void address_read(struct address *a, const struct sockaddr *sa)
 {
 	const struct sockaddr_in *in = (const struct sockaddr_in *)(const void *)sa;
 	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)sa;
+	const int is6 = sa->sa_family == AF_INET6;
+	const int mapped = is6 && IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr);
 
 	memset(a, 0, sizeof *a);
-	a->family = (uint8_t)sa->sa_family;
-	if (sa->sa_family == AF_INET) {
-		memcpy(a->ip, &in->sin_addr, 4);
-		a->port = ntohs(in->sin_port);
-	} else if (sa->sa_family == AF_INET6) {
-		a->port = ntohs(in6->sin6_port);
-		memcpy(a->ip, &in6->sin6_addr, 16);
-		if (!IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr))
-			return;
-		a->family = AF_INET;
-		memmove(a->ip, a->ip + 12, 4);
-		memset(a->ip + 4, 0, 12);
-	}
+	a->family = mapped ? AF_INET : (uint8_t)sa->sa_family;
+	a->port = ntohs(in->sin_port);          /* at the same place in both */
+	memcpy(a->ip, !is6 ? (const void *)&in->sin_addr : mapped ? in6->sin6_addr.s6_addr + 12 :
+		in6->sin6_addr.s6_addr, is6 && !mapped ? 16 : 4);
 }
 
 /* For connect and bind; returns the length. */
@@ -1042,7 +1033,7 @@ static const char *pem_walk(const struct pem *pem, void *owner, char *text, size
 		case BR_PEM_BEGIN_OBJ:
 			inside = 1;
 			der.len = 0;
-			br_pem_decoder_setdest(&dc, text_push, &der);
+			br_pem_decoder_setdest(&dc, text_add, &der);
 			break;
 		case BR_PEM_END_OBJ:
 			inside = 0;
@@ -1137,7 +1128,7 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 		return pem_other;
 	if (ring->anchors == ANCHORS_MAX)
 		return "more certificates than ANCHORS_MAX";
-	br_x509_decoder_init(&dc, text_push, kept);
+	br_x509_decoder_init(&dc, text_add, kept);
 	br_x509_decoder_push(&dc, der, len);
 	pk = br_x509_decoder_get_pkey(&dc);
 	a->dn.data = (unsigned char *)before.p + before.len;
@@ -1652,8 +1643,7 @@ static struct filter_op loop_calls[] = {
 	LET_IF(fcntl, 1, -1, F_SETFD),  /* musl's open, for O_CLOEXEC */
 #ifdef SYS_fcntl64                      /* 32 bits */
 	LET_IF(fcntl64, 1, -1, F_SETFD), ON(stat64, LET), ON(fstatat64, LET),
-#endif
-#ifdef SYS_newfstatat
+#else
 	ON(newfstatat, LET),
 #endif
 #ifdef SYS_statx
@@ -1672,11 +1662,7 @@ static const struct filter_op resolver_calls[] = {
 #ifdef __x86_64__
 	{ ABOVE, 0, 1, 0x40000000 }, { RETURN, 0, 0, FAIL },    /* x32 */
 #endif
-	ON(execve, FAIL),
-#ifdef SYS_execveat
-	ON(execveat, FAIL),
-#endif
-	ON(ptrace, FAIL), ON(process_vm_readv, FAIL), ON(process_vm_writev, FAIL),
+	ON(execve, FAIL), ON(execveat, FAIL), ON(ptrace, FAIL), ON(process_vm_readv, FAIL), ON(process_vm_writev, FAIL),
 	LET_IF(prlimit64, 0, -1, 0), ON(prlimit64, FAIL),
 	ON(kill, FAIL), ON(tkill, FAIL), ON(tgkill, FAIL),
 	ON(rt_sigqueueinfo, FAIL), ON(rt_tgsigqueueinfo, FAIL),
@@ -2480,12 +2466,10 @@ static uint64_t servers_for(const char *target, size_t len)
 		const char *path = backends[i].path ? backends[i].path : "";
 		size_t n = strlen(path);
 
-		if (!path_under(target, len, path) || (set && n < longest))
+		if (!path_under(target, len, path) || n < longest)
 			continue;
-		if (n > longest)
-			set = 0;
+		set = (n > longest ? 0 : set) | (uint64_t)1 << i;
 		longest = n;
-		set |= (uint64_t)1 << i;
 	}
 	return set;
 }
@@ -2502,9 +2486,7 @@ static uint64_t servers_least(uint64_t set)
 
 		if (!(set >> i & 1) || (least && mine > top))
 			continue;
-		if (!least || mine < top)
-			least = 0;
-		least |= (uint64_t)1 << i;
+		least = (mine < top ? 0 : least) | (uint64_t)1 << i;
 		best = i;
 	}
 	return least;
@@ -2912,14 +2894,6 @@ static struct source **source_place(const struct address *a, unsigned char key[9
 	while (*p && memcmp((*p)->key, key, 9) != 0)
 		p = &(*p)->next;
 	return p;
-}
-
-/* The source of an address, NULL if it has no session. */
-static struct source *source_find(const struct address *a)
-{
-	unsigned char key[9];
-
-	return *source_place(a, key);
 }
 
 /* One session more; there are as many sources as sessions, so one is always free. */
@@ -5583,7 +5557,8 @@ static int place_find(void)
 /* A connection to open a session for, or to turn away, which costs nobody a place. */
 static void listener_take(int fd, const struct address *peer, unsigned listener)
 {
-	const struct source *o = source_find(peer);
+	unsigned char key[9];
+	const struct source *o = *source_place(peer, key);
 	char client[ADDRESS_TEXT];
 	struct session *s;
 

@@ -797,6 +797,14 @@ static struct address address_of(const char *literal, const char *port)
 	return a;
 }
 
+/* NULL if it has no session. */
+static struct source *source_find(const struct address *a)
+{
+	unsigned char key[9];
+
+	return *source_place(a, key);
+}
+
 static void test_sources(void)
 {
 	struct address a = address_of("192.0.2.1", "1"), b = address_of("192.0.2.1", "2"),
