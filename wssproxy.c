@@ -418,9 +418,8 @@ struct upstream {
 struct server {
 	char name[128];         /* host:port, for the log */
 	char cookie[sizeof cookie_name + 17];   /* name=id */
-	uint8_t resumable;      /* 1: session is set */
 	br_ssl_session_parameters session;      /* of its last full TLS handshake, */
-	uint64_t session_until;                 /* good for resumption until then */
+	uint64_t session_until;                 /* to be resumed before then; 0: not at all */
 	struct address address[ADDRESSES_MAX];
 	uint8_t addresses;
 	uint8_t by_name;        /* 1: the resolver is asked */
@@ -1509,9 +1508,8 @@ static struct become become_find(const char *user_name, const char *group_name)
 static void capabilities_drop(void)
 {
 	struct { uint32_t version; int pid; } header = { 0x20080522, 0 };       /* version 3 */
-	struct { uint32_t effective, permitted, inheritable; } none[2];
+	static const struct { uint32_t effective, permitted, inheritable; } none[2];
 
-	memset(none, 0, sizeof none);
 	if (syscall(SYS_capset, &header, none) < 0 && errno != ENOSYS)
 		die("capset: %s", strerror(errno));
 }
@@ -2633,13 +2631,12 @@ static void check_next(unsigned i, int error)
 		v->checked = 0;
 		v->check_why = NULL;
 	}
-	for (p->fd = -1; v->checked < v->addresses; v->checked++) {
+	for (p->fd = -1; v->checked < v->addresses; v->checked++, error = 0) {
 		if (!error && (p->fd = server_dial(i, v->checked)) >= 0)
 			return;
 		error = error ? error : errno;
 		if (error != EAGAIN && connect_why(error))
 			v->check_why = connect_why(error);
-		error = 0;
 	}
 	if (v->check_why)
 		server_failed(v, v->check_why);
@@ -2688,32 +2685,25 @@ struct resolved {
 	struct address address[ADDRESSES_MAX];
 };
 
-static void resolver_look(struct resolved *r)
-{
-	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *list, *ai;
-	const struct backend *b = &backends[r->index];
-
-	r->count = 0;
-	if (getaddrinfo(b->host, b->port, &hints, &list) != 0)
-		return;
-	for (ai = list; ai && r->count < ADDRESSES_MAX; ai = ai->ai_next)
-		if (ai->ai_family == AF_INET || ai->ai_family == AF_INET6)
-			address_read(&r->address[r->count++], ai->ai_addr);
-	freeaddrinfo(list);
-}
-
 static void resolver_child(int fd, const struct become *b)
 {
+	static const struct addrinfo hints = { .ai_socktype = SOCK_STREAM };
 	static struct resolved r;
+	struct addrinfo *list, *ai;
 
 	become_do(b, NULL);
 	prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
 	if (seccomp)
 		filter_set(resolver_calls, LENGTH(resolver_calls));
-	while (read(fd, &r.index, 1) == 1) {
-		if (r.index >= BACKENDS)
-			break;
-		resolver_look(&r);
+	while (read(fd, &r.index, 1) == 1 && r.index < BACKENDS) {
+		const struct backend *from = &backends[r.index];
+
+		r.count = 0;
+		if (getaddrinfo(from->host, from->port, &hints, &list) == 0) {
+			for (ai = list; ai && r.count < ADDRESSES_MAX; ai = ai->ai_next)
+				address_read(&r.address[r.count++], ai->ai_addr);
+			freeaddrinfo(list);
+		}
 		if (send(fd, &r, sizeof r, MSG_NOSIGNAL) < 0)
 			break;
 	}
@@ -3191,16 +3181,14 @@ static int suite_find(unsigned id)
 static void suites_init(void)
 {
 	int aes = br_aes_x86ni_ctr_get_vtable() != NULL || br_aes_pwr8_ctr_get_vtable() != NULL;
-	unsigned i, n = 0, pass;
+	unsigned i, n = 0;
+	int pass;
 
-	for (pass = 0; pass < 2; pass++) {
-		for (i = 0; i < LENGTH(ciphers); i++) {
-			int first = suite_names[suite_find(ciphers[i])].chacha != aes;
-
-			if (pass == 0 ? first || !ciphers_by_cpu : !first && ciphers_by_cpu)
+	for (pass = 0; pass < 2; pass++)
+		for (i = 0; i < LENGTH(ciphers); i++)
+			if (pass == (ciphers_by_cpu &&
+			    suite_names[suite_find(ciphers[i])].chacha == aes))
 				suites[n++] = ciphers[i];
-		}
-	}
 }
 
 /* How well a certs[] entry fits a server name from the wire: 3 the very name, 2 with one label in
@@ -3658,7 +3646,8 @@ static void backend_verify(struct session *s)
 static int tls_dial(struct session *s)
 {
 	struct upstream *u = &upstreams[tls_backends ? s - sessions : 0];
-	struct server *server = &servers[s->server];
+	const struct server *server = &servers[s->server];
+	const int resumes = now < server->session_until;
 	const unsigned i = (unsigned)s->server;
 	const struct identity *id = &keyring->id[CERTS + i];
 	br_ssl_engine_context *eng = &u->tls.eng;
@@ -3680,11 +3669,9 @@ static int tls_dial(struct session *s)
 		br_ssl_client_set_single_ec(&u->tls, id->chain, id->chain_len,
 			br_skey_decoder_get_ec(&id->key), BR_KEYTYPE_SIGN, 0,
 			br_ec_get_default(), br_ecdsa_sign_asn1_get_default());
-	if (now >= server->session_until)
-		server->resumable = 0;
-	if (server->resumable)
+	if (resumes)
 		br_ssl_engine_set_session_parameters(eng, &server->session);
-	return br_ssl_client_reset(&u->tls, backend_sni(&backends[i]), server->resumable) != 0;
+	return br_ssl_client_reset(&u->tls, backend_sni(&backends[i]), resumes) != 0;
 }
 
 /* What BearSSL's errors mean, each range by its last number: the alert that tells the other side
@@ -4918,12 +4905,11 @@ static void server_remember(struct server *v, const br_ssl_engine_context *eng,
 	br_ssl_session_parameters p;
 
 	br_ssl_engine_get_session_parameters(eng, &p);
-	if (ring != keyring || p.session_id_len == 0 || (v->resumable &&
-	    memcmp(p.session_id, v->session.session_id, sizeof p.session_id) == 0))
+	if (ring != keyring || p.session_id_len == 0 ||
+	    memcmp(p.session_id, v->session.session_id, sizeof p.session_id) == 0)
 		return;
 	v->session = p;
 	v->session_until = now + RESUME_MS;
-	v->resumable = 1;
 }
 
 /* A backend that is connected failed, and has not seen a byte of the request: another may. */
@@ -4963,7 +4949,7 @@ static enum state backend_handshake_step(struct session *s)
 	}
 	if (!expired && !s->broken && !l->eof)
 		return BACKEND_HANDSHAKE;
-	v->resumable = 0;
+	v->session_until = 0;
 	return backend_failed(s, handshake_why(s));
 }
 
@@ -5785,7 +5771,7 @@ static void reload(void)
 	reload_due = 0;
 	for (i = 0; i < BACKENDS; i++) {
 		resolver_ask(&servers[i]);
-		servers[i].resumable = 0;
+		servers[i].session_until = 0;
 	}
 	if (keyring_load(other)) {
 		if (keyring->users == 0)

@@ -408,7 +408,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 	proxy_start();
 	play(first_words, sizeof first_words);
 	made_first = made_len;
-	MUST(made_first == 9 && servers[1].resumable && servers[2].resumable && servers[3].resumable);
+	MUST(made_first == 9 && servers[1].session_until && servers[2].session_until && servers[3].session_until);
 	proxy_save();
 	kept[0] = kept[made_first];     /* for the last client */
 	memcpy(kept_first, kept, sizeof kept);

@@ -690,7 +690,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 	if (TLS) {
 		play(first_words, sizeof first_words);
 		br_ssl_engine_get_session_parameters(peers[0].eng, &resumable);
-		MUST(resumable.session_id_len > 0 && servers[CHAT].resumable);
+		MUST(resumable.session_id_len > 0 && servers[CHAT].session_until > 0);
 		proxy_save();
 	}
 	return 0;
