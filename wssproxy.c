@@ -965,22 +965,17 @@ static int is_digit(char c)
 }
 
 /* Digits only, at most 18 of them. */
-static int number_parse(const char *buf, struct span s, uint64_t *out)
+static int number_parse(const char *p, size_t len, uint64_t *out)
 {
 	size_t i;
 
 	*out = 0;
-	for (i = 0; i < s.len; i++) {
-		if (!is_digit(buf[s.at + i]))
+	for (i = 0; i < len; i++) {
+		if (!is_digit(p[i]))
 			return 0;
-		*out = *out * 10 + (uint64_t)(buf[s.at + i] - '0');
+		*out = *out * 10 + (uint64_t)(p[i] - '0');
 	}
-	return s.len > 0 && s.len <= 18;
-}
-
-static int number_text(const char *s, uint64_t *out)
-{
-	return number_parse(s, (struct span){ 0, (uint16_t)strlen(s) }, out);
+	return len > 0 && len <= 18;
 }
 
 /* A literal and a decimal port. 1 if it is one, 0 if not (then it may be a name). */
@@ -989,7 +984,7 @@ static int address_parse(struct address *a, const char *host, const char *port)
 	uint64_t n;
 
 	memset(a, 0, sizeof *a);
-	if (!host || !port || !number_text(port, &n) || n > 65535)
+	if (!host || !port || !number_parse(port, strlen(port), &n) || n > 65535)
 		return 0;
 	a->port = (uint16_t)n;
 	a->family = AF_INET;
@@ -1482,7 +1477,7 @@ static unsigned id_parse(const char *entry, const char *text)
 {
 	uint64_t n;
 
-	if (!number_text(text, &n) || n >= UINT_MAX)
+	if (!number_parse(text, strlen(text), &n) || n >= UINT_MAX)
 		die("config.h: %s \"%s\": not known here: add it, or give a number", entry, text);
 	return (unsigned)n;
 }
@@ -2018,7 +2013,8 @@ static void facts_read(struct facts *f, const struct head *h, const char *buf)
 		} else if (is == NAME_UPGRADE) {
 			f->websocket |= list_has(buf, value, "websocket", 9);
 		} else if (is == NAME_LENGTH) {
-			if (!number_parse(buf, value, &n) || (f->count[is] > 0 && n != f->length))
+			if (!number_parse(buf + value.at, value.len, &n) ||
+			    (f->count[is] > 0 && n != f->length))
 				f->bad_framing = 1;
 			f->length = n;
 		}
