@@ -882,6 +882,8 @@ static void address_read(struct address *a, const struct sockaddr *sa)
 
 	memset(a, 0, sizeof *a);
 	a->family = mapped ? AF_INET : (uint8_t)sa->sa_family;
+	if (!is6 && sa->sa_family != AF_INET)
+		return;
 	a->port = ntohs(in->sin_port);          /* at the same place in both */
 	memcpy(a->ip, !is6 ? (const void *)&in->sin_addr : mapped ? in6->sin6_addr.s6_addr + 12 :
 		in6->sin6_addr.s6_addr, is6 && !mapped ? 16 : 4);
@@ -1655,7 +1657,8 @@ static const struct filter_op resolver_calls[] = {
 #ifdef __x86_64__
 	{ ABOVE, 0, 1, 0x40000000 }, { RETURN, 0, 0, FAIL },    /* x32 */
 #endif
-	ON(execve, FAIL), ON(execveat, FAIL), ON(ptrace, FAIL), ON(process_vm_readv, FAIL), ON(process_vm_writev, FAIL),
+	ON(execve, FAIL), ON(execveat, FAIL),
+	ON(ptrace, FAIL), ON(process_vm_readv, FAIL), ON(process_vm_writev, FAIL),
 	LET_IF(prlimit64, 0, -1, 0), ON(prlimit64, FAIL),
 	ON(kill, FAIL), ON(tkill, FAIL), ON(tgkill, FAIL),
 	ON(rt_sigqueueinfo, FAIL), ON(rt_tgsigqueueinfo, FAIL),
@@ -2045,8 +2048,8 @@ static int host_valid(const char *buf, struct span s)
 	return i == end;
 }
 
-/* The target in origin-form, its authority as Host (RFC 9112 3.2). The space behind it is in none of
- * the schemes. */
+/* The target in origin-form, its authority as Host (RFC 9112 3.2). The space behind it is in
+ * none of the schemes. */
 static enum why target_parse(struct request *r, const char *buf)
 {
 	static const char *const schemes[] = { "http://", "https://", "ws://", "wss://" };
@@ -2890,6 +2893,8 @@ static struct source *source_take(const struct address *a)
 
 	if (!*p) {
 		*p = pool_lend(&source_pool);
+		if (!*p)
+			abort();
 		memset(*p, 0, sizeof **p);
 		memcpy((*p)->key, key, sizeof key);
 	}
@@ -3254,7 +3259,8 @@ static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_se
 			    (ec ? BR_SSLKEYX_ECDHE_ECDSA : BR_SSLKEYX_ECDHE_RSA) ||
 			    (ec && !(br_ssl_server_get_client_curves(cc) >> ec->curve & 1)))
 				continue;
-			hash = old ? (ec ? br_sha1_ID : 0) : hash_choose(ec ? offered >> 8 : offered);
+			hash = old ? (ec ? br_sha1_ID : 0) :
+				hash_choose(ec ? offered >> 8 : offered);
 			s->identity = id;
 			*choices = (br_ssl_server_choices){ suite[u][0], 0xff00 + (unsigned)hash,
 				id->chain, id->chain_len };
@@ -3362,8 +3368,8 @@ static int client_asked(const struct session *s)
 
 /* BearSSL looks a session up before it has come to the extensions of a ClientHello, and if there is
  * one, nothing that they say is checked: of a list of protocols without ours its answer would even
- * be read from far behind our table. So what came is read twice, at first without the cache and with
- * this policy: who gets here has said nothing wrong, and may resume a session of that server name.
+ * be read from far behind our table. So what came is read twice, at first without the cache and
+ * with this policy: who gets here has said nothing wrong, and may resume a session of that name.
  * Everybody else gets a full handshake, in which BearSSL does check. A resumed session shows no
  * certificate, so none is kept or taken where one is asked for, wherever the client has it from. */
 static int hello_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
