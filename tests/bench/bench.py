@@ -832,7 +832,7 @@ def cross():
     cc = MACHINES[EMULATE][0]
     line = re.search(rf"^ +make (CC={cc} .*)$", (TOP / "README").read_text(), re.M)[1]
     return {**dict(word.split("=", 1) for word in shlex.split(line)),
-            "BEARSSL": CROSS / cc / "bearssl-0.6"}
+            "BEARSSL": CROSS / cc / "bearssl-0.6+dfsg.1"}
 
 
 def build(name):

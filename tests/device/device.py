@@ -1,7 +1,7 @@
 """Boots one emulated router: kernel, busybox, wssproxy started by README's line of /etc/inittab; and
 takes clients of this host through it. Everything that is waited for has its time.
 
-    device.py mipsel|armhf COMPILER"""
+    device.py mipsel|armhf|arm64 COMPILER"""
 
 import asyncio
 import gzip
@@ -35,6 +35,9 @@ BOOT = {
     "mipsel": (["qemu-system-mipsel", "-M", "malta", "-m", "32", "-vga", "none",
                 "-device", "pcnet,netdev=n,romfile="], "nokaslr console=ttyS0", ["mii", "pcnet32"]),
     "armhf": (["qemu-system-arm", "-M", "virt", "-m", "64",
+               "-device", "virtio-net-device,netdev=n"], "console=ttyAMA0",
+              ["failover", "net_failover", "virtio_mmio", "virtio_net"]),
+    "arm64": (["qemu-system-aarch64", "-M", "virt", "-cpu", "cortex-a53", "-m", "128",
                "-device", "virtio-net-device,netdev=n"], "console=ttyAMA0",
               ["failover", "net_failover", "virtio_mmio", "virtio_net"]),
 }
