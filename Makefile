@@ -28,12 +28,13 @@ MINUTES ?= 60
 
 VERSION = 0.1
 SRC     = wssproxy.c
-# Data that begin in the file where the code ends, not at the next page: up to 4 KB less on MIPS, and
-# 46 KB of static programs on aarch64, where read-only relocations keep them apart, which musl never
-# protects in those. (A smaller max-page-size saves no more, and such a program does not start on
-# kernels with pages of 16 or 64 KB.)
-PAGES   = $$(case "$$($(CC) -dumpmachine) $(LDFLAGS)" in (mips*) echo -Wl,-z,common-page-size=65536;; \
-	(aarch64*-static*) echo -Wl,-z,norelro;; esac)
+# In static programs, data that begin in the file where the code ends: up to 4 KB less on MIPS, and 46
+# on aarch64, where read-only relocations keep them apart, which musl never protects in those. The
+# linker moves data to the next of the common pages where that saves one in memory, so small ones
+# leave it no choice. (max-page-size stays: programs with a smaller one saved no more, and do not
+# start on kernels with pages of 16 or 64 KB.)
+PAGES   = $$(case "$$($(CC) -dumpmachine) $(LDFLAGS)" in (mips*-static*) echo -Wl,-z,common-page-size=16;; \
+	(aarch64*-static*) echo -Wl,-z,common-page-size=16,-z,norelro;; esac)
 SMALL   = -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-unwind-tables
 FLAGS   = -std=c11 -D_GNU_SOURCE -DVERSION='"$(VERSION)"' -DCONFIG='"$(CONFIG)"' -I. \
 	$(BEARSSL:%=-isystem %/inc) $(PIC) $(SMALL) $(CPPFLAGS) $(CFLAGS) \
