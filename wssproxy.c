@@ -1345,7 +1345,7 @@ static int keyring_load(struct keyring *ring)
 		good &= identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key);
 	for (i = 0; clients_asked() && i < LISTENERS; i++)
 		good &= trust_load(ring, i);
-	for (i = 0; tls_backends && i < BACKENDS; i++) {
+	for (i = tls_backends ? 0 : BACKENDS; i < BACKENDS; i++) {
 		good &= identity_load(&ring->id[CERTS + i], "backends", i, backends[i].cert,
 			backends[i].key);
 		good &= trust_load(ring, LISTENERS + i);
