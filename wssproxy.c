@@ -4193,8 +4193,8 @@ static void leg_finish(struct session *s, struct leg *l)
 		return;
 	if (l->fd >= 0)
 		shutdown(l->fd, SHUT_WR);
-	leg_mark(l, 0);
-	l->fin = l->in = 1;     /* there may be what that kept back */
+	leg_mark(l, 0);         /* the kernel tells what that kept back, one before 4.18 later */
+	l->fin = 1;
 }
 
 /* ---- relaying ---- */

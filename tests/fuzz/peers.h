@@ -29,7 +29,7 @@ static int world_socket(int family);
 static int world_connect(int fd);
 static int world_error(int fd, int name, void *value, socklen_t *len);
 static int world_close(int fd);
-static int world_clock(struct timespec *t);
+static int world_clock(clockid_t clock, struct timespec *t);
 static ssize_t world_random(void *buf, size_t len);
 static ssize_t world_log(int fd, const void *line, size_t len);
 static ssize_t world_send(int fd, const void *p, size_t len, int flags);
@@ -43,8 +43,7 @@ static ssize_t world_recv(int fd, void *p, size_t len, int flags);
 #define connect(fd, sa, len)            ((void)(sa), (void)(len), world_connect(fd))
 #define getsockopt(fd, level, name, value, len) world_error(fd, name, value, len)
 #define close(fd)                       world_close(fd)
-#define clock_gettime(clock, t)         world_clock(t)
-#define time(t)                         ((time_t)BUILD_TIME + 30 * 86400)
+#define clock_gettime(clock, t)         world_clock(clock, t)
 #define getrandom(buf, len, flags)      ((void)(flags), world_random(buf, len))
 #define write(fd, p, len)               world_log(fd, p, len)
 #define send(fd, p, len, flags)         world_send(fd, p, len, flags)
@@ -59,7 +58,6 @@ static ssize_t world_recv(int fd, void *p, size_t len, int flags);
 #undef getsockopt
 #undef close
 #undef clock_gettime
-#undef time
 #undef getrandom
 #undef write
 #undef send
@@ -285,9 +283,11 @@ static int world_close(int fd)
 	return 0;
 }
 
-static int world_clock(struct timespec *t)
+static int world_clock(clockid_t clock, struct timespec *t)
 {
 	t->tv_sec = (time_t)(clock_ms / 1000);
+	if (clock == CLOCK_REALTIME)
+		t->tv_sec += (time_t)BUILD_TIME + 30 * 86400;
 	t->tv_nsec = (long)(clock_ms % 1000) * 1000000;
 	return 0;
 }
