@@ -162,10 +162,11 @@ static const unsigned keepalive_interval_s = 15;
 static const unsigned keepalive_probes     = 4;
 static const unsigned user_timeout_ms      = 120000;
 
-/* After start: become this user and group (names or numbers; NULL: stay, which for root the log
- * warns of), and see no files but those under this directory (NULL: none). On SIGHUP, certificates
- * are read as that user, in there; a syslog daemon that starts again is found again only if there
- * is a dev/log.
+/* After start: become this user and group, and no other group (names in /etc/passwd and /etc/group;
+ * numbers will do, and are the way for users of LDAP and the like; NULL: stay, which for root the
+ * log warns of), and see no files but those under this directory (NULL: none). On SIGHUP,
+ * certificates are read as that user, in there; a syslog daemon that starts again is found again
+ * only if there is a dev/log.
  * Whoever it is, capabilities are given up: root itself then reads only what root's mode bits let
  * it. */
 static const char *const user       = NULL;

@@ -56,7 +56,6 @@
 #include <limits.h>
 #include <netdb.h>
 #include <poll.h>
-#include <pwd.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -1220,26 +1219,38 @@ static int fault_none(const char *what)
 	return only_look;
 }
 
+/* Reads a file into file_text, all of it and a NUL. NULL, or what is wrong. */
+static const char *file_read(const char *path, size_t *len)
+{
+	const size_t room = sizeof file_text - 1;
+	const char *what;
+	ssize_t n = 1;
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+
+	*len = 0;
+	while (fd >= 0 && *len < room && (n = read(fd, file_text + *len, room - *len)) > 0)
+		*len += (size_t)n;
+	what = fd < 0 || n < 0 ? strerror(errno) : *len == room ? "too large" : NULL;
+	file_text[*len] = '\0';
+	if (fd >= 0)
+		close(fd);
+	return what;
+}
+
 /* Reads a PEM file. 1, or 0 and the fault. */
 static int pem_load(const struct pem *pem, void *owner, const char *entry, unsigned i,
 	const char *path)
 {
-	const size_t room = sizeof file_text - 1;
 	const char *what;
 	size_t len = 0;
-	ssize_t n = 1;
-	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
 
 	reading.entry = entry;
 	reading.index = i;
 	reading.path = path;
-	while (fd >= 0 && len < room && (n = read(fd, file_text + len, room - len)) > 0)
-		len += (size_t)n;
-	what = fd < 0 || n < 0 ? strerror(errno) : len == room ? "too large for a PEM file" :
-		only_look ? NULL : pem_walk(pem, owner, file_text, len);
+	what = file_read(path, &len);
+	if (!what && !only_look)
+		what = pem_walk(pem, owner, file_text, len);
 	wipe(file_text, len + 1);
-	if (fd >= 0)
-		close(fd);
 	return fault_none(what);
 }
 
@@ -1474,29 +1485,48 @@ struct become {
 	int set;
 };
 
-/* A user or group by number, for devices without /etc/passwd. */
-static unsigned id_parse(const char *entry, const char *text)
+/* The number in a field, from 0, of a line like that of a user. UINT_MAX: there is none. */
+static unsigned id_parse(const char *line, unsigned field)
 {
 	uint64_t n;
 
-	if (!number_parse(text, strlen(text), &n) || n >= UINT_MAX)
-		die("config.h: %s \"%s\": not known here: add it, or give a number", entry, text);
-	return (unsigned)n;
+	for (; *line && field > 0; line++)
+		field -= *line == ':';
+	return number_parse(line, strcspn(line, ":"), &n) && n < UINT_MAX ? (unsigned)n : UINT_MAX;
+}
+
+/* An id of a user or group: it is a number, or in the line of /etc that begins with the name.
+ * getpwnam is 20 KB of a static program, which would ask no LDAP either. */
+static unsigned id_find(const char *entry, const char *name, const char *path, unsigned field)
+{
+	const size_t name_len = strlen(name);
+	unsigned id = id_parse(name, 0);
+	const char *line, *what;
+	size_t len;
+
+	if (id != UINT_MAX)
+		return id;
+	what = file_read(path, &len);
+	for (line = strtok(file_text, "\n"); line && id == UINT_MAX; line = strtok(NULL, "\n"))
+		if (strncmp(line, name, name_len) == 0 && line[name_len] == ':')
+			id = id_parse(line, field);
+	if (what || id == UINT_MAX)
+		die("config.h: %s \"%s\": %s: %s: add it, or give a number", entry, name, path,
+			what ? what : "not in there, and LDAP and the like are not asked");
+	return id;
 }
 
 /* Resolves user and group while /etc is in sight. */
 static struct become become_find(const char *user_name, const char *group_name)
 {
 	struct become b = { .uid = getuid(), .gid = getgid(), .set = user_name || group_name };
-	const struct passwd *pw = user_name ? getpwnam(user_name) : NULL;
-	const struct group *gr = group_name ? getgrnam(group_name) : NULL;
 
 	if (user_name) {
-		b.uid = pw ? pw->pw_uid : id_parse("user", user_name);
-		b.gid = pw ? pw->pw_gid : (gid_t)b.uid;
+		b.uid = id_find("user", user_name, "/etc/passwd", 2);
+		b.gid = id_find("user", user_name, "/etc/passwd", 3);
 	}
 	if (group_name)
-		b.gid = gr ? gr->gr_gid : id_parse("group", group_name);
+		b.gid = id_find("group", group_name, "/etc/group", 2);
 	return b;
 }
 

@@ -489,7 +489,7 @@ static void directory_enter(void)
 static void directory_leave(void)
 {
 	static const char *const names[] = { "unit-cert.pem", "unit-key.pem", "unit-cert2.pem",
-		"unit-key2.pem", "unit-ca.pem", "large" };
+		"unit-key2.pem", "unit-ca.pem", "large", "passwd" };
 	size_t i;
 
 	for (i = 0; i < COUNT(names); i++)
@@ -612,7 +612,7 @@ static void test_pem_load(void)
 	/* never so much that no byte is left behind it */
 	file_write("large", large, sizeof large - 1);
 	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, "large"), 0);
-	CHECK_STR(fault, "certs[3]: large: too large for a PEM file");
+	CHECK_STR(fault, "certs[3]: large: too large");
 	CHECK(is_wiped(file_text, sizeof file_text));
 	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, "missing"), 0);
 	CHECK_STR(fault, "certs[3]: missing: No such file or directory");
@@ -667,4 +667,35 @@ static void test_name_fits(void)
 		CHECK_INT(name_fits(cases[i].pattern, guard_copy(&input, cases[i].name, cases[i].len),
 			cases[i].len), cases[i].fits);
 	}
+}
+
+/* Users and groups: numbers, and lines of /etc. */
+static void test_ids(void)
+{
+	static const struct { const char *line; unsigned field, want; } lines[] = {
+		{ "0", 0, 0 }, { "65534", 0, 65534 }, { "4294967294", 0, 4294967294 },
+		{ "4294967295", 0, UINT_MAX }, { "18446744073709551617", 0, UINT_MAX },
+		{ "", 0, UINT_MAX }, { "-1", 0, UINT_MAX }, { "1x", 0, UINT_MAX }, { " 1", 0, UINT_MAX },
+		{ "a:x:7:8:", 2, 7 }, { "a:x:7:8:", 3, 8 }, { "a:x:7", 2, 7 }, { "a:x:7", 3, UINT_MAX },
+		{ "a:x:", 2, UINT_MAX }, { "a:x", 2, UINT_MAX }, { "a:x::8", 2, UINT_MAX },
+		{ "a:x:-7:8", 2, UINT_MAX }, { "a::07:8", 2, 7 },
+	};
+	static const char text[] = "ab:x:1:2:\n#a:x:3:4:\n\na\nA:x:5:6\na:x::7:\na:x:8:9:A a:/:/a\n"
+		"a:x:10:11:\nz:x:12:13";
+	size_t i;
+
+	for (i = 0; i < COUNT(lines); i++) {
+		at("%s, field %u", lines[i].line, lines[i].field);
+		CHECK_INT(id_parse(lines[i].line, lines[i].field), lines[i].want);
+	}
+	directory_enter();
+	file_write("passwd", text, sizeof text - 1);
+	at("the first line of that very name with a number");
+	CHECK_INT(id_find("user", "a", "passwd", 2), 8);
+	CHECK_INT(id_find("user", "ab", "passwd", 3), 2);
+	at("a last line without an end");
+	CHECK_INT(id_find("user", "z", "passwd", 3), 13);
+	at("a number needs no file");
+	CHECK_INT(id_find("user", "1000", "missing", 3), 1000);
+	directory_leave();
 }

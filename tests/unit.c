@@ -77,6 +77,7 @@ static const struct test tests[] = {
 	TEST(keyring_load),
 	TEST(keyring_wiped),
 	TEST(pem_load),
+	TEST(ids),
 	TEST(name_fits),
 	TEST(text_format),
 	TEST(text_full),

@@ -405,7 +405,8 @@ class Etc:
     """Files that a process in its own mount namespace finds in /etc; they may change while it
     runs. (Written in place: a bind mount is of the inode.)"""
 
-    PATHS = {"hosts": "/etc/hosts", "resolv": "/etc/resolv.conf", "nsswitch": "/etc/nsswitch.conf"}
+    PATHS = {"hosts": "/etc/hosts", "resolv": "/etc/resolv.conf", "nsswitch": "/etc/nsswitch.conf",
+             "passwd": "/etc/passwd", "group": "/etc/group"}
 
     def __init__(self, folder, **files):
         self.folder = folder

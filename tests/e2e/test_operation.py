@@ -18,6 +18,7 @@ import pki
 from conftest import certificate, whole_config
 from harness import (PATIENCE, RUN, SYSLOG, WS, WSS, BuildFailed, Log, build, config_text, eventually,
                      run_once)
+from more import Etc
 from peers import (Stream, ask, client_context, client_hello, connect, head, open_tunnel, tcp,
                    upgrade)
 
@@ -559,6 +560,35 @@ def test_user_alone_takes_its_group(proxy, place):
 def test_user_and_group_by_number(proxy, place):
     p = proxy(place(), user="65534", group="65534")
     assert status_of(p)["Uid"] == ["65534"] * 4
+
+
+ETC = {"passwd": "root:x:0:0::/:/bin/sh\nwss:x:1234:1235:a:/:/bin/sh\n", "group": "wss:x:1236:nobody,root\n"}
+
+
+@as_root
+def test_user_and_group_of_these_files(proxy, place, live_files):
+    """And none else: groups that list the user are not taken."""
+    etc = Etc(live_files, **{**ETC, "group": ETC["group"] + "other:x:1237:wss\n"})
+    p = proxy(place(), user="wss", group="wss", popen={"wrapper": etc.wrapper()})
+    status = status_of(p)
+    assert (status["Uid"], status["Gid"], status["Groups"]) == (["1234"] * 4, ["1236"] * 4, ["1236"])
+
+
+@as_root
+@pytest.mark.parametrize("files, named", [
+    ({"passwd": "root:x:0:0::/:/bin/sh\n"}, ('user "wss"', "/etc/passwd", "LDAP", "number")),
+    ({"passwd": "wss:x::100:::\n"}, ('user "wss"', "/etc/passwd", "number")),
+    ({"passwd": "wss:x:100::::\n"}, ('user "wss"', "/etc/passwd", "number")),
+    ({"passwd": ETC["passwd"] + "x" * 1000000}, ('user "wss"', "/etc/passwd: too large", "number")),
+    ({"group": ""}, ('group "wss"', "/etc/group", "LDAP", "number"))],
+    ids=["no-user", "no-uid", "no-gid", "large", "no-group"])
+def test_user_or_group_without_an_id_is_named(place, live_files, files, named):
+    etc = Etc(live_files, **{**ETC, **files})
+    binary = build(config_text(whole_config([place()], {"user": "wss", "group": "wss"})))
+    for args in ([], ["-t"]):
+        result = subprocess.run([*etc.wrapper(), *RUN, binary, *args], capture_output=True, text=True, timeout=PATIENCE)
+        assert result.returncode == 1
+        assert all(part in result.stderr for part in named), result.stderr
 
 
 # In a chroot the leak check of the address sanitizer misses /proc.
