@@ -1073,10 +1073,11 @@ static const struct pem chain_pem = { chain_add, "no certificate in it" };
 static const char *key_add(void *owner, const char *name, const unsigned char *der, size_t len)
 {
 	br_skey_decoder_context *key = &((struct identity *)owner)->key;
+	const size_t name_len = strlen(name), kind_len = strlen("PRIVATE KEY");
 
 	if (strcmp(name, "ENCRYPTED PRIVATE KEY") == 0)
 		return "the key is encrypted: decrypt it (openssl pkey)";
-	if (!strstr(name, "PRIVATE KEY"))
+	if (name_len < kind_len || strcmp(name + name_len - kind_len, "PRIVATE KEY") != 0)
 		return pem_other;
 	if (br_skey_decoder_key_type(key))
 		return "more than one private key";
@@ -1427,7 +1428,8 @@ static int socket_unsent(int fd)
 {
 	int n;
 
-	return ioctl(fd, TIOCOUTQ, &n) == 0 ? n : 0;
+	/* musl's ioctl knows how to convert those of other devices, 2 KB */
+	return syscall(SYS_ioctl, fd, TIOCOUTQ, &n) == 0 ? n : 0;
 }
 
 /* A listening socket for an address, -1 and errno. */
@@ -1546,9 +1548,17 @@ static void core_forbid(void)
 {
 	struct rlimit none = { 0, 0 };
 
-	setrlimit(RLIMIT_CORE, &none);
+	prlimit(0, RLIMIT_CORE, &none, NULL);
 	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
 }
+
+/* Calls of the kernel's own: musl has setuid and the like, and setrlimit, stop all threads first, of
+ * which there are none, with 5 KB. On 32-bit machines the first numbers take 16 bits. */
+#ifdef SYS_setuid32
+#define ID_CALL(name) SYS_##name##32
+#else
+#define ID_CALL(name) SYS_##name
+#endif
 
 /* For good: checks that there is no way back. */
 static void become_do(const struct become *b, const char *root)
@@ -1560,15 +1570,16 @@ static void become_do(const struct become *b, const char *root)
 	for (i = 0; prctl(PR_CAPBSET_READ, i, 0, 0, 0) >= 0; i++)
 		prctl(PR_CAPBSET_DROP, i, 0, 0, 0);     /* others than root have none */
 	if (b->set) {
-		if (setgroups(1, &b->gid) < 0 && errno != EPERM)
+		if (syscall(ID_CALL(setgroups), 1, &b->gid) < 0 && errno != EPERM)
 			die("config.h: group: setgroups: %s", strerror(errno));
-		if (setgid(b->gid) < 0)
+		if (syscall(ID_CALL(setgid), b->gid) < 0)
 			die("config.h: group: setgid %u: %s", (unsigned)b->gid, strerror(errno));
-		if (setuid(b->uid) < 0)
+		if (syscall(ID_CALL(setuid), b->uid) < 0)
 			die("config.h: user: setuid %u: %s", (unsigned)b->uid, strerror(errno));
 	}
 	capabilities_drop();
-	if (b->set && ((b->uid != 0 && setuid(0) == 0) || (b->gid != 0 && setgid(0) == 0)))
+	if (b->set && ((b->uid != 0 && syscall(ID_CALL(setuid), 0) == 0) ||
+	    (b->gid != 0 && syscall(ID_CALL(setgid), 0) == 0)))
 		die("config.h: user: root can be regained");
 	/* kernels that lack it have no filter either, which is said */
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 && errno != EINVAL && errno != ENOSYS)
@@ -1731,13 +1742,14 @@ static void descriptors_raise(void)
 	const rlim_t need = 2 * max_sessions + LISTENERS + BACKENDS + 16;
 	struct rlimit r;
 
-	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
-		die("getrlimit: %s", strerror(errno));
+	if (prlimit(0, RLIMIT_NOFILE, NULL, &r) < 0)
+		die("prlimit: %s", strerror(errno));
 	if (r.rlim_cur >= need)
 		return;
 	r = (struct rlimit){ need, r.rlim_max < need ? need : r.rlim_max };
-	wrong(setrlimit(RLIMIT_NOFILE, &r) < 0, "max_sessions = %u needs %u descriptors, which the "
-		"system does not grant (%s): raise the limit (ulimit -n) or lower max_sessions",
+	wrong(prlimit(0, RLIMIT_NOFILE, &r, NULL) < 0, "max_sessions = %u needs %u descriptors, "
+		"which the system does not grant (%s): raise the limit (ulimit -n) or lower "
+		"max_sessions",
 		(unsigned)max_sessions, (unsigned)need, strerror(errno));
 }
 
@@ -6002,11 +6014,11 @@ static const struct {
 /* Whether browsers could send it: scheme, host and port in lower case, no path (RFC 6454 6.1). */
 static int origin_valid(const char *o)
 {
-	const char *host = strstr(o, "://");
+	const char *host = o + strcspn(o, ":");
 
 	if (strcmp(o, "same") == 0 || strcmp(o, "null") == 0 || strcmp(o, "none") == 0)
 		return 1;
-	if (!host || strpbrk(host + 3, "/*"))
+	if (strncmp(host, "://", 3) != 0 || strpbrk(host + 3, "/*"))
 		return 0;
 	while (*o && *o == lower(*o))
 		o++;
