@@ -165,8 +165,8 @@ static const unsigned user_timeout_ms      = 120000;
 /* After start: become this user and group, and no other group (names in /etc/passwd and /etc/group;
  * numbers will do, and are the way for users of LDAP and the like; NULL: stay, which for root the
  * log warns of), and see no files but those under this directory (NULL: none). On SIGHUP,
- * certificates are read as that user, in there; a syslog daemon that starts again is found again
- * only if there is a dev/log.
+ * certificates are read as that user, in there; a syslog daemon that starts later, or again, is
+ * found only if its dev/log is in there, too.
  * Whoever it is, capabilities are given up: root itself then reads only what root's mode bits let
  * it. */
 static const char *const user       = NULL;
@@ -179,8 +179,8 @@ static const char *const chroot_dir = NULL;
  * ARM, MIPS and 64-bit RISC-V. 0 is for tools with calls of their own: sanitizers, valgrind. */
 static const int seccomp            = 1;
 
-/* STDERR or SYSLOG (facility daemon). log_time = 1: lines on stderr begin with the time, for those
- * who have no supervisor that adds it.
+/* STDERR or SYSLOG (facility daemon; stderr while there is no /dev/log). log_time = 1: lines on
+ * stderr begin with the time, for those who have no supervisor that adds it.
  * log_sessions: which have lines open and close: NONE, TUNNELS (requests for an upgrade), or ALL:
  * one page with its parts may have a hundred of these, 20 KB.
  * log_rejects: lines reject a second, so that no flood fills the log; one line counts the rest. 0:

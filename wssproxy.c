@@ -467,7 +467,9 @@ static struct link runnable;    /* sessions that were given what they waited for
 static struct pollfd fds[FD_COUNT];
 static uint32_t last_tag;
 static int log_fd = STDERR_FILENO;
-static int log_syslog;          /* 1: log_fd is the socket of the syslog daemon */
+static int log_flags = -1;      /* those of log_fd, a terminal that others share; -1: none does */
+static int log_socket = -1;     /* of the syslog daemon, */
+static int log_syslog;          /* which has this one's other end: 1, or 0: it is not there */
 static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
 static uint64_t accept_after;   /* listeners rest until then, */
 static uint64_t knock_after;    /* and while there is no place until then */
@@ -651,25 +653,56 @@ static void wrong_say(void)
 #define wrong(is, ...) \
 	((is) ? (string_format(fault, sizeof fault, __VA_ARGS__), wrong_say()) : (void)0)
 
-/* Connects the log's socket to the syslog daemon. */
+/* Connects the log's socket to the syslog daemon, which waits for nobody. */
 static int log_connect(void)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
 
-	return connect(log_fd, (struct sockaddr *)&sun, sizeof sun);
+	return connect(log_socket, (struct sockaddr *)&sun, sizeof sun);
+}
+
+/* Whether the next line goes to the syslog daemon: one that is not there is looked for each time. */
+static int log_daemon(void)
+{
+	if (log_to == SYSLOG && !log_syslog)
+		log_syslog = log_connect() == 0;
+	return log_syslog;
+}
+
+/* To a terminal that could not be opened again, without blocking: it takes less than POLLOUT says.
+ * The flag is all processes' that have it from the same parent, so it is set for the call alone. */
+static ssize_t stderr_write(const char *line, size_t len)
+{
+	ssize_t n;
+
+	if (log_flags >= 0)
+		fcntl(log_fd, F_SETFL, log_flags | O_NONBLOCK);
+	n = write(log_fd, line, len);
+	if (log_flags >= 0)
+		fcntl(log_fd, F_SETFL, log_flags);
+	return n;
 }
 
 /* The loop does not wait for a slow reader of the log: a line that can't be written at once is
- * counted and dropped. A pipe with POLLOUT takes PIPE_BUF bytes without blocking. */
+ * counted and dropped, its rest as well. A pipe with POLLOUT takes PIPE_BUF bytes without blocking. */
 static void log_write(const char *line, size_t len)
 {
+	static int cut;         /* 1: the last line lacks its end */
 	struct pollfd p = { .fd = log_fd, .events = POLLOUT };
+	ssize_t n = -1;
 
-	if (poll(&p, 1, 0) == 1 && write(log_fd, line, len) >= 0)
-		return;
-	/* a syslog daemon that was started again has another socket */
-	if (!log_syslog || log_connect() < 0 || write(log_fd, line, len) < 0)
-		totals.log_lost++;
+	if (log_syslog) {
+		n = write(log_socket, line, len);
+		/* a daemon that was started again has another socket */
+		if (n < 0 && log_connect() == 0)
+			n = write(log_socket, line, len);
+		log_syslog = n >= 0 || errno == EAGAIN;
+	} else if (poll(&p, 1, 0) == 1) {
+		cut = cut && stderr_write("\n", 1) < 1;
+		n = cut ? -1 : stderr_write(line, len);
+		cut |= n > 0 && n < (ssize_t)len;
+	}
+	totals.log_lost += n < (ssize_t)len;
 }
 
 /* Begins the log's next line, of which there is one at a time; log_end ends it. Whatever came from
@@ -680,7 +713,7 @@ static struct text log_begin(int priority)
 	struct text t = { .p = line, .size = sizeof line - 1 };
 	struct timespec ts;
 
-	if (log_syslog) {
+	if (log_daemon()) {
 		text_format(&t, "<%d>wssproxy[%d]: ", LOG_DAEMON | priority, (int)getpid());
 	} else if (log_time) {
 		clock_gettime(CLOCK_REALTIME, &ts);
@@ -732,26 +765,24 @@ static const char *or_dash(const char *s)
 	return *s ? s : "-";
 }
 
-/* Where the log goes. The daemon's socket is opened before chroot; without it, stderr serves. A
- * terminal or console that is slow, or was stopped, takes less than POLLOUT says: it is opened
- * again, for a description of its own that does not block. */
+/* Where the log goes. The daemon's socket is opened before chroot; while there is no daemon, stderr
+ * serves. A terminal or console that is slow, or was stopped, is opened again, for a description of
+ * its own that does not block; without /proc, see stderr_write. */
 static void log_open(void)
 {
-	int fd;
-
-	if (log_to == SYSLOG) {
-		log_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-		log_syslog = log_fd >= 0 && log_connect() == 0;
-		if (log_syslog)
-			return;
-		print(STDERR_FILENO, "wssproxy: config.h: log_to = SYSLOG: /dev/log: %s: "
-			"start a syslog daemon before; logging to stderr", strerror(errno));
-		if (log_fd >= 0)
-			close(log_fd);
-	}
-	fd = isatty(STDERR_FILENO) ?
+	const int tty = isatty(STDERR_FILENO), fd = tty ?
 		open("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) : -1;
-	log_fd = fd >= 0 ? fd : STDERR_FILENO;
+
+	if (fd >= 0)
+		log_fd = fd;
+	else if (tty)
+		log_flags = fcntl(STDERR_FILENO, F_GETFL);
+	if (log_to != SYSLOG)
+		return;
+	log_socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (!log_daemon())
+		log_line(LOG_WARNING, "warning log_to: /dev/log: %s: stderr has the log until a "
+			"syslog daemon is there", strerror(errno));
 }
 
 /* ---- lists, hashes, time and timers ---- */
@@ -1590,12 +1621,16 @@ static void become_do(const struct become *b, const char *root)
 			"another in config.h");
 }
 
-/* What SIGHUP will not find, or may not read, is said now, not when the certificate has expired. */
+/* What SIGHUP will not find, or may not read, is said now, not when the certificate has expired; and
+ * that a syslog daemon will not be found. */
 static void files_foretell(void)
 {
 	only_look = 1;
 	keyring_load(&keyrings[1]);
 	only_look = 0;
+	if (log_to == SYSLOG && chroot_dir && access("/dev/log", F_OK) < 0)
+		log_line(LOG_WARNING, "warning chroot_dir: dev/log in it: %s: a syslog daemon that "
+			"starts later is not found", strerror(errno));
 }
 
 /* ---- the system calls that the loop makes ----
@@ -1677,8 +1712,10 @@ static struct filter_op loop_calls[] = {
 	/* certificates, at SIGHUP; and the end */
 	LET_IF(openat, 2, ~READING, 0),
 	LET_IF(fcntl, 1, -1, F_SETFD),  /* musl's open, for O_CLOEXEC */
+	LET_IF(fcntl, 1, -1, F_SETFL),  /* a terminal, for each line */
 #ifdef SYS_fcntl64                      /* 32 bits */
-	LET_IF(fcntl64, 1, -1, F_SETFD), ON(stat64, LET), ON(fstatat64, LET),
+	LET_IF(fcntl64, 1, -1, F_SETFD), LET_IF(fcntl64, 1, -1, F_SETFL),
+	ON(stat64, LET), ON(fstatat64, LET),
 #else
 	ON(newfstatat, LET),
 #endif

@@ -150,6 +150,29 @@ static void test_log_line(void)
 	}
 }
 
+/* The next line is not written behind a part of one: a disk that was full has room again. */
+static void test_log_cut(void)
+{
+	static const char want[] = "a whole line\na part of \nthe next\n";
+	char got[100];
+	struct rlimit limit = { 23, 100 };
+	FILE *f = tmpfile();
+
+	if (f == NULL || setrlimit(RLIMIT_FSIZE, &limit) < 0)
+		exit(2);
+	signal(SIGXFSZ, SIG_IGN);
+	log_fd = fileno(f);
+	log_line(LOG_INFO, "a whole line");
+	log_line(LOG_INFO, "a part of one");
+	log_line(LOG_INFO, "nothing of one");
+	CHECK_INT(totals.log_lost, 2);
+	limit.rlim_cur = 100;
+	setrlimit(RLIMIT_FSIZE, &limit);
+	log_line(LOG_INFO, "the next");
+	CHECK_INT(totals.log_lost, 2);
+	CHECK_BYTES(got, (size_t)pread(log_fd, got, sizeof got, 0), want, sizeof want - 1);
+}
+
 static unsigned lines_of(const char *text)
 {
 	unsigned n = 0;

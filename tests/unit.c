@@ -83,6 +83,7 @@ static const struct test tests[] = {
 	TEST(text_full),
 	TEST(log_escape),
 	TEST(log_line),
+	TEST(log_cut),
 	TEST(log_session),
 	TEST(log_session_long),
 	TEST(text_time),

@@ -16,9 +16,9 @@ import pytest
 
 import pki
 from conftest import certificate, whole_config
-from harness import (PATIENCE, RUN, SYSLOG, WS, WSS, BuildFailed, Log, build, config_text, eventually,
+from harness import (INSTRUMENTED, PATIENCE, RUN, SYSLOG, WS, WSS, BuildFailed, Log, build, config_text, eventually,
                      run_once)
-from more import Etc
+from more import Etc, unshare
 from peers import (Stream, ask, client_context, client_hello, connect, head, open_tunnel, tcp,
                    upgrade)
 
@@ -260,39 +260,53 @@ def test_flood_of_rejects_does_not_fill_the_log(proxy, place):
 @pytest.fixture
 def without_reader(place):
     """A proxy that logs into a small pipe, or to a terminal, that nobody reads; closes, if asked, its
-    reading end."""
-    processes = []
+    reading end. Gives its address, and the end that it writes to."""
+    processes, ends = [], []
 
-    def start(close, terminal):
+    def start(close, terminal, wrapper=()):
         here = place()
         config = {"listeners": [(here.host, here.port, WS)]}
         read_end, write_end = os.openpty() if terminal else os.pipe()
+        ends.append(write_end)
         if not terminal:
             fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 8192)
         binary = build(config_text(whole_config([place()], config)))
-        processes.append(subprocess.Popen([binary], stderr=write_end))
-        os.close(write_end)
+        processes.append(subprocess.Popen([*wrapper, binary], stderr=write_end))
         with os.fdopen(read_end, "rb", buffering=0, closefd=close) as log:
             text = b""
             while b"listen" not in text:
                 more = log.read(4096)
                 assert more, text
                 text += more
-        return here
+        return here, write_end
     yield start
     for process in processes:
         process.terminate()
         assert process.wait(PATIENCE) == 0
+    for end in ends:
+        os.close(end)
+
+
+def many_lines(here):
+    for _ in range(400):
+        with Stream(socket.create_connection((here.host, int(here.port)), PATIENCE)) as client:
+            client.send(GET)
+            assert client.read_head().status == 426
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
 @pytest.mark.parametrize("close", [True, False], ids=["reader-died", "reader-stuck"])
 def test_log_that_nobody_reads_stops_nothing(without_reader, close, terminal):
-    here = without_reader(close, terminal)
-    for _ in range(200):
-        with Stream(socket.create_connection((here.host, int(here.port)))) as client:
-            client.send(GET)
-            assert client.read_head().status == 426
+    many_lines(without_reader(close, terminal)[0])
+
+
+@pytest.mark.skipif(INSTRUMENTED or bool(RUN), reason="needs no /proc itself")
+def test_terminal_that_nobody_reads_stops_nothing_without_proc(without_reader):
+    """It can't be opened again; what others have of it stays as it was."""
+    here, terminal = without_reader(False, True, [*unshare(), "sh", "-c",
+                                                  'mount -t tmpfs none /proc && exec "$0"'])
+    many_lines(here)
+    assert not fcntl.fcntl(terminal, fcntl.F_GETFL) & os.O_NONBLOCK
 
 
 def test_log_that_may_not_grow_stops_nothing(place, tmp_path):
@@ -626,24 +640,42 @@ def test_it_leaves_no_core_with_keys(proxy, place):
 
 # ---- syslog ----
 
+@pytest.fixture
+def dev_log():
+    """The right to /dev/log, which is one for all tests that run on this machine."""
+    with open_directory("/dev") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if Path("/dev/log").exists():
+            pytest.skip("/dev/log is taken")
+        yield
+
+
 @contextlib.contextmanager
-def syslog_daemon():
+def open_directory(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def syslog_daemon(path="/dev/log"):
     log = Log()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sink:
-        sink.bind("/dev/log")
+        sink.bind(str(path))
+        os.chmod(path, 0o666)
         try:
             threading.Thread(target=read_syslog, args=(sink, log), daemon=True).start()
             yield log
         finally:
-            os.unlink("/dev/log")
+            os.unlink(path)
             sink.shutdown(socket.SHUT_RDWR)
 
 
 @as_root
-def test_syslog(proxy, scripted):
+def test_syslog(dev_log, proxy, scripted):
     """Also when the daemon is started again, which gives it another socket."""
-    if Path("/dev/log").exists():
-        pytest.skip("/dev/log is taken")
     backend = scripted()
     with syslog_daemon() as log:
         p = proxy(backend, log_to=SYSLOG, ready=False)
@@ -660,6 +692,40 @@ def test_syslog(proxy, scripted):
         log.wait("stop")
         p.signal(signal.SIGTERM)
         assert p.wait_exit() == 0
+
+
+@as_root
+def test_syslog_daemon_that_comes_later(dev_log, proxy, scripted):
+    """Until then, and while it is gone, stderr has the log; one line finds out that it is gone."""
+    backend = scripted()
+    p = proxy(backend, log_to=SYSLOG)
+    assert "stderr" in p.log.wait_text("^warning log_to: /dev/log: No such file").text
+    open_tunnel(p, backend)
+    assert p.log.wait("open")["id"] == "1"
+    with syslog_daemon() as log:
+        open_tunnel(p, backend)
+        assert log.wait("open")["id"] == "2"
+    open_tunnel(p, backend)
+    open_tunnel(p, backend)
+    assert p.log.wait("open", nth=2)["id"] == "4"
+    assert not p.log.all("open", id="2")
+    assert p.totals()["log-lost"] == "1"
+
+
+@as_root
+@pytest.mark.parametrize("inside", [False, True])
+def test_syslog_in_a_chroot(dev_log, proxy, scripted, live_files, inside):
+    """The check says it as the start does."""
+    backend = scripted()
+    config = {"log_to": SYSLOG, "chroot_dir": live_files, "user": "nobody"}
+    if inside:
+        (live_files / "dev").mkdir()
+        live_files.chmod(0o755)
+    with syslog_daemon(live_files / "dev/log") if inside else contextlib.nullcontext() as log:
+        p = proxy(backend, popen=NO_LEAK_CHECK, **config)
+        open_tunnel(p, backend)
+        (log or p.log).wait("open")
+        assert ("\nwarning chroot_dir: dev/log in it: No such file" in p.log.text) == (not inside)
 
 
 def read_syslog(sink, log):
