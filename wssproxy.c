@@ -661,7 +661,7 @@ static int log_connect(void)
 	return connect(log_socket, (struct sockaddr *)&sun, sizeof sun);
 }
 
-/* Whether the next line goes to the syslog daemon: one that is not there is looked for each time. */
+/* Whether the next line goes to the syslog daemon, which is looked for while it is not there. */
 static int log_daemon(void)
 {
 	if (log_to == SYSLOG && !log_syslog)
@@ -684,7 +684,7 @@ static ssize_t stderr_write(const char *line, size_t len)
 }
 
 /* The loop does not wait for a slow reader of the log: a line that can't be written at once is
- * counted and dropped, its rest as well. A pipe with POLLOUT takes PIPE_BUF bytes without blocking. */
+ * counted and dropped, or its rest. A pipe with POLLOUT takes PIPE_BUF bytes without blocking. */
 static void log_write(const char *line, size_t len)
 {
 	static int cut;         /* 1: the last line lacks its end */
@@ -1583,8 +1583,8 @@ static void core_forbid(void)
 	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
 }
 
-/* Calls of the kernel's own: musl has setuid and the like, and setrlimit, stop all threads first, of
- * which there are none, with 5 KB. On 32-bit machines the first numbers take 16 bits. */
+/* Calls of the kernel's own: musl's setuid and the like stop all other threads first, of which
+ * there are none, with 5 KB. On 32-bit machines the first numbers take 16 bits. */
 #ifdef SYS_setuid32
 #define ID_CALL(name) SYS_##name##32
 #else
@@ -1621,8 +1621,8 @@ static void become_do(const struct become *b, const char *root)
 			"another in config.h");
 }
 
-/* What SIGHUP will not find, or may not read, is said now, not when the certificate has expired; and
- * that a syslog daemon will not be found. */
+/* What SIGHUP will not find, or may not read, is said now, not when the certificate has expired,
+ * and so is a syslog daemon that will not be found. */
 static void files_foretell(void)
 {
 	only_look = 1;
@@ -5818,6 +5818,122 @@ static void sessions_turn(void)
 	link_drop(&end);
 }
 
+/* ---- what certificates say of themselves ----
+ *
+ * BearSSL's decoder has found them well formed, but tells neither names nor dates. Elements of DER
+ * are ranges of bytes here, as its names are. */
+
+/* Takes the next element of some. Its tag, or 0: there is none. */
+static unsigned der_next(br_x500_name *from, br_x500_name *out)
+{
+	unsigned char *p = from->data;
+	size_t at = 2, len = from->len < 2 ? 0x80 : p[1], more = len < 0x80 ? 0 : len - 0x80;
+
+	if (from->len < 2 + more)
+		return 0;
+	for (len = more > 0 ? 0 : len; more > 0; more--)
+		len = (len << 8 | p[at++]) & 0xffffff;
+	if (len > from->len - at)
+		return 0;
+	from->data += at + len;
+	from->len -= at + len;
+	*out = (br_x500_name){ p + at, len };   /* it may be the same */
+	return p[0];
+}
+
+/* A time of RFC 5280 4.1.2.5 in seconds since 1970, in whole days, and as 2028-01-31. A year begins
+ * in March here, so that a leap day is its last one. */
+static int64_t der_time(br_x500_name time, int *days, char text[16])
+{
+	unsigned two[7] = { 0 }, i, year, month;        /* seconds first, the century last */
+
+	for (i = 0; i < 7 && time.len > 2; i++, time.len -= 2)
+		two[i] = (time.data[time.len - 3] - '0') * 10u + time.data[time.len - 2] - '0';
+	year = (i == 7 ? two[6] : two[5] < 50 ? 20 : 19) * 100 + two[5];
+	string_format(text, 16, "%u-%02u-%02u", year, two[4], two[3]);
+	year -= two[4] < 3;
+	month = (two[4] + 9) % 12;
+	*days = (int)(365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 +
+		two[3] - 719469);
+	return (int64_t)*days * 86400 + two[2] * 3600 + two[1] * 60 + two[0];
+}
+
+/* Names of hosts among the extensions, with commas between. */
+static void der_names(br_x500_name list, struct text *names)
+{
+	br_x500_name extension, id, value;
+	unsigned tag;
+
+	der_next(&list, &list);
+	while (der_next(&list, &extension) && der_next(&extension, &id)) {
+		value = id;
+		while (der_next(&extension, &value))
+			;                               /* behind a flag, or not */
+		if (id.len != 3 || memcmp(id.data, "\x55\x1d\x11", 3) != 0)
+			continue;
+		der_next(&value, &list);                /* there is one subjectAltName */
+		while ((tag = der_next(&list, &value)))
+			if (tag == 0x82) {
+				text_add(names, ",", names->len > 0);
+				text_add(names, (char *)value.data, value.len);
+			}
+	}
+}
+
+/* A line for a certificate, and one more if it is not valid now. */
+static void cert_say(const br_x509_certificate *c, const char *entry, unsigned i, const char *path,
+	const char *changed)
+{
+	const int64_t t = clock_floor();
+	br_x500_name cert = { c->data, c->data_len }, part, start = { NULL, 0 }, end = start;
+	br_x500_name parts[4] = { start, start, start, start };        /* algorithm, issuer, */
+	char raw[LOG_LINE / 4], names[LOG_LINE / 2], issuer[100], from[16], until[16];
+	struct text list = { .p = raw, .size = sizeof raw };            /* validity, subject */
+	unsigned tag, n = 0;
+	int days;
+
+	der_next(&cert, &cert);
+	der_next(&cert, &cert);
+	while ((tag = der_next(&cert, &part)))
+		if (tag == 0x30 && n < LENGTH(parts))
+			parts[n++] = part;
+		else if (tag == 0xa3)
+			der_names(part, &list);
+	subject_text(issuer, sizeof issuer, &parts[1]);
+	subject_text(names, sizeof names, &parts[3]);
+	if (list.len > 0)
+		log_escape(names, sizeof names, raw, list.len);
+	der_next(&parts[2], &start);
+	der_next(&parts[2], &end);
+	if (t < der_time(start, &days, from))
+		log_line(LOG_WARNING, "warning %s[%u]: %s is not valid before %s, or the clock is "
+			"wrong", entry, i, path, from);
+	if (t > der_time(end, &days, until))
+		log_line(LOG_WARNING, "warning %s[%u]: %s has expired", entry, i, path);
+	log_line(LOG_NOTICE, "cert entry=%s[%u] names=%s issuer=%s until=%s days=%d%s", entry, i,
+		names, issuer, until, days - (int)((uint64_t)t / 86400), changed);
+}
+
+/* What a keyring has, at its start or in place of another. How many are not what that had. */
+static unsigned certs_say(const struct keyring *ring, const struct keyring *before)
+{
+	unsigned i, changed = 0;
+
+	for (i = 0; i < LENGTH(ring->id); i++) {
+		const struct identity *id = &ring->id[i], *old = &(before ? before : ring)->id[i];
+		const unsigned k = i < CERTS ? i : i - CERTS;
+		const int same = id->der_len == old->der_len &&
+			memcmp(id->der, old->der, id->der_len) == 0;
+
+		changed += !same;
+		if (id->chain_len > 0)
+			cert_say(&id->chain[0], i < CERTS ? "certs" : "backends", k,
+				i < CERTS ? certs[k].chain : backends[k].cert,
+				!before ? "" : same ? " changed=0" : " changed=1");
+	}
+	return changed;
+}
+
 /* ---- signals ---- */
 
 /* Signals come through a descriptor, so that none is lost between a look and the wait, nor delayed
@@ -5855,10 +5971,11 @@ static void reload(void)
 		servers[i].session_until = 0;
 	}
 	if (keyring_load(other)) {
+		log_line(LOG_NOTICE, "reload ok certs=%u changed=%u", (unsigned)CERTS,
+			certs_say(other, keyring));
 		if (keyring->users == 0)
 			keyring_wipe(keyring);
 		keyring = other;
-		log_line(LOG_NOTICE, "reload ok certs=%u", (unsigned)CERTS);
 	} else {
 		keyring_wipe(other);
 		log_line(LOG_ERR, "reload failed config.h: %s: the old certificates stay", fault);
@@ -6308,12 +6425,19 @@ static void warnings_print(void)
 /* wssproxy -t */
 static int check_print(void)
 {
+	struct become become;
+
 	certs_init();
-	become_find(user, group);
+	become = become_find(user, group);
 	if (faults_found > 0)
 		return 1;
 	servers_init();
 	warnings_print();
+	certs_say(keyring, NULL);
+	if (getuid() == 0) {
+		become_do(&become, chroot_dir);
+		files_foretell();
+	}
 	return !print(STDOUT_FILENO, "wssproxy: config.h and its files are good\n"
 		"memory: at most %u KB of tables: %u sessions of %u bytes, %u busy of %u bytes",
 		memory_kb(), (unsigned)max_sessions, (unsigned)sizeof sessions[0],
@@ -6357,6 +6481,7 @@ int main(int argc, char *argv[])
 	warnings_print();
 	log_line(LOG_NOTICE, "start version=%s sessions=%u busy=%u memory=%uKB", VERSION,
 		(unsigned)max_sessions, (unsigned)max_busy, memory_kb());
+	certs_say(keyring, NULL);
 	for (i = 0; i < LISTENERS; i++)
 		listener_open(i);
 	fds[FD_EPOLL].fd = epoll_create1(EPOLL_CLOEXEC);

@@ -2130,3 +2130,67 @@ static void test_suites(void)
 		br_aes_x86ni_ctr_get_vtable() == NULL && br_aes_pwr8_ctr_get_vtable() == NULL);
 	CHECK_INT(suite_find(BR_TLS_RSA_WITH_AES_128_CBC_SHA), -1);     /* no forward secrecy */
 }
+
+/* ---- what certificates say of themselves ---- */
+
+static void test_der_time(void)
+{
+	static const struct { const char *der, *text; int days; int64_t seconds; } cases[] = {
+		{ "700101000000Z", "1970-01-01", 0, 0 },
+		{ "691231235959Z", "1969-12-31", -1, -1 },
+		{ "500101000000Z", "1950-01-01", -7305, -631152000 },
+		{ "491231235959Z", "2049-12-31", 29219, 2524607999 },
+		{ "000229010203Z", "2000-02-29", 11016, 951786123 },
+		{ "000301000000Z", "2000-03-01", 11017, 951868800 },
+		{ "380119031408Z", "2038-01-19", 24855, 2147483648 },
+		{ "20500101000000Z", "2050-01-01", 29220, 2524608000 },
+		{ "21000301000000Z", "2100-03-01", 47541, 4107542400 },
+		{ "24000229235959Z", "2400-02-29", 157113, 13574649599 },
+		{ "99991231235959Z", "9999-12-31", 2932896, 253402300799 },
+	};
+	char text[16];
+	size_t i;
+	int days;
+
+	for (i = 0; i < COUNT(cases); i++) {
+		unsigned char *p = (unsigned char *)cases[i].der;
+		br_x500_name time = { p, strlen(cases[i].der) };
+
+		at("%s", cases[i].der);
+		CHECK_INT(der_time(time, &days, text), cases[i].seconds);
+		CHECK_INT(days, cases[i].days);
+		CHECK_STR(text, cases[i].text);
+	}
+	(void)der_time((br_x500_name){ NULL, 0 }, &days, text);
+}
+
+/* Bytes of any kind: no read beyond them, and always one line. */
+static void test_cert_say(void)
+{
+	static const char *const pems[] = { PEM_EC_CERT, PEM_RSA_CERT };
+	static struct guard room;
+	br_x509_certificate c;
+	size_t i, len;
+	int n;
+
+	log_open_pipe();
+	for (i = 0; i < COUNT(pems); i++) {
+		CHECK_GOOD(chain_of(pems[i]));
+		for (len = 0; len <= identity.chain[0].data_len; len++) {
+			at("certificate %zu cut to %zu bytes", i, len);
+			c.data = (unsigned char *)guard_copy(&room, identity.der, len);
+			c.data_len = len;
+			cert_say(&c, "certs", 0, "path", "");
+			CHECK(strstr(log_read(), "cert entry=certs[0] names=") != NULL);
+		}
+		for (n = 0; n < 20000; n++) {
+			unsigned char *p = c.data;
+
+			memcpy(p, identity.der, c.data_len);
+			p[random_below((unsigned)c.data_len)] = (unsigned char)random_next();
+			p[random_below((unsigned)c.data_len)] = (unsigned char)random_next();
+			cert_say(&c, "certs", 0, "path", "");
+			CHECK(lines_of(log_read()) <= 3);
+		}
+	}
+}

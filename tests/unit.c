@@ -78,6 +78,8 @@ static const struct test tests[] = {
 	TEST(keyring_wiped),
 	TEST(pem_load),
 	TEST(ids),
+	TEST(der_time),
+	TEST(cert_say),
 	TEST(name_fits),
 	TEST(text_format),
 	TEST(text_full),

@@ -1,6 +1,7 @@
 """Starting, checking, signals, logs and privileges."""
 
 import contextlib
+import datetime
 import fcntl
 import os
 import re
@@ -18,11 +19,16 @@ import pki
 from conftest import certificate, whole_config
 from harness import (INSTRUMENTED, PATIENCE, RUN, SYSLOG, WS, WSS, BuildFailed, Log, build, config_text, eventually,
                      run_once)
-from more import Etc, unshare
+from more import TLS_PIN, Etc, key_of, pem, unshare
 from peers import (Stream, ask, client_context, client_hello, connect, head, open_tunnel, tcp,
                    upgrade)
 
 GET = head("GET / HTTP/1.1", {"Host": "example.test"})
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+# In a chroot the leak check of the address sanitizer misses /proc.
+NO_LEAK_CHECK = {"env": {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}}
 
 
 def serves(proxy, trust="ec256"):
@@ -236,7 +242,7 @@ def test_request_makes_no_line_of_its_own(proxy, scripted, path, host):
     client.close()
     p.log.wait("reject", status="400")
     p.stop()
-    events = [line.event for line in p.log.lines if line.event != "warning"]
+    events = [line.event for line in p.log.lines if line.event not in ("warning", "cert")]
     assert events == ["start", "listen", "reject", "stop", "stop"]
     assert all(char.isprintable() for line in p.log.lines for char in line.text)
 
@@ -540,10 +546,101 @@ def test_many_signals_harm_nobody(proxy, scripted):
         assert server.read(3) == b"%03d" % n
 
 
+# ---- what is said of certificates ----
+
+def told(result_or_log, entry):
+    """The line of a certificate, by the check or by a proxy."""
+    log = result_or_log
+    if not isinstance(log, Log):
+        log = Log()
+        for text in result_or_log.stderr.splitlines():
+            log.feed(text)
+        log.end()
+    return log.wait("cert", entry=entry)
+
+
+def end_date(path):
+    text = subprocess.run(["openssl", "x509", "-in", path, "-noout", "-enddate", "-dateopt", "iso_8601"],
+                          capture_output=True, text=True, check=True).stdout
+    return text.removeprefix("notAfter=").split()[0]
+
+
+def test_certificates_are_told(proxy, place):
+    """Those that it shows to backends, too."""
+    config = {"certs": [certificate("ec256"), certificate("chain", "leaf.key")], "tls_backends": 1}
+    backend = place().entry(tls=TLS_PIN, ca=pki.DIR / "ec256.pem", cert=pki.DIR / "rsa4096.pem",
+                            key=pki.DIR / "rsa4096.key")
+    check = run_once(whole_config([backend], config), "-t")
+    p = proxy(backend, **config)
+    for output in (check, p.log):
+        for entry, name, issuer in (("certs[0]", "ec256", "ec256"), ("certs[1]", "chain", "intermediate"),
+                                    ("backends[0]", "rsa4096", "localhost")):
+            line, until = told(output, entry), end_date(pki.DIR / f"{name}.pem")
+            left = datetime.date.fromisoformat(until) - datetime.datetime.now(datetime.timezone.utc).date()
+            assert (line["names"], line["issuer"], line["until"]) == ("localhost", issuer, until)
+            assert abs(int(line["days"]) - left.days) <= 1      # midnight may pass
+    assert "is not valid" not in p.log.text and "expired" not in p.log.text
+
+
+@pytest.mark.parametrize("subject, names, said", [
+    ("/CN=a b", "DNS:a.example,IP:127.0.0.1,DNS:*.b.example", "a.example,*.b.example"),
+    ("/O=none/CN=a b", "IP:127.0.0.1", r"a\x20b"), ("/CN=one/O=two", None, "one"), ("/", None, "-"),
+    ("/CN=a", ",".join(f"DNS:{n}.example" for n in range(100)), None)])
+def test_names_of_a_certificate(place, live_files, subject, names, said):
+    chain, key = live_files / "cert.pem", pki.DIR / "ec256.key"
+    extension = ["-addext", f"subjectAltName={names}"] if names else []
+    subprocess.run(["openssl", "req", "-x509", "-key", key, "-out", chain, "-days", "3", "-subj", subject,
+                    *extension], check=True, capture_output=True)
+    result = run_once(whole_config([place()], {"certs": [(None, chain, key)]}), "-t")
+    line = told(result, "certs[0]")
+    if said:
+        assert line["names"] == said
+    else:
+        assert line["names"].startswith("0.example,1.example,") and line["days"] in ("2", "3")
+
+
+@pytest.mark.parametrize("name, what", [("expired", "has expired"), ("of-1970", "has expired"),
+                                        ("early", "is not valid before .*clock")])
+def test_certificate_that_is_not_valid_now_is_warned_about(proxy, place, name, what):
+    certs = [certificate("ec256"), (None, pem(name), key_of(name))]
+    warning = rf"^warning certs\[1\]: {pem(name)} {what}"
+    check = run_once(whole_config([place()], {"certs": certs}), "-t")
+    assert check.returncode == 0 and re.search(warning, check.stderr, re.M)
+    assert (int(told(check, "certs[1]")["days"]) < 0) == ("expired" in what)
+    p = proxy(place(), certs=certs)
+    p.log.wait_text(warning)
+    p.signal(signal.SIGHUP)
+    p.log.wait_text(warning, nth=2)
+    assert "warning certs[0]" not in p.log.text
+
+
+def test_reload_says_which_certificates_changed(proxy, place, live_certs):
+    certs, put = live_certs
+    p = proxy(place(), certs=[certificate("rsa2048"), *certs])
+    put("other")
+    for n, changed in ((1, "1"), (2, "0")):
+        p.signal(signal.SIGHUP)
+        assert p.log.wait("reload", ok=True, nth=n)["changed"] == changed
+        line = p.log.wait("cert", entry="certs[1]", nth=1 + n)
+        assert (line["issuer"], line["changed"]) == ("other", changed)
+        assert p.log.wait("cert", entry="certs[0]", nth=1 + n)["changed"] == "0"
+
+
+@as_root
+def test_check_names_files_that_sighup_could_not_read(place, live_certs, live_files):
+    certs, _ = live_certs
+    live_files.chmod(0o755)
+    certs[0][2].chmod(0o600)
+    config = whole_config([place()], {"certs": certs})
+    assert "SIGHUP" not in run_once(config, "-t").stderr
+    for more, why in (({"user": "nobody"}, "Permission denied"), ({"chroot_dir": live_files}, "No such file")):
+        result = run_once({**config, **more}, "-t", env=NO_LEAK_CHECK["env"])
+        assert result.returncode == 0
+        assert f"certs[0]: {certs[0][2]}: {why}" in result.stderr
+        assert "SIGHUP will fail" in result.stderr
+
+
 # ---- privileges ----
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
 
 def status_of(p):
     """What the kernel says of it, once it serves: ports are announced before privileges go."""
@@ -603,10 +700,6 @@ def test_user_or_group_without_an_id_is_named(place, live_files, files, named):
         result = subprocess.run([*etc.wrapper(), *RUN, binary, *args], capture_output=True, text=True, timeout=PATIENCE)
         assert result.returncode == 1
         assert all(part in result.stderr for part in named), result.stderr
-
-
-# In a chroot the leak check of the address sanitizer misses /proc.
-NO_LEAK_CHECK = {"env": {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}}
 
 
 @as_root
