@@ -11,8 +11,8 @@ static const struct listener listeners[] = {
 	/* address      port    kind: WSS (TLS), WS (clear), REDIRECT (308 to https) */
 	{ "::",         "443",  WSS },                  /* "::" takes IPv4 as well */
 	/* More of one that is WSS: .client_ca, in place of the entry below; .verify_client,
-	 * VERIFY_REQUIRED, VERIFY_OPTIONAL (who shows no certificate is served, who shows a bad
-	 * one is not) or VERIFY_OFF. */
+	 * VERIFY_REQUIRED (which client_ca means), VERIFY_OPTIONAL (who shows no certificate is
+	 * served, who shows a bad one is not) or VERIFY_OFF. */
 };
 
 /* What the proxy shows to clients: a chain in file order and its key, PEM. EC keys (P-256) are

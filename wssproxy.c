@@ -694,7 +694,7 @@ static void log_write(const char *line, size_t len)
 	if (log_syslog) {
 		n = write(log_socket, line, len);
 		/* a daemon that was started again has another socket */
-		if (n < 0 && log_connect() == 0)
+		if (n < 0 && errno != EAGAIN && log_connect() == 0)
 			n = write(log_socket, line, len);
 		log_syslog = n >= 0 || errno == EAGAIN;
 	} else if (poll(&p, 1, 0) == 1) {
@@ -1296,7 +1296,7 @@ static int identity_load(struct identity *id, const char *entry, unsigned i, con
 	br_skey_decoder_init(&id->key);
 	if (!chain || !key)
 		return 1;
-	if (!pem_load(&chain_pem, id, entry, i, chain) || !pem_load(&key_pem, id, entry, i, key))
+	if (!(pem_load(&chain_pem, id, entry, i, chain) & pem_load(&key_pem, id, entry, i, key)))
 		return 0;
 	if (only_look)
 		return 1;
@@ -1403,11 +1403,12 @@ static int would_block(int error)
 	return error == EAGAIN || error == EWOULDBLOCK || error == EINTR;
 }
 
-/* Errors that are our machine's, not the other side's: no descriptor, memory or local port. */
+/* Errors that are our machine's, not the other side's: no descriptor, memory, local port or place in
+ * the epoll set. */
 static int is_our_shortage(int error)
 {
 	return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM ||
-		error == EADDRNOTAVAIL;
+		error == EADDRNOTAVAIL || error == ENOSPC;
 }
 
 static void socket_option(int fd, int level, int name, unsigned value)
@@ -1540,10 +1541,12 @@ static unsigned id_find(const char *entry, const char *name, const char *path, u
 	if (id != UINT_MAX)
 		return id;
 	what = file_read(path, &len);
+	while (what && len > 0 && file_text[len - 1] != '\n')
+		file_text[--len] = '\0';        /* a line that is cut */
 	for (line = strtok(file_text, "\n"); line && id == UINT_MAX; line = strtok(NULL, "\n"))
 		if (strncmp(line, name, name_len) == 0 && line[name_len] == ':')
 			id = id_parse(line, field);
-	if (what || id == UINT_MAX)
+	if (id == UINT_MAX)
 		die("config.h: %s \"%s\": %s: %s: add it, or give a number", entry, name, path,
 			what ? what : "not in there, and LDAP and the like are not asked");
 	return id;
@@ -1616,18 +1619,18 @@ static void become_do(const struct become *b, const char *root)
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 && errno != EINVAL && errno != ENOSYS)
 		die("prctl: PR_SET_NO_NEW_PRIVS: %s", strerror(errno));
 	core_forbid();          /* which a change of user may have undone */
-	if (!user && getuid() == 0)
-		log_line(LOG_WARNING, "warning user: it stays root, without capabilities: name "
-			"another in config.h");
 }
 
-/* What SIGHUP will not find, or may not read, is said now, not when the certificate has expired,
- * and so is a syslog daemon that will not be found. */
-static void files_foretell(void)
+/* What is now as it should not be, or will be: files that SIGHUP will not find, or may not read, a
+ * syslog daemon that will not be found. */
+static void become_warn(void)
 {
 	only_look = 1;
 	keyring_load(&keyrings[1]);
 	only_look = 0;
+	if (!user && getuid() == 0)
+		log_line(LOG_WARNING, "warning user: it stays root, without capabilities: name "
+			"another in config.h");
 	if (log_to == SYSLOG && chroot_dir && access("/dev/log", F_OK) < 0)
 		log_line(LOG_WARNING, "warning chroot_dir: dev/log in it: %s: a syslog daemon that "
 			"starts later is not found", strerror(errno));
@@ -3400,8 +3403,106 @@ static size_t records_whole(const unsigned char *p, size_t len, size_t *need)
 	}
 }
 
-/* The session cache: BearSSL's, with the server name mixed into the session ID, for a session must
- * not be resumed under another name. */
+struct bytes {
+	const unsigned char *p, *end;
+};
+
+/* Takes so many off the front. Where there are not as many, what is taken is { NULL, NULL }, then
+ * and ever after, and so is what it was to come from. */
+static struct bytes bytes_take(struct bytes *from, size_t len)
+{
+	struct bytes taken = *from;
+
+	if (!from->p || len > (size_t)(from->end - from->p))
+		return *from = (struct bytes){ NULL, NULL };
+	taken.end = from->p += len;
+	return taken;
+}
+
+static size_t number_take(struct bytes *from, size_t size)
+{
+	struct bytes b = bytes_take(from, size);
+	size_t n = 0;
+
+	while (b.p < b.end)
+		n = n << 8 | *b.p++;
+	return n;
+}
+
+/* The length of the vector has that many bytes. */
+static struct bytes vector_take(struct bytes *from, size_t size)
+{
+	const size_t len = number_take(from, size);
+
+	return bytes_take(from, len);
+}
+
+/* What a ClientHello says that a session must not be resumed in spite of. */
+struct hello {
+	struct bytes name;      /* its server name; empty: none */
+	int alpn;               /* 1: it lists protocols, and ours is among them */
+};
+
+/* An extension: a server name, of which there is one (RFC 6066 3), or protocols, of which one is
+ * ours (RFC 7301 3.1). Neither comes twice. */
+static int hello_extension(size_t type, struct bytes v, struct hello *h)
+{
+	const size_t len = strlen(protocols[0]);
+	struct bytes list, name;
+
+	if (type != 0 && type != 16)
+		return 1;
+	list = vector_take(&v, 2);
+	if (type == 0) {
+		if (h->name.p < h->name.end || number_take(&list, 1) != 0)
+			return 0;
+		h->name = vector_take(&list, 2);
+	} else if (h->alpn) {
+		return 0;
+	}
+	while (type == 16 && list.p < list.end) {
+		name = vector_take(&list, 1);
+		if (name.p == name.end)
+			return 0;
+		h->alpn |= (size_t)(name.end - name.p) == len &&
+			memcmp(name.p, protocols[0], len) == 0;
+	}
+	return list.p && list.p == list.end && v.p == v.end && (type == 0 || h->alpn);
+}
+
+/* Reads the first record of a handshake (RFC 5246 7.4.1.2). BearSSL looks a session up before it
+ * has come to the extensions, and if there is one, nothing that they say is checked: of a list of
+ * protocols without ours its answer would even be read from far behind our table. So whoever asks
+ * to resume is read here first, and strictly. (Twice by BearSSL would cost as much as a resumed
+ * handshake.) 0: not known, or not to be resumed: in doubt a full handshake is the answer, in which
+ * BearSSL does check. */
+static int hello_read(struct bytes b, struct hello *h)
+{
+	const unsigned char *const end = b.end;
+	const size_t content = number_take(&b, 3) >> 16;
+	struct bytes record = vector_take(&b, 2), hello, list;
+	const size_t message = number_take(&record, 1);
+	size_t type;
+
+	hello = vector_take(&record, 3);
+	*h = (struct hello){ .name = { end, end } };
+	if (content != 22 || message != 1 || !record.p || record.p != record.end)
+		return 0;
+	bytes_take(&hello, 2 + 32);                     /* version, random */
+	vector_take(&hello, 1);                         /* session ID */
+	vector_take(&hello, 2);                         /* cipher suites */
+	vector_take(&hello, 1);                         /* compression methods */
+	list = hello.p < hello.end ? vector_take(&hello, 2) : hello;
+	while (list.p < list.end) {
+		type = number_take(&list, 2);
+		if (!hello_extension(type, vector_take(&list, 2), h))
+			return 0;
+	}
+	return list.p && hello.p == hello.end;
+}
+
+/* The session cache: BearSSL's, with the server name mixed into the session ID, so that no client
+ * resumes under another name by mistake. (One that wants to can: no right hangs on the name.) */
 static void cache_key(const struct session *s, br_ssl_session_parameters *p)
 {
 	uint64_t id;
@@ -3444,27 +3545,6 @@ static int client_asked(const struct session *s)
 {
 	return clients_asked() && listener_ca(s->listener) != NULL;
 }
-
-/* BearSSL looks a session up before it has come to the extensions of a ClientHello, and if there is
- * one, nothing that they say is checked: of a list of protocols without ours its answer would even
- * be read from far behind our table. So what came is read twice, at first without the cache and
- * with this policy: who gets here has said nothing wrong, and may resume a session of that name.
- * Everybody else gets a full handshake, in which BearSSL does check. A resumed session shows no
- * certificate, so none is kept or taken where one is asked for, wherever the client has it from. */
-static int hello_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
-	br_ssl_server_choices *choices)
-{
-	struct session *s = OWNER(ctx, struct session, policy);
-	const char *name = br_ssl_engine_get_server_name(&cc->eng);
-
-	(void)choices;
-	s->note->name_hash = hash_bytes(0, name, strlen(name));
-	if (session_cache > 0 && !client_asked(s))
-		br_ssl_server_set_cache(&s->tls, &named_cache);
-	return 0;
-}
-
-static const br_ssl_server_policy_class hello_class = { .choose = hello_choose };
 
 /* What engines of both sides have in common. */
 static int engine_make(br_ssl_engine_context *eng)
@@ -3527,23 +3607,17 @@ static void tls_ring_take(struct session *s)
 	keyring->users++;
 }
 
-/* The first of two readings of a ClientHello: see hello_choose. */
-static void hello_read(struct session *s)
+/* Who may resume has the cache. A resumed session shows no certificate, so none is kept or taken
+ * where one is asked for, wherever the client has it from. */
+static void cache_offer(struct session *s)
 {
 	const struct leg *l = &s->client;
-	size_t at, len;
-	unsigned char *p;
+	struct hello h;
+	const int good = hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end }, &h);
 
-	note_take(s);
-	s->policy = &hello_class;
-	br_ssl_server_set_policy(&s->tls, &s->policy);
-	br_ssl_server_set_cache(&s->tls, NULL);
-	br_ssl_server_reset(&s->tls);
-	for (at = l->at; at < l->end && (p = br_ssl_engine_recvrec_buf(l->eng, &len)); at += len) {
-		len = len < l->end - at ? len : l->end - at;
-		memcpy(p, l->ahead + at, len);
-		br_ssl_engine_recvrec_ack(l->eng, len);
-	}
+	note_take(s)->name_hash = hash_bytes(0, h.name.p, (size_t)(h.name.end - h.name.p));
+	br_ssl_server_set_cache(&s->tls, session_cache > 0 && good && !client_asked(s) ?
+		&named_cache : NULL);
 }
 
 /* The system's time, but not before this program was made: a device without a clock boots in
@@ -3632,9 +3706,9 @@ static int tls_start(struct session *s)
 	place_start(s);
 	tls_ring_take(s);
 	leg_start(l, &s->tls.eng);
-	hello_read(s);
-	leg_start(l, &s->tls.eng);
+	cache_offer(s);
 	s->policy = &policy_class;
+	br_ssl_server_set_policy(&s->tls, &s->policy);
 	if (clients_asked())
 		certificate_ask(s);
 	return br_ssl_server_reset(&s->tls) != 0;
@@ -4705,8 +4779,6 @@ static int leg_handshake(struct session *s, struct leg *l)
 	if (!leg_send(s, l)) {
 		do {
 			light = l->at < l->end && l->ahead[l->at] == 20;
-			if (light && s->shelf)
-				s->shelf->verifier.begun = 0;   /* it is done */
 		} while (leg_feed(s, l) && l->at < l->end && (light || l->ahead[l->at] == 20));
 	}
 	leg_send(s, l);
@@ -5524,11 +5596,14 @@ static void session_open(int fd, const struct address *peer, unsigned listener)
 static void session_resume(struct session *s)
 {
 	const int turn = s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE;
-	const int next = link_alone(&turns[0]) && link_alone(&turns[1]);
+	int first;
 
 	if (turn)
+		link_drop(&s->wait);
+	first = link_alone(&turns[0]) && link_alone(&turns[1]);
+	if (turn)
 		turn_await(s);
-	if (!turn || s->client.gone > next)
+	if (!turn || s->client.gone > first)
 		session_run(s, 0);
 }
 
@@ -6231,8 +6306,9 @@ static void listener_check(unsigned i)
 	wrong(!address_parse(&a, l->address, l->port), ": \"%s\", \"%s\": give an IPv4 or IPv6 "
 		"literal and a decimal port", text_or(l->address), text_or(l->port));
 	wrong(l->client_ca && l->kind != WSS, ".client_ca: only WSS asks for certificates");
-	wrong(l->verify_client == VERIFY_OPTIONAL && !listener_ca(i),
-		".verify_client: VERIFY_OPTIONAL needs kind WSS and a client_ca");
+	wrong((unsigned)l->verify_client > VERIFY_OFF || (!listener_ca(i) &&
+		l->verify_client != VERIFY_DEFAULT && l->verify_client != VERIFY_OFF),
+		".verify_client: VERIFY_OFF, or one that needs kind WSS and a client_ca");
 }
 
 static void ciphers_check(void)
@@ -6336,8 +6412,8 @@ static int version_print(void)
 {
 	static const char *const balances[] = { "ROUND_ROBIN", "IP_HASH", "LEAST_CONN",
 		"STICKY_COOKIE" };
-	static const char *const verifies[] = { "VERIFY_REQUIRED", "VERIFY_OPTIONAL",
-		"VERIFY_OFF" };
+	static const char *const verifies[] = { "VERIFY_DEFAULT", "VERIFY_REQUIRED",
+		"VERIFY_OPTIONAL", "VERIFY_OFF" };
 	static const char *const forwards[] = { "APPEND", "REPLACE", "OFF" };
 	static const char *const logged[] = { "NONE", "TUNNELS", "ALL" };
 	static const char *const modes[] = { "TLS_OFF", "TLS_VERIFY", "TLS_PIN", "TLS_NOVERIFY" };
@@ -6435,7 +6511,7 @@ static int check_print(void)
 	certs_say(keyring, NULL);
 	if (getuid() == 0) {
 		become_do(&become, chroot_dir);
-		files_foretell();
+		become_warn();
 	}
 	return !print(STDOUT_FILENO, "wssproxy: config.h and its files are good\n"
 		"memory: at most %u KB of tables: %u sessions of %u bytes, %u busy of %u bytes",
@@ -6487,7 +6563,7 @@ int main(int argc, char *argv[])
 	if (fds[FD_EPOLL].fd < 0)
 		die("epoll_create1: %s: a kernel with CONFIG_EPOLL is needed", strerror(errno));
 	become_do(&become, chroot_dir);
-	files_foretell();
+	become_warn();
 	if (seccomp && !filter_loop())
 		log_line(LOG_WARNING, "warning seccomp: this kernel or machine has no filter: "
 			"none is set");

@@ -25,6 +25,7 @@ enum listener_kind {
 };
 
 enum verify_client {
+	VERIFY_DEFAULT,         /* VERIFY_REQUIRED if there is a client_ca, else VERIFY_OFF */
 	VERIFY_REQUIRED,        /* who shows no certificate is refused */
 	VERIFY_OPTIONAL,        /* who shows none is served, without X-SSL-Client-CN */
 	VERIFY_OFF,             /* none is asked for */
@@ -35,7 +36,7 @@ struct listener {
 	const char *port;       /* decimal; "0": the kernel chooses, the log tells */
 	enum listener_kind kind;
 	const char *client_ca;  /* PEM file, WSS: as the entry client_ca; NULL: that one */
-	enum verify_client verify_client;       /* without a client_ca as with VERIFY_OFF */
+	enum verify_client verify_client;
 };
 
 struct cert {

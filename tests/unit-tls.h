@@ -324,24 +324,14 @@ static void test_tls_refused(void)
 	CHECK_STR(tls_refused(s), "alpn");
 }
 
-/* Whether whoever says this, and no more yet, may resume. */
-static int hello_good(struct session *s, const unsigned char *p, size_t len)
-{
-	leg_start(&s->client, &s->tls.eng);
-	s->client.ahead = (unsigned char *)guard_copy(&input, p, len);
-	s->client.at = 0;
-	s->client.end = len;
-	hello_read(s);
-	return s->tls.cache_vtable != NULL;
-}
-
 /* The look into a ClientHello stays within what is there, whatever length the record claims. */
 static void test_hello_short(void)
 {
 	static const unsigned char types[] = { 22, 21, 23, 0 };
 	static const size_t claims[] = { 39, 64, 200, 16384, READ_AHEAD, 65535 };
-	struct session *s = tls_session();
 	unsigned char hello[64] = { 0 };
+	struct hello h;
+	const unsigned char *p;
 	size_t i, k, n;
 
 	for (i = 0; i < COUNT(types); i++)
@@ -353,7 +343,10 @@ static void test_hello_short(void)
 				hello[4] = (unsigned char)claims[k];
 				hello[7] = (unsigned char)((claims[k] - 4) >> 8);
 				hello[8] = (unsigned char)(claims[k] - 4);
-				CHECK(!hello_good(s, hello, n));
+				p = (unsigned char *)guard_copy(&input, hello, n);
+				if (hello_read((struct bytes){ p, p + n }, &h))
+					CHECK(claims[k] + 5 <= n);
+				CHECK(h.name.p == h.name.end && !h.alpn);
 			}
 }
 
@@ -378,6 +371,12 @@ static size_t hello_make(unsigned char *out, const char *extensions, size_t len,
 	return 5 + 4 + all;
 }
 
+static int hello_good(const unsigned char *p, size_t len, struct hello *h)
+{
+	p = (unsigned char *)guard_copy(&input, p, len);
+	return hello_read((struct bytes){ p, p + len }, h);
+}
+
 #define SNI(extension, list, type, name, text) \
 	"\0\0\0" extension "\0" list type "\0" name text
 #define SNI_A SNI("\x0e", "\x0c", "\0", "\x09", "a.example")
@@ -385,70 +384,76 @@ static size_t hello_make(unsigned char *out, const char *extensions, size_t len,
 #define ALPN_H1 ALPN("\x0b", "\x09", "\x08http/1.1")
 #define ALPN_H2 ALPN("\x05", "\x03", "\x02h2")
 
-/* Who may resume is who says nothing that a full handshake would fail of. */
+/* Who may resume is who certainly says nothing that BearSSL would have to check then. */
 static void test_hello_resumes(void)
 {
 	static const struct {
 		const char *bytes;
 		size_t len;
-		int good;
-		const char *name;
+		int good, alpn;
+		const char *name;       /* NULL: whatever */
 	} hellos[] = {
-		{ LIT(""), 1, "" },
-		{ LIT(SNI_A), 1, "a.example" },
-		{ LIT("\0\x17\0\0" SNI_A ALPN_H1 "\xff\x01\0\x01\0"), 1, "a.example" },
-		{ LIT(ALPN_H1 SNI_A), 1, "a.example" },
-		{ LIT(ALPN("\x0e", "\x0c", "\x02h2\x08http/1.1")), 1, "" },
-		{ LIT(ALPN("\x0e", "\x0c", "\x08http/1.1\x02h2")), 1, "" },
-		{ LIT(ALPN("\x0c", "\x0a", "\x08http/1.1\0")), 1, "" },
+		{ LIT(""), 1, 0, "" },
+		{ LIT(SNI_A), 1, 0, "a.example" },
+		{ LIT("\0\x17\0\0" SNI_A ALPN_H1 "\xff\x01\0\x01\0"), 1, 1, "a.example" },
+		{ LIT(ALPN_H1 SNI_A), 1, 1, "a.example" },
+		{ LIT(ALPN("\x0e", "\x0c", "\x02h2\x08http/1.1")), 1, 1, "" },
+		{ LIT(ALPN("\x0e", "\x0c", "\x08http/1.1\x02h2")), 1, 1, "" },
 		/* protocols without ours, or none */
-		{ LIT(ALPN_H2), 0, NULL },
-		{ LIT(ALPN("\x0b", "\x09", "\x08http/1.0")), 0, NULL },
-		{ LIT(ALPN("\x0b", "\x09", "\x08HTTP/1.1")), 0, NULL },
-		{ LIT(ALPN("\x0c", "\x0a", "\x09http/1.1\0")), 0, NULL },
-		{ LIT(ALPN("\x02", "\0", "")), 0, NULL },
-		{ LIT("\0\x10\0\0"), 0, NULL },
-		/* said twice: the last counts */
-		{ LIT(ALPN_H1 ALPN_H2), 0, NULL }, { LIT(ALPN_H2 ALPN_H1), 1, "" },
-		{ LIT(SNI_A SNI("\x06", "\x04", "\0", "\x01", "b")), 1, "b" },
-		/* lists that end amid a name, before their extension or behind it */
-		{ LIT(ALPN("\x0b", "\x09", "\x09http/1.1")), 0, NULL },
-		{ LIT(ALPN("\x0b", "\x08", "\x08http/1.1")), 0, NULL },
-		{ LIT(ALPN("\x0b", "\x0a", "\x08http/1.1")), 0, NULL },
-		{ LIT(ALPN("\x0c", "\x09", "\x08http/1.1\0")), 0, NULL },
-		{ LIT(ALPN("\x0c", "\x09", "\x08http/1.1")), 0, NULL },
-		{ LIT(ALPN_H1 "\0"), 0, NULL }, { LIT(ALPN_H1 "\0\x17\0"), 0, NULL },
+		{ LIT(ALPN_H2), 0, 0, "" },
+		{ LIT(ALPN("\x0b", "\x09", "\x08http/1.0")), 0, 0, "" },
+		{ LIT(ALPN("\x0b", "\x09", "\x08HTTP/1.1")), 0, 0, "" },
+		{ LIT(ALPN("\x0c", "\x0a", "\x09http/1.1\0")), 0, 0, "" },
+		{ LIT(ALPN("\x02", "\0", "")), 0, 0, "" },
+		{ LIT("\0\x10\0\0"), 0, 0, "" },
+		/* said twice: which counts? */
+		{ LIT(ALPN_H1 ALPN_H2), 0, 1, "" }, { LIT(ALPN_H2 ALPN_H1), 0, 0, "" },
+		{ LIT(ALPN_H1 ALPN_H1), 0, 1, "" }, { LIT(SNI_A SNI_A), 0, 0, NULL },
+		/* lists that end amid a name, before their extension or behind it; an empty name */
+		{ LIT(ALPN("\x0b", "\x09", "\x09http/1.1")), 0, 0, "" },
+		{ LIT(ALPN("\x0b", "\x08", "\x08http/1.1")), 0, 0, "" },
+		{ LIT(ALPN("\x0b", "\x0a", "\x08http/1.1")), 0, 0, "" },
+		{ LIT(ALPN("\x0c", "\x09", "\x08http/1.1\0")), 0, 1, "" },
+		{ LIT(ALPN("\x0c", "\x0a", "\x08http/1.1\0")), 0, 1, "" },
+		{ LIT(ALPN("\x0c", "\x09", "\x08http/1.1")), 0, 0, "" },
+		{ LIT(ALPN_H1 "\0"), 0, 1, "" }, { LIT(ALPN_H1 "\0\x17\0"), 0, 1, "" },
 		/* names of another type, two of them, none, cut */
-		{ LIT(SNI("\x0e", "\x0c", "\x01", "\x09", "a.example")), 1, "" },
-		{ LIT(SNI("\x12", "\x10", "\0", "\x09", "a.example\0\0\x01" "b")), 1, "b" },
-		{ LIT("\0\0\0\x02\0\0"), 1, "" },
-		{ LIT(SNI("\x0e", "\x0c", "\0", "\x0a", "a.example")), 0, NULL },
-		{ LIT(SNI("\x0e", "\x0d", "\0", "\x09", "a.example")), 0, NULL },
+		{ LIT(SNI("\x0e", "\x0c", "\x01", "\x09", "a.example")), 0, 0, NULL },
+		{ LIT(SNI("\x12", "\x10", "\0", "\x09", "a.example\0\0\x01" "b")), 0, 0, NULL },
+		{ LIT("\0\0\0\x02\0\0"), 0, 0, NULL },
+		{ LIT(SNI("\x0e", "\x0c", "\0", "\x0a", "a.example")), 0, 0, NULL },
+		{ LIT(SNI("\x0e", "\x0d", "\0", "\x09", "a.example")), 0, 0, NULL },
 	};
-	struct session *s = tls_session();
 	unsigned char out[256];
+	struct hello h;
 	size_t i, k, n;
 
 	for (i = 0; i < COUNT(hellos); i++) {
 		at("hello %zu", i);
 		n = hello_make(out, hellos[i].bytes, hellos[i].len, 1);
-		CHECK(!hello_good(s, out, n));
+		CHECK(!hello_good(out, n, &h));
 		n = hello_make(out, hellos[i].bytes, hellos[i].len, 0);
 		for (k = 0; k < n; k++)
-			CHECK(!hello_good(s, out, k));
-		CHECK_INT(hello_good(s, out, n), hellos[i].good);
-		if (!hellos[i].good)
+			CHECK(!hello_good(out, k, &h));
+		CHECK_INT(hello_good(out, n, &h), hellos[i].good);
+		CHECK_INT(h.alpn, hellos[i].alpn);
+		if (!hellos[i].name)
 			continue;
-		CHECK(s->note->name_hash == hash_bytes(0, hellos[i].name, strlen(hellos[i].name)));
+		CHECK_INT(h.name.end - h.name.p, (long)strlen(hellos[i].name));
+		CHECK(!*hellos[i].name ||
+			memcmp(h.name.p, hellos[i].name, strlen(hellos[i].name)) == 0);
 	}
 	n = hello_make(out, LIT(SNI_A), 0);
-	CHECK(hello_good(s, out, n + 7));               /* another record behind it */
-	CHECK(!hello_good(s, out, n - 1));
-	out[0] = 21;                                    /* other records, other messages */
-	CHECK(!hello_good(s, out, n));
+	CHECK(hello_good(out, n + 7, &h));              /* another record behind it */
+	CHECK(!hello_good(out, n - 1, &h));
+	out[0] = 21;                                    /* other records, other messages, */
+	CHECK(!hello_good(out, n, &h));
 	out[0] = 22;
 	out[5] = 2;
-	CHECK(!hello_good(s, out, n));
+	CHECK(!hello_good(out, n, &h));
+	out[5] = 1;
+	out[4]++;                                       /* more than one message */
+	CHECK(!hello_good(out, n + 1, &h));
 }
 
 /* Of those whose handshake waits for its turn, who has begun goes before who has not; and the last two

@@ -525,3 +525,29 @@ def memory_peak_kb(p):
 def memory_peak_reset(p):
     Path(f"/proc/{p.pid}/clear_refs").write_text("5")
 
+
+# ---- TLS by hand ----
+
+def record(content, payload):
+    return bytes([content, 3, 3]) + len(payload).to_bytes(2, "big") + payload
+
+
+def message(kind, body):
+    return bytes([kind]) + len(body).to_bytes(3, "big") + body
+
+
+def certificate_message(name):
+    """A chain of one (RFC 5246 7.4.2)."""
+    der = ssl.PEM_cert_to_DER_cert(pem(name).read_text())
+    one = len(der).to_bytes(3, "big") + der
+    return message(11, len(one).to_bytes(3, "big") + one)
+
+
+def interrupted(p, stream, chain):
+    """Its chain in two records, and between them what is an empty ChangeCipherSpec, which BearSSL
+    ignores before there is a key: nothing of it may be forgotten."""
+    for part in record(22, chain[:200]), record(20, b""), record(22, chain[200:]):
+        with contextlib.suppress(ConnectionError):
+            stream.send(part)
+        p.totals()
+        p.totals()

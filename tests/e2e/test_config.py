@@ -93,6 +93,8 @@ def test_products(name):
      "only WSS"),
     ("charge-points", {"listeners": [("::1", "443", WSS, None, C("VERIFY_OPTIONAL"))]},
      "listeners[0].verify_client", "needs kind WSS and a client_ca"),
+    ("charge-points", {"listeners": [("::1", "443", WSS, None, C("VERIFY_REQUIRED"))]},
+     "listeners[0].verify_client", "needs kind WSS and a client_ca"),
     ("shop", {"certs": [(None, None, pki.DIR / "ec256.key")]}, "certs[0].chain", "a PEM file"),
     ("shop", {"certs": [(None, pki.DIR / "ec256.pem", None)]}, "certs[0].key", "a PEM file"),
     ("shop", {"cookie_name": "a b"}, "cookie_name", "letters, digits"),

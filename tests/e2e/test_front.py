@@ -13,8 +13,10 @@ import pytest
 from conftest import certificate, whole_config
 from harness import (APPEND, FORWARD, OFF, PATIENCE, REDIRECT, REFUSE, REPLACE, WS, WSS, C,
                      run_once)
-from more import answer, curl, exchange, key_of, pem, request, showing
-from peers import TlsStream, ask, client_context, connect, open_tunnel, switching, upgrade
+from more import (answer, certificate_message, curl, exchange, interrupted, key_of, pem, request,
+                  showing)
+from peers import (TlsStream, ask, client_context, client_hello, connect, open_tunnel, switching, tcp,
+                   upgrade)
 
 BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
 
@@ -204,6 +206,19 @@ def test_client_without_a_good_certificate_is_refused(guarded, name, cause):
         raise ConnectionError("ended without an answer")
     p.log.wait_ending("client-cert", cause=cause)
     assert backend.untouched()
+
+
+@pytest.mark.parametrize("name", ["client-ec", "client-stranger"])
+def test_chain_that_is_interrupted(guarded, name):
+    p, backend = guarded()
+    client = tcp(p)
+    client.send(client_hello())
+    client.read_until(b"\x0e\0\0\0")          # ServerHelloDone
+    interrupted(p, client, certificate_message(name))
+    client.close()
+    p.log.wait("reject")
+    got = page(p, backend, connect(p, context=showing("client-ec")))
+    assert got.get("X-SSL-Client-CN") == "gateway 7"
 
 
 def test_authority_that_is_not_known_spoils_no_bundle(guarded):

@@ -680,7 +680,7 @@ ETC = {"passwd": "root:x:0:0::/:/bin/sh\nwss:x:1234:1235:a:/:/bin/sh\n", "group"
 @as_root
 def test_user_and_group_of_these_files(proxy, place, live_files):
     """And none else: groups that list the user are not taken."""
-    etc = Etc(live_files, **{**ETC, "group": ETC["group"] + "other:x:1237:wss\n"})
+    etc = Etc(live_files, passwd=ETC["passwd"] + "x" * 1000000, group=ETC["group"] + "other:x:1237:wss\n")
     p = proxy(place(), user="wss", group="wss", popen={"wrapper": etc.wrapper()})
     status = status_of(p)
     assert (status["Uid"], status["Gid"], status["Groups"]) == (["1234"] * 4, ["1236"] * 4, ["1236"])
@@ -691,7 +691,7 @@ def test_user_and_group_of_these_files(proxy, place, live_files):
     ({"passwd": "root:x:0:0::/:/bin/sh\n"}, ('user "wss"', "/etc/passwd", "LDAP", "number")),
     ({"passwd": "wss:x::100:::\n"}, ('user "wss"', "/etc/passwd", "number")),
     ({"passwd": "wss:x:100::::\n"}, ('user "wss"', "/etc/passwd", "number")),
-    ({"passwd": ETC["passwd"] + "x" * 1000000}, ('user "wss"', "/etc/passwd: too large", "number")),
+    ({"passwd": "x" * 1000000 + "\n" + ETC["passwd"]}, ('user "wss"', "/etc/passwd: too large", "number")),
     ({"group": ""}, ('group "wss"', "/etc/group", "LDAP", "number"))],
     ids=["no-user", "no-uid", "no-gid", "large", "no-group"])
 def test_user_or_group_without_an_id_is_named(place, live_files, files, named):
@@ -822,10 +822,35 @@ def test_syslog_in_a_chroot(dev_log, proxy, scripted, live_files, inside):
         assert ("\nwarning chroot_dir: dev/log in it: No such file" in p.log.text) == (not inside)
 
 
+@as_root
+def test_syslog_daemon_that_is_slow(dev_log, proxy, scripted, live_files):
+    """What it has no room for is lost, and it is not given up: in a chroot nobody would find it again."""
+    backend = scripted()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sink:
+        sink.bind("/dev/log")
+        os.chmod("/dev/log", 0o666)
+        p = proxy(backend, log_to=SYSLOG, chroot_dir=live_files, user="nobody", popen=NO_LEAK_CHECK, ready=False)
+        log = Log()
+        while not log.all("listen"):
+            log.feed(sink.recv(8192).decode().partition(": ")[2])
+        p.wait_ready(log)
+        for _ in range(100):
+            open_tunnel(p, backend)
+        assert not p.log.all("open")
+        threading.Thread(target=read_syslog, args=(sink, log), daemon=True).start()
+        log.wait("open")
+        eventually(lambda: open_tunnel(p, backend) and len(log.all("open")) > 1 and not p.log.all("open"))
+        sink.shutdown(socket.SHUT_RDWR)
+    os.unlink("/dev/log")
+
+
 def read_syslog(sink, log):
     """Facility daemon is 3: priorities 24 to 31."""
     while True:
-        datagram = sink.recv(8192)
+        try:
+            datagram = sink.recv(8192)
+        except OSError:
+            return
         if not datagram:
             return
         match = re.fullmatch(rb"<(2[4-9]|3[01])>(?:.* )?wssproxy(?:\[\d+\])?: (.*)", datagram, re.S)

@@ -220,6 +220,16 @@ def test_client_that_distrusts_the_certificate(proxy, place):
     p.log.wait_ending("tls-alert", status="-", alert="48")
 
 
+def test_alert_counts_before_the_end_behind_it(proxy, place):
+    """They come at once, while the proxy has nothing else to do."""
+    p = proxy(place())
+    for _ in range(100):
+        with pytest.raises(ssl.SSLCertVerificationError):
+            connect(p, context=client_context("other"))
+    p.log.wait("reject", nth=100)
+    assert {line["why"] for line in p.log.all("reject")} == {"tls-alert"}
+
+
 HELLO = bytes([22, 3, 1, 0, 45, 1, 0, 0, 41, 3, 3, *range(32), 0, 0, 2, 0xc0, 0x2b, 1, 0])
 PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n" + bytes([0x21, 0x11, 0, 12]) + bytes(12)
 

@@ -15,8 +15,8 @@ import pytest
 from conftest import whole_config
 from harness import FORWARD, PATIENCE, RUN, WS, C, eventually, run_once
 from more import (TLS_NOVERIFY, TLS_PIN, TLS_VERIFY, Nginx, NodeHttps, OpensslServer, ScriptedTls,
-                  answer, curl, identity, key_of, memory_peak_kb, memory_peak_reset, pem, request,
-                  server_context)
+                  answer, certificate_message, curl, identity, interrupted, key_of, memory_peak_kb,
+                  memory_peak_reset, message, pem, record, request, server_context)
 from peers import ask, connect, pattern, play, switching, upgrade, ws
 
 TLS = {"tls_backends": 1, "http": FORWARD}
@@ -914,6 +914,22 @@ def test_damaged_record_of_the_backend_ends_the_session(proxy, scripted_tls):
     except ConnectionResetError:
         pass
     p.log.wait("close", by="backend")
+
+
+@pytest.mark.parametrize("way", [verified, pinned, trusting])
+def test_chain_that_is_interrupted(proxy, scripted, way):
+    """By a backend, or who is in its place."""
+    backend = scripted()
+    p = proxy(way(backend), listeners=[("127.0.0.1", "0", WS)], **TLS)
+    client = connect(p)
+    client.send(request())
+    server = backend.accept()
+    server.read(int.from_bytes(server.read(5)[3:], "big"))
+    hello = bytes([3, 3, *range(32), 0, 0xc0, 0x2b, 0])
+    server.send(record(22, message(2, hello)))
+    interrupted(p, server, certificate_message("self-signed"))
+    server.close()
+    assert client.read_head().status == 502
 
 
 def test_tunnel_at_rest_lends_its_buffers_and_wakes(proxy, scripted_tls):

@@ -1,20 +1,80 @@
-/* bytes.c - fuzzes the small readers of bytes from outside: the borders of TLS records; names, cookies,
- * paths, addresses; and what goes to the log. The first byte chooses, the rest is the bytes. */
+/* bytes.c - fuzzes the small readers of bytes from outside: the look into a ClientHello, beside
+ * BearSSL's own reading of it; names, cookies, paths, addresses; and what goes to the log. The first
+ * byte chooses, the rest is the bytes. */
 #include <ctype.h>
 
 #include "fuzz.h"
 
-/* More bytes never make less whole, and what is needed is never there. */
-static void records_must(const unsigned char *p, size_t len)
+/* ---- ClientHello ---- */
+
+static char seen[sizeof ((br_ssl_engine_context *)0)->server_name];
+static int was_seen, listed;    /* the choice was made; our protocol is offered */
+
+/* BearSSL has read the whole ClientHello: notes what it found, and refuses. */
+static int note_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
+	br_ssl_server_choices *choices)
 {
-	size_t n, whole, last, need;
+	(void)ctx;
+	(void)choices;
+	snprintf(seen, sizeof seen, "%s", br_ssl_engine_get_server_name(&cc->eng));
+	listed = cc->eng.selected_protocol == 1;
+	was_seen = 1;
+	return 0;
+}
+
+static const br_ssl_server_policy_class note_class = { .choose = note_choose };
+static const br_ssl_server_policy_class *note = &note_class;
+
+static void bearssl_read(const unsigned char *p, size_t len)
+{
+	static br_ssl_server_context cc;
+	static unsigned char buf[BR_SSL_BUFSIZE_BIDI];
+	unsigned char *room;
+	size_t n;
+
+	br_ssl_server_zero(&cc);
+	MUST(engine_make(&cc.eng));
+	br_ssl_engine_set_buffer(&cc.eng, buf, sizeof buf, 1);
+	br_ssl_server_set_policy(&cc, &note);
+	MUST(br_ssl_server_reset(&cc));
+	was_seen = 0;
+	while (len > 0 && (room = br_ssl_engine_recvrec_buf(&cc.eng, &n)) != NULL) {
+		n = n < len ? n : len;
+		memcpy(room, p, n);
+		br_ssl_engine_recvrec_ack(&cc.eng, n);
+		p += n;
+		len -= n;
+	}
+}
+
+/* Of a hello that may resume, BearSSL reads what we do: the name that the certificate is chosen by (it
+ * keeps none that is longer than its buffer or holds a NUL), and whether our protocol is listed. */
+static void hello_must(const unsigned char *p, size_t len)
+{
+	struct hello h;
+	size_t name_len, n, record, whole, last, need;
+	int known;
 
 	for (n = whole = 0; n <= len; n++) {
 		last = whole;
 		whole = records_whole(p, n, &need);
 		MUST(whole <= n && whole >= last && (whole > 0 || (need > n && need <= READ_AHEAD)));
 	}
+	known = hello_read((struct bytes){ p, p + len }, &h);
+	name_len = (size_t)(h.name.end - h.name.p);
+	MUST(name_len == 0 || (h.name.p > p && h.name.end <= p + len));
+	if (!known)
+		return;
+	record = 5 + (size_t)(p[3] << 8 | p[4]);
+	bearssl_read(p, record < len ? record : len);
+	if (!was_seen)
+		return;
+	if (name_len < sizeof seen && !memchr(h.name.p, 0, name_len))
+		MUST(strlen(seen) == name_len && memcmp(seen, h.name.p, name_len) == 0);
+	MUST(listed == h.alpn);
 }
+
+/* ---- the rest ---- */
 
 /* Whatever comes in: one word of one line that says exactly what came, as far as there is room. */
 static void escape_must(unsigned size, const char *in, size_t len)
@@ -140,7 +200,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	char *buf = input_rest(&in, &len);
 
 	switch (which % 7) {
-	case 0: records_must((unsigned char *)buf, len); break;
+	case 0: hello_must((unsigned char *)buf, len); break;
 	case 1: escape_must(which + 1, buf, len); break;
 	case 2: names_must(buf, len); break;
 	case 3: paths_must(buf, len); break;
