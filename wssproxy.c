@@ -653,67 +653,25 @@ static void wrong_say(void)
 #define wrong(is, ...) \
 	((is) ? (string_format(fault, sizeof fault, __VA_ARGS__), wrong_say()) : (void)0)
 
-/* Connects the log's socket to the syslog daemon, which waits for nobody. */
+/* Whether the next line goes to the syslog daemon: connects the log's socket to it. */
 static int log_connect(void)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
 
-	return connect(log_socket, (struct sockaddr *)&sun, sizeof sun);
-}
-
-/* Whether the next line goes to the syslog daemon, which is looked for while it is not there. */
-static int log_daemon(void)
-{
-	if (log_to == SYSLOG && !log_syslog)
-		log_syslog = log_connect() == 0;
+	log_syslog = log_to == SYSLOG &&
+		connect(log_socket, (struct sockaddr *)&sun, sizeof sun) == 0;
 	return log_syslog;
 }
 
-/* To a terminal that could not be opened again, without blocking: it takes less than POLLOUT says.
- * The flag is all processes' that have it from the same parent, so it is set for the call alone. */
-static ssize_t stderr_write(const char *line, size_t len)
-{
-	ssize_t n;
-
-	if (log_flags >= 0)
-		fcntl(log_fd, F_SETFL, log_flags | O_NONBLOCK);
-	n = write(log_fd, line, len);
-	if (log_flags >= 0)
-		fcntl(log_fd, F_SETFL, log_flags);
-	return n;
-}
-
-/* The loop does not wait for a slow reader of the log: a line that can't be written at once is
- * counted and dropped, or its rest. A pipe with POLLOUT takes PIPE_BUF bytes without blocking. */
-static void log_write(const char *line, size_t len)
-{
-	static int cut;         /* 1: the last line lacks its end */
-	struct pollfd p = { .fd = log_fd, .events = POLLOUT };
-	ssize_t n = -1;
-
-	if (log_syslog) {
-		n = write(log_socket, line, len);
-		/* a daemon that was started again has another socket */
-		if (n < 0 && errno != EAGAIN && log_connect() == 0)
-			n = write(log_socket, line, len);
-		log_syslog = n >= 0 || errno == EAGAIN;
-	} else if (poll(&p, 1, 0) == 1) {
-		cut = cut && stderr_write("\n", 1) < 1;
-		n = cut ? -1 : stderr_write(line, len);
-		cut |= n > 0 && n < (ssize_t)len;
-	}
-	totals.log_lost += n < (ssize_t)len;
-}
-
-/* Begins the log's next line, of which there is one at a time; log_end ends it. Whatever came from
- * outside must have gone through log_escape. */
+/* Begins the log's next line, of which there is one at a time. Whatever came from outside must have
+ * gone through log_escape. */
 static struct text log_begin(int priority)
 {
 	static char line[LOG_LINE];
 	struct text t = { .p = line, .size = sizeof line - 1 };
 	struct timespec ts;
 
-	if (log_daemon()) {
+	if (log_syslog || log_connect()) {
 		text_format(&t, "<%d>wssproxy[%d]: ", LOG_DAEMON | priority, (int)getpid());
 	} else if (log_time) {
 		clock_gettime(CLOCK_REALTIME, &ts);
@@ -722,11 +680,32 @@ static struct text log_begin(int priority)
 	return t;
 }
 
+/* Ends and writes it. The loop does not wait for a slow reader of the log: a line that can't be
+ * written at once is counted and dropped, or its rest. A pipe with POLLOUT takes PIPE_BUF bytes
+ * without blocking, a terminal that could not be opened again less than that: its flag is all
+ * processes' that have it from the same parent, so it is set for the calls alone. */
 static void log_end(struct text *t)
 {
-	if (!log_syslog)
+	static int cut;         /* 1: the last line lacks its end */
+	struct pollfd p = { .fd = log_fd, .events = POLLOUT };
+	ssize_t n = -1;
+
+	if (log_syslog) {
+		n = write(log_socket, t->p, t->len);
+		/* a daemon that was started again has another socket */
+		if (n < 0 && errno != EAGAIN && log_connect())
+			n = write(log_socket, t->p, t->len);
+	} else if (poll(&p, 1, 0) == 1) {
 		t->p[t->len++] = '\n';
-	log_write(t->p, t->len);
+		if (log_flags >= 0)
+			fcntl(log_fd, F_SETFL, log_flags | O_NONBLOCK);
+		cut = cut && write(log_fd, "\n", 1) < 1;
+		n = cut ? -1 : write(log_fd, t->p, t->len);
+		cut |= n > 0 && n < (ssize_t)t->len;
+		if (log_flags >= 0)
+			fcntl(log_fd, F_SETFL, log_flags);
+	}
+	totals.log_lost += n < (ssize_t)t->len;
 }
 
 /* One line to the log, of a format. */
@@ -767,7 +746,7 @@ static const char *or_dash(const char *s)
 
 /* Where the log goes. The daemon's socket is opened before chroot; while there is no daemon, stderr
  * serves. A terminal or console that is slow, or was stopped, is opened again, for a description of
- * its own that does not block; without /proc, see stderr_write. */
+ * its own that does not block; without /proc, see log_end. */
 static void log_open(void)
 {
 	const int tty = isatty(STDERR_FILENO), fd = tty ?
@@ -780,7 +759,7 @@ static void log_open(void)
 	if (log_to != SYSLOG)
 		return;
 	log_socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (!log_daemon())
+	if (!log_connect())
 		log_line(LOG_WARNING, "warning log_to: /dev/log: %s: stderr has the log until a "
 			"syslog daemon is there", strerror(errno));
 }
