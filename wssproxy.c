@@ -186,7 +186,7 @@ enum {
 	QUEUES
 };
 
-struct link {                   /* of a ring; alone when it points to itself */
+struct link {                   /* of a ring; alone when it points to itself, or is zeroed */
 	struct link *prev, *next;
 };
 
@@ -224,6 +224,9 @@ struct pool {
 	struct link waiters;    /* sessions, in the order in which they came */
 	void (*attach)(struct session *, void *item);   /* where sessions wait: gives one an item */
 };
+
+#define POOL(name, items) name = { .base = (char *)(items), .size = sizeof (items)[0], \
+	.count = LENGTH(items), .waiters = { &name.waiters, &name.waiters } }
 
 /* The sessions of one address (IPv6: of those with the same source_bits6 in front). */
 struct source {
@@ -460,10 +463,13 @@ static unsigned char cache_store[session_cache * 100 + 1];
 static br_ssl_session_cache_lru cache;
 static uint16_t suites[LENGTH(ciphers)];        /* ciphers[], in this CPU's order */
 
-static struct pool session_pool, records_pool, shelf_pool, note_pool, source_pool;
+static struct pool POOL(session_pool, sessions), POOL(records_pool, records),
+	POOL(shelf_pool, shelves), POOL(note_pool, notes), POOL(source_pool, sources);
 static struct queue queues[QUEUES];
-static struct link turns[2];    /* sessions whose handshake has input: begun, not begun */
-static struct link runnable;    /* sessions that were given what they waited for, or go on */
+/* Sessions whose handshake has input: begun, not begun. */
+static struct link turns[2] = { { &turns[0], &turns[0] }, { &turns[1], &turns[1] } };
+/* Sessions that were given what they waited for, or go on. */
+static struct link runnable = { &runnable, &runnable };
 static struct pollfd fds[FD_COUNT];
 static uint32_t last_tag;
 static int log_fd = STDERR_FILENO;
@@ -766,21 +772,18 @@ static void log_open(void)
 
 /* ---- lists, hashes, time and timers ---- */
 
-static void link_init(struct link *l)
-{
-	l->prev = l->next = l;
-}
-
 static int link_alone(const struct link *l)
 {
-	return l->next == l;
+	return !l->next || l->next == l;
 }
 
 static void link_drop(struct link *l)
 {
-	l->prev->next = l->next;
-	l->next->prev = l->prev;
-	link_init(l);
+	if (l->next) {
+		l->prev->next = l->next;
+		l->next->prev = l->prev;
+	}
+	l->prev = l->next = l;
 }
 
 /* Moves l from where it is to the end of the list. */
@@ -838,14 +841,6 @@ static struct timer *timer_due(const struct queue *q)
 }
 
 /* ---- pools ---- */
-
-static void pool_init(struct pool *p, void *base, size_t size, unsigned count)
-{
-	p->base = base;
-	p->size = size;
-	p->count = count;
-	link_init(&p->waiters);
-}
 
 static int pool_empty(const struct pool *p)
 {
@@ -2919,8 +2914,6 @@ static void servers_init(void)
 	for (i = 0; i < BACKENDS; i++) {
 		struct server *v = &servers[i];
 
-		link_init(&v->retry.link);
-		link_init(&v->check.link);
 		if (check_ms > 0)
 			link_append(&queues[Q_CHECK].list, &v->check.link);     /* due at once */
 		weights[i] = backends[i].weight ? backends[i].weight : 1;
@@ -5559,10 +5552,6 @@ static void session_open(int fd, const struct address *peer, unsigned listener)
 	s->born = now;
 	s->peer = *peer;
 	s->source = source_take(peer);
-	link_init(&s->wait);
-	link_init(&s->timer.link);
-	link_init(&s->stall.link);
-	link_init(&s->place.link);
 	session_enter(s, s->plain ? HEAD : HANDSHAKE);
 	if (leg_watch(s, &s->client))
 		return;
@@ -6153,20 +6142,11 @@ static void tables_init(void)
 	unsigned i;
 
 	for (i = 0; i < QUEUES; i++)
-		link_init(&queues[i].list);
+		link_drop(&queues[i].list);
 	for (i = 0; i < LENGTH(times); i++)
 		queues[times[i].queue].ms = times[i].ms;
-	link_init(&turns[0]);
-	link_init(&turns[1]);
-	link_init(&runnable);
-	link_init(&rejects.timer.link);
-	pool_init(&session_pool, sessions, sizeof sessions[0], max_sessions);
-	pool_init(&records_pool, records, sizeof records[0], max_busy);
 	records_pool.attach = records_attach;
-	pool_init(&shelf_pool, shelves, sizeof shelves[0], LENGTH(shelves));
 	shelf_pool.attach = shelf_attach;
-	pool_init(&note_pool, notes, sizeof notes[0], max_sessions);
-	pool_init(&source_pool, sources, sizeof sources[0], max_sessions);
 	for (i = 0; i < FD_COUNT; i++) {
 		fds[i].fd = -1;
 		fds[i].events = i < FD_CHECK ? POLLIN : POLLOUT;

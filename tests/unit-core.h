@@ -218,6 +218,13 @@ static void test_log_full(void)
 
 /* ---- lists and timers ---- */
 
+/* All items are there again, whoever has them. */
+static void pool_reset(struct pool *p)
+{
+	p->free = NULL;
+	p->lent = p->fresh = 0;
+}
+
 static struct session *session_make(unsigned i)
 {
 	static struct source nobody;
@@ -228,10 +235,6 @@ static struct session *session_make(unsigned i)
 	s->client.fd = s->backend.fd = -1;
 	s->server = s->sticky = -1;
 	s->id = i;
-	link_init(&s->wait);
-	link_init(&s->timer.link);
-	link_init(&s->stall.link);
-	link_init(&s->place.link);
 	return s;
 }
 
@@ -344,12 +347,9 @@ static void test_log_rejects(void)
 
 static void test_lists(void)
 {
-	struct link list, l[4];
+	struct link list = { &list, &list }, l[4] = { { NULL, NULL } };
 	unsigned i;
 
-	link_init(&list);
-	for (i = 0; i < 4; i++)
-		link_init(&l[i]);
 	CHECK(link_alone(&list) && link_alone(&l[0]));
 	for (i = 0; i < 4; i++)
 		link_append(&list, &l[i]);
@@ -368,13 +368,11 @@ static void test_lists(void)
 static void test_timers(void)
 {
 	struct queue q = { .ms = 100 }, never = { .ms = 0 };
-	struct timer t[4];
+	struct timer t[4] = { { .due = 0 } };
 	unsigned i;
 
-	link_init(&q.list);
-	link_init(&never.list);
-	for (i = 0; i < 4; i++)
-		link_init(&t[i].link);
+	link_drop(&q.list);
+	link_drop(&never.list);
 	CHECK(timer_due(&q) == NULL);
 	for (i = 0; i < 3; i++) {
 		now = 1000 + 10 * i;
@@ -404,14 +402,12 @@ static void test_timers(void)
 static void test_timers_order(void)
 {
 	struct queue q = { .ms = 50 };
-	struct timer t[64];
+	struct timer t[64] = { { .due = 0 } };
 	const struct link *l;
 	uint64_t last;
 	unsigned i, k, running = 0;
 
-	link_init(&q.list);
-	for (i = 0; i < COUNT(t); i++)
-		link_init(&t[i].link);
+	link_drop(&q.list);
 	now = 1;
 	for (i = 0; i < 100000; i++) {
 		k = random_below(COUNT(t));
@@ -480,11 +476,10 @@ static void test_pool(void)
 {
 	struct item { void *next; uint64_t value[3]; } items[5];
 	struct item *got[5], *again;
-	struct pool p = { .base = NULL };
+	struct pool POOL(p, items);
 	unsigned i, k;
 
 	memset(items, 0xdb, sizeof items);      /* memory that was never lent is never looked at */
-	pool_init(&p, items, sizeof items[0], COUNT(items));
 	CHECK(!pool_empty(&p));
 	for (i = 0; i < COUNT(items); i++) {
 		got[i] = pool_lend(&p);
@@ -1409,7 +1404,7 @@ static struct session *session_asking(const char *request)
 	struct session *s = session_make(0);
 	const char *buf;
 
-	memset(&note_pool, 0, sizeof note_pool);
+	pool_reset(&note_pool);
 	tables_init();
 	head_load(s);
 	request_feed(&s->hd->u.request, request, strlen(request), ONCE, 0, &buf);
@@ -1885,7 +1880,7 @@ static void test_bulk(void)
 
 	for (k = 0; k < 2; k++)
 		for (busy = 0; busy <= max_busy - 1; busy++) {
-			struct session *s = (memset(&records_pool, 0, sizeof records_pool),
+			struct session *s = (pool_reset(&records_pool),
 				tunnel_open(&ends[1]));
 			struct leg *l = k == 0 ? &s->client : &s->backend;
 

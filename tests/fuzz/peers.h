@@ -700,7 +700,8 @@ static void proxy_save(void)
 static void proxy_reset(void)
 {
 	memset(sessions, 0, sizeof sessions);
-	memset(&session_pool, 0, sizeof session_pool);  /* its free list was in there */
+	session_pool.free = NULL;       /* it was in there */
+	session_pool.lent = session_pool.fresh = 0;
 	memset(upstreams, 0, sizeof upstreams);
 	tables_init();
 	memcpy(servers, first.servers, sizeof servers);
