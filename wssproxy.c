@@ -252,6 +252,8 @@ struct identity {
 /* A file's part of a keyring's anchors. */
 struct trust {
 	unsigned first, count;
+	const char *path;       /* NULL: none is wanted */
+	int one;                /* 1: it has one, which is needed */
 };
 
 /* All that config.h names of certificates and keys, read from the files. There are two rings:
@@ -264,7 +266,7 @@ struct keyring {
 	unsigned anchors;
 	char bytes[ANCHOR_BYTES];
 	struct text kept;       /* in there: what the anchors point to */
-	int one;                /* 1: the file that is read has one, which is needed */
+	int one;                /* of the file that is read: see struct trust */
 	unsigned users;         /* handshakes that may still point into it */
 };
 
@@ -1078,11 +1080,11 @@ static const struct pem chain_pem = { chain_add, "no certificate in it" };
 static const char *key_add(void *owner, const char *name, const unsigned char *der, size_t len)
 {
 	br_skey_decoder_context *key = &((struct identity *)owner)->key;
-	const size_t name_len = strlen(name), kind_len = strlen("PRIVATE KEY");
+	const char *kind = strstr(name, "PRIVATE KEY");
 
 	if (strcmp(name, "ENCRYPTED PRIVATE KEY") == 0)
 		return "the key is encrypted: decrypt it (openssl pkey)";
-	if (name_len < kind_len || strcmp(name + name_len - kind_len, "PRIVATE KEY") != 0)
+	if (!kind || strcmp(kind, "PRIVATE KEY") != 0)
 		return pem_other;
 	if (br_skey_decoder_key_type(key))
 		return "more than one private key";
@@ -1300,44 +1302,26 @@ static inline int clients_asked(void)
 #undef ASKS
 }
 
-/* Which file has the anchors of a listener or, behind those, a backend; NULL: none is wanted. */
-static const char *trust_path(unsigned i)
-{
-	const struct backend *b = &backends[i < LISTENERS ? 0 : i - LISTENERS];
-
-	return i < LISTENERS ? listener_ca(i) :
-		b->tls == TLS_VERIFY || b->tls == TLS_PIN ? b->ca : NULL;
-}
-
-static int trust_one(unsigned i)
-{
-	return i >= LISTENERS && backends[i - LISTENERS].tls == TLS_PIN;
-}
-
 /* Those who trust the same file in the same way share what is read of it: it may be a bundle. */
-static int trust_load(struct keyring *ring, unsigned i)
+static int trust_load(struct keyring *ring, struct trust *t, const char *entry, unsigned i,
+	const char *path, int one)
 {
-	struct trust *t = &ring->trust[i];
-	const char *path = trust_path(i);
-	unsigned k = 0;
+	const struct trust *same = ring->trust;
 
-	*t = (struct trust){ ring->anchors, 0 };
+	*t = (struct trust){ ring->anchors, 0, path, one };
 	if (!path)
 		return 1;
-	while (!(k == i || (trust_path(k) && trust_one(k) == trust_one(i) &&
-	    strcmp(trust_path(k), path) == 0)))
-		k++;
-	if (k < i) {
-		*t = ring->trust[k];
+	while (!same->path || same->one != one || strcmp(same->path, path) != 0)
+		same++;         /* at the latest, it is t */
+	if (same < t) {
+		*t = *same;
 		return 1;
 	}
-	ring->one = trust_one(i);
-	if (!pem_load(&anchors_pem, ring, i >= LISTENERS ? "backends" :
-	    listeners[i].client_ca ? "listeners" : "client_ca",
-	    i < LISTENERS ? i : i - LISTENERS, path))
+	ring->one = one;
+	if (!pem_load(&anchors_pem, ring, entry, i, path))
 		return 0;
 	t->count = ring->anchors - t->first;
-	return fault_none(ring->one && t->count > 1 ?
+	return fault_none(one && t->count > 1 ?
 		"one certificate is wanted, there are several" : NULL);
 }
 
@@ -1361,11 +1345,15 @@ static int keyring_load(struct keyring *ring)
 	for (i = 0; i < CERTS; i++)
 		good &= identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key);
 	for (i = 0; clients_asked() && i < LISTENERS; i++)
-		good &= trust_load(ring, i);
+		good &= trust_load(ring, &ring->trust[i], listeners[i].client_ca ? "listeners" :
+			"client_ca", i, listener_ca(i), 0);
 	for (i = tls_backends ? 0 : BACKENDS; i < BACKENDS; i++) {
-		good &= identity_load(&ring->id[CERTS + i], "backends", i, backends[i].cert,
-			backends[i].key);
-		good &= trust_load(ring, LISTENERS + i);
+		const struct backend *b = &backends[i];
+		const int one = b->tls == TLS_PIN;
+
+		good &= identity_load(&ring->id[CERTS + i], "backends", i, b->cert, b->key);
+		good &= trust_load(ring, &ring->trust[LISTENERS + i], "backends", i,
+			one || b->tls == TLS_VERIFY ? b->ca : NULL, one);
 	}
 	return good;
 }
@@ -1540,17 +1528,6 @@ static struct become become_find(const char *user_name, const char *group_name)
 	return b;
 }
 
-/* No capability in any set: ports are bound and keys are read, nothing here needs one. The ambient
- * set follows the permitted one. What a kernel without CONFIG_MULTIUSER can't do, it can't. */
-static void capabilities_drop(void)
-{
-	struct { uint32_t version; int pid; } header = { 0x20080522, 0 };       /* version 3 */
-	static const struct { uint32_t effective, permitted, inheritable; } none[2];
-
-	if (syscall(SYS_capset, &header, none) < 0 && errno != ENOSYS)
-		die("capset: %s", strerror(errno));
-}
-
 /* Nothing of a key is to be found in a core file, or by another process of the same user. */
 static void core_forbid(void)
 {
@@ -1571,6 +1548,8 @@ static void core_forbid(void)
 /* For good: checks that there is no way back. */
 static void become_do(const struct become *b, const char *root)
 {
+	struct { uint32_t version; int pid; } header = { 0x20080522, 0 };       /* version 3 */
+	static const struct { uint32_t effective, permitted, inheritable; } none[2];
 	unsigned long i;
 
 	if (root && (chroot(root) < 0 || chdir("/") < 0))
@@ -1585,7 +1564,10 @@ static void become_do(const struct become *b, const char *root)
 		if (syscall(ID_CALL(setuid), b->uid) < 0)
 			die("config.h: user: setuid %u: %s", (unsigned)b->uid, strerror(errno));
 	}
-	capabilities_drop();
+	/* No capability in any set: ports are bound and keys are read. The ambient set follows the
+	 * permitted one. What a kernel without CONFIG_MULTIUSER can't do, it can't. */
+	if (syscall(SYS_capset, &header, none) < 0 && errno != ENOSYS)
+		die("capset: %s", strerror(errno));
 	if (b->set && ((b->uid != 0 && syscall(ID_CALL(setuid), 0) == 0) ||
 	    (b->gid != 0 && syscall(ID_CALL(setgid), 0) == 0)))
 		die("config.h: user: root can be regained");
@@ -2716,14 +2698,11 @@ static void checks_poll(void)
 
 	for (i = 0; i < BACKENDS; i++) {
 		struct pollfd *p = &fds[FD_CHECK + i];
-		int error;
+		const int error = p->revents ? socket_error(p->fd) : 0;
 
-		if (p->fd < 0 || !p->revents)
-			continue;
-		error = socket_error(p->fd);
 		if (error)
 			check_next(i, error);
-		else
+		else if (p->revents)
 			check_good(&servers[i], p);
 	}
 }
@@ -2947,8 +2926,6 @@ static struct source *source_take(const struct address *a)
 
 	if (!*p) {
 		*p = pool_lend(&source_pool);
-		if (!*p)
-			abort();
 		memset(*p, 0, sizeof **p);
 		memcpy((*p)->key, key, sizeof key);
 	}

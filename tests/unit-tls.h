@@ -678,7 +678,7 @@ static void test_chain_long(void)
 {
 	static struct verifier v;
 	struct keyring *ring = ring_empty();
-	const struct trust none = { 0, 0 };
+	const struct trust none = { .count = 0 };
 	const br_x509_class **ctx = &v.u.minimal.vtable;
 	size_t i, n;
 

@@ -114,7 +114,7 @@ static void peer_must(const unsigned char *der, size_t len, size_t piece)
 {
 	static br_ssl_engine_context eng;
 	struct verifier v;
-	struct trust all = { 0, ring.anchors };
+	struct trust all = { .count = ring.anchors };
 
 	verifier_first(&v, &eng, NULL);
 	judge_must(&v.u.first.known.vtable, der, len, piece);
