@@ -200,10 +200,13 @@ struct queue {
 	uint64_t ms;            /* 0: never due */
 };
 
+/* Of AF_UNIX there is the family alone; the port is at the same place in both others. */
 struct address {
-	unsigned char ip[16];   /* IPv4: the first 4 */
-	uint16_t port;
-	uint8_t family;         /* AF_INET, AF_INET6; AF_UNIX: neither ip nor port */
+	union {
+		struct sockaddr any;
+		struct sockaddr_in in;
+		struct sockaddr_in6 in6;
+	};
 };
 
 /* Appended to a bound: what is past it is left out, and full is set. */
@@ -879,34 +882,18 @@ static void pool_return(struct pool *p, void *item)
 /* ---- addresses ---- */
 
 /* IPv4 that came through IPv6 is IPv4. */
-static void address_read(struct address *a, const struct sockaddr *sa)
+static void address_unmap(struct address *a)
 {
-	const struct sockaddr_in *in = (const struct sockaddr_in *)(const void *)sa;
-	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)sa;
-	const int is6 = sa->sa_family == AF_INET6;
-	const int mapped = is6 && IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr);
-
-	memset(a, 0, sizeof *a);
-	a->family = mapped ? AF_INET : (uint8_t)sa->sa_family;
-	if (!is6 && sa->sa_family != AF_INET)
+	if (a->any.sa_family != AF_INET6 || !IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr))
 		return;
-	a->port = ntohs(in->sin_port);          /* at the same place in both */
-	memcpy(a->ip, !is6 ? (const void *)&in->sin_addr : mapped ? in6->sin6_addr.s6_addr + 12 :
-		in6->sin6_addr.s6_addr, is6 && !mapped ? 16 : 4);
+	a->any.sa_family = AF_INET;
+	memcpy(&a->in.sin_addr, a->in6.sin6_addr.s6_addr + 12, 4);
 }
 
-/* For connect and bind; returns the length. */
-static socklen_t address_write(const struct address *a, struct sockaddr_storage *ss)
+static const unsigned char *address_ip(const struct address *a)
 {
-	struct sockaddr_in *in = (struct sockaddr_in *)(void *)ss;
-	struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)(void *)ss;
-	const int is4 = a->family == AF_INET;
-
-	memset(ss, 0, sizeof *ss);
-	ss->ss_family = a->family;
-	in->sin_port = htons(a->port);
-	memcpy(is4 ? (void *)&in->sin_addr : &in6->sin6_addr, a->ip, is4 ? 4 : 16);
-	return is4 ? sizeof *in : sizeof *in6;
+	return a->any.sa_family == AF_INET ? (const unsigned char *)&a->in.sin_addr :
+		a->in6.sin6_addr.s6_addr;
 }
 
 /* Its leading bits; what is behind them in key stays as it is. */
@@ -953,16 +940,17 @@ static void text_ip6(struct text *t, const unsigned char ip[16])
 static const char *address_format(const struct address *a, int with_port, char out[ADDRESS_TEXT])
 {
 	struct text t = { .p = out, .size = ADDRESS_TEXT - 1 };
+	const unsigned char *ip = address_ip(a);
 
-	if (a->family == AF_INET) {
-		text_format(&t, "%u.%u.%u.%u", a->ip[0], a->ip[1], a->ip[2], a->ip[3]);
+	if (a->any.sa_family == AF_INET) {
+		text_format(&t, "%u.%u.%u.%u", ip[0], ip[1], ip[2], ip[3]);
 	} else {
 		text_string(&t, with_port ? "[" : "");
-		text_ip6(&t, a->ip);
+		text_ip6(&t, ip);
 		text_string(&t, with_port ? "]" : "");
 	}
 	if (with_port)
-		text_format(&t, ":%u", a->port);
+		text_format(&t, ":%u", ntohs(a->in.sin_port));
 	out[t.len] = '\0';
 	return out;
 }
@@ -994,12 +982,12 @@ static int address_parse(struct address *a, const char *host, const char *port)
 	memset(a, 0, sizeof *a);
 	if (!host || !port || !number_parse(port, strlen(port), &n) || n > 65535)
 		return 0;
-	a->port = (uint16_t)n;
-	a->family = AF_INET;
-	if (inet_pton(AF_INET, host, a->ip) == 1)
+	a->in.sin_port = htons((uint16_t)n);
+	a->any.sa_family = AF_INET6;
+	if (inet_pton(AF_INET6, host, &a->in6.sin6_addr) == 1)
 		return 1;
-	a->family = AF_INET6;
-	return inet_pton(AF_INET6, host, a->ip) == 1;
+	a->any.sa_family = AF_INET;
+	return inet_pton(AF_INET, host, &a->in.sin_addr) == 1;
 }
 
 /* ---- PEM and keys ---- */
@@ -1429,17 +1417,15 @@ static int socket_unsent(int fd)
 /* A listening socket for an address, -1 and errno. */
 static int listener_bind(const struct address *a, int dual)
 {
-	struct sockaddr_storage ss;
-	socklen_t len = address_write(a, &ss);
-	int fd = socket(a->family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	int fd = socket(a->any.sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
 	if (fd < 0)
 		return -1;
 	socket_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
-	if (a->family == AF_INET6)
+	if (a->any.sa_family == AF_INET6)
 		socket_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, !dual);
 	socket_tune(fd);
-	if (bind(fd, (struct sockaddr *)&ss, len) == 0 && listen(fd, SOMAXCONN) == 0)
+	if (bind(fd, &a->any, sizeof *a) == 0 && listen(fd, SOMAXCONN) == 0)
 		return fd;
 	close(fd);              /* which leaves errno alone */
 	return -1;
@@ -1451,23 +1437,22 @@ static void listener_open(unsigned i)
 {
 	const struct listener *l = &listeners[i];
 	const int dual = strcmp(l->address, "::") == 0;
-	struct sockaddr_storage ss = { 0 };
 	struct address a;
 	char text[ADDRESS_TEXT];
-	socklen_t len = sizeof ss;
+	socklen_t len = sizeof a;
 	int fd;
 
 	address_parse(&a, l->address, l->port);
 	fd = listener_bind(&a, dual);
 	if (fd < 0 && dual && (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) {
-		a.family = AF_INET;     /* a kernel without IPv6 */
+		a.any.sa_family = AF_INET;      /* a kernel without IPv6 */
 		fd = listener_bind(&a, dual);
 	}
 	if (fd < 0)
 		die("config.h: listeners[%u]: %s port %s: %s", i, l->address, l->port,
 			strerror(errno));
-	if (getsockname(fd, (struct sockaddr *)&ss, &len) == 0)
-		address_read(&a, (struct sockaddr *)&ss);
+	getsockname(fd, &a.any, &len);
+	address_unmap(&a);
 	fds[FD_LISTEN + i].fd = fd;
 	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1, text),
 		kinds[l->kind]);
@@ -2553,8 +2538,9 @@ static int server_pick(const struct session *s)
 		return s->sticky;
 	for (i = 0; i < LENGTH(tier); i++) {
 		if (tier[i] && balance == IP_HASH)
-			return rendezvous_pick(server_ids, weights, BACKENDS, tier[i], s->peer.ip,
-				s->peer.family == AF_INET ? hash_bits4 : hash_bits6);
+			return rendezvous_pick(server_ids, weights, BACKENDS, tier[i],
+				address_ip(&s->peer),
+				s->peer.any.sa_family == AF_INET ? hash_bits4 : hash_bits6);
 		if (tier[i])
 			return round_robin_pick(weights, currents, BACKENDS,
 				balance == LEAST_CONN ? servers_least(tier[i]) : tier[i]);
@@ -2633,21 +2619,18 @@ static const char *connect_why(int error)
 static int server_dial(unsigned i, unsigned which)
 {
 	const struct address *a = &servers[i].address[which];
-	struct sockaddr_storage ss;
-	struct sockaddr_un *sun = (struct sockaddr_un *)(void *)&ss;
-	socklen_t len = address_write(a, &ss);
-	int fd;
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	const int local = a->any.sa_family == AF_UNIX;
+	int fd = socket(a->any.sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
-	if (a->family == AF_UNIX) {
-		string_format(sun->sun_path, sizeof sun->sun_path, "%s", backends[i].host + 5);
-		len = sizeof *sun;
-	}
-	fd = socket(a->family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd < 0)
 		return -1;
-	if (a->family != AF_UNIX)
+	if (local)
+		string_format(sun.sun_path, sizeof sun.sun_path, "%s", backends[i].host + 5);
+	else
 		socket_tune(fd);
-	if (connect(fd, (struct sockaddr *)&ss, len) == 0 || errno == EINPROGRESS)
+	if (connect(fd, local ? (struct sockaddr *)&sun : &a->any,
+	    local ? sizeof sun : sizeof *a) == 0 || errno == EINPROGRESS)
 		return fd;
 	close(fd);              /* which leaves errno alone */
 	return -1;
@@ -2734,8 +2717,10 @@ static void resolver_child(int fd, const struct become *b)
 
 		r.count = 0;
 		if (getaddrinfo(from->host, from->port, &hints, &list) == 0) {
-			for (ai = list; ai && r.count < ADDRESSES_MAX; ai = ai->ai_next)
-				address_read(&r.address[r.count++], ai->ai_addr);
+			for (ai = list; ai && r.count < ADDRESSES_MAX; ai = ai->ai_next) {
+				memcpy(&r.address[r.count], ai->ai_addr, ai->ai_addrlen);
+				address_unmap(&r.address[r.count++]);
+			}
 			freeaddrinfo(list);
 		}
 		if (send(fd, &r, sizeof r, MSG_NOSIGNAL) < 0)
@@ -2826,7 +2811,8 @@ static int resolved_valid(const struct resolved *r)
 	if (r->index >= BACKENDS || !servers[r->index].by_name || r->count > ADDRESSES_MAX)
 		return 0;
 	for (i = 0; i < r->count; i++)
-		if (r->address[i].family != AF_INET && r->address[i].family != AF_INET6)
+		if (r->address[i].any.sa_family != AF_INET &&
+		    r->address[i].any.sa_family != AF_INET6)
 			return 0;
 	return 1;
 }
@@ -2875,7 +2861,7 @@ static void server_place(unsigned i)
 	struct server *v = &servers[i];
 
 	if (is_unix(b)) {
-		v->address[0].family = AF_UNIX;
+		v->address[0].any.sa_family = AF_UNIX;
 		v->addresses = 1;
 		string_format(v->name, sizeof v->name, "%s", b->host);
 		return;
@@ -2910,8 +2896,8 @@ static struct source **source_place(const struct address *a, unsigned char key[9
 	struct source **p;
 
 	memset(key, 0, 9);
-	address_prefix(key, a->ip, a->family == AF_INET ? 32 : source_bits6);
-	key[8] = a->family;
+	key[8] = (unsigned char)a->any.sa_family;
+	address_prefix(key, address_ip(a), key[8] == AF_INET ? 32 : source_bits6);
 	p = &buckets[hash_bytes(0, key, 9) % LENGTH(buckets)];
 	while (*p && memcmp((*p)->key, key, 9) != 0)
 		p = &(*p)->next;
@@ -5667,7 +5653,6 @@ static void listener_take(int fd, const struct address *peer, unsigned listener)
 
 static void listener_event(unsigned i)
 {
-	struct sockaddr_storage ss = { 0 };
 	struct address peer;
 	socklen_t len;
 	struct timer *t;
@@ -5679,8 +5664,8 @@ static void listener_event(unsigned i)
 			place_look(OWNER(t, struct session, place));
 	}
 	for (n = 0; n < ACCEPTS && place_find(); n++) {
-		len = sizeof ss;
-		fd = accept4(fds[FD_LISTEN + i].fd, (struct sockaddr *)&ss, &len,
+		len = sizeof peer;
+		fd = accept4(fds[FD_LISTEN + i].fd, &peer.any, &len,
 			SOCK_NONBLOCK | SOCK_CLOEXEC);
 		if (fd < 0) {
 			if (is_our_shortage(errno)) {
@@ -5690,7 +5675,7 @@ static void listener_event(unsigned i)
 			}
 			return;
 		}
-		address_read(&peer, (struct sockaddr *)&ss);
+		address_unmap(&peer);
 		listener_take(fd, &peer, i);
 	}
 }
@@ -6207,10 +6192,10 @@ static void backend_check(const struct backend *b)
 		host);
 	wrong(local && (!host[5] || strlen(host) >= 5 + sizeof ((struct sockaddr_un *)0)->sun_path),
 		".host \"%s\": path missing or too long", host);
-	wrong(a.family == AF_INET6 && a.ip[0] == 0xfe && (a.ip[1] & 0xc0) == 0x80,
+	wrong(a.any.sa_family == AF_INET6 && IN6_IS_ADDR_LINKLOCAL(&a.in6.sin6_addr),
 		".host \"%s\" is link-local, which needs an interface, too: give it an address "
 		"that is not, or a unix: socket", host);
-	wrong(!local && (!address_parse(&a, "::", b->port) || a.port == 0),
+	wrong(!local && (!address_parse(&a, "::", b->port) || a.in.sin_port == 0),
 		".port \"%s\": give 1 to 65535", text_or(b->port));
 	wrong(b->path && *b->path && *b->path != '/', ".path \"%s\": begin it with /",
 		text_or(b->path));

@@ -191,7 +191,6 @@ static struct peer *peer_new(int is_backend)
 
 static int world_accept(int fd, struct sockaddr *sa, socklen_t *len)
 {
-	struct sockaddr_storage ss;
 	uint64_t one;
 	unsigned i;
 
@@ -204,8 +203,9 @@ static int world_accept(int fd, struct sockaddr *sa, socklen_t *len)
 	MUST(waiting_len[i] > 0);
 	fd = waiting[i][0];
 	memmove(waiting[i], waiting[i] + 1, --waiting_len[i] * sizeof waiting[i][0]);
-	*len = address_write(&peers[fd].address, &ss);
-	memcpy(sa, &ss, *len);
+	MUST(*len >= sizeof peers[fd].address);
+	*len = sizeof peers[fd].address;
+	memcpy(sa, &peers[fd].address, *len);
 	progress++;
 	return peers[fd].near;
 }
@@ -615,11 +615,13 @@ static struct peer *far_connect(unsigned listener, unsigned who)
 	if (listening[listener] < 0 || (p = peer_new(0)) == NULL)
 		return NULL;
 	p->kind = listeners[listener].kind;
-	p->address = (struct address){ .ip = { 192, 0, 2, (unsigned char)(who % 3) },
-		.family = AF_INET, .port = (uint16_t)(p - peers + 1) };
+	p->address = (struct address){ .in = { .sin_family = AF_INET,
+		.sin_port = htons((uint16_t)(p - peers + 1)),
+		.sin_addr.s_addr = htonl(0xc0000200 + who % 3u) } };
 	if (who & 4) {
-		p->address.family = AF_INET6;
-		p->address.ip[0] = 0x20;
+		p->address.any.sa_family = AF_INET6;
+		p->address.in6.sin6_addr.s6_addr[0] = 0x20;
+		p->address.in6.sin6_addr.s6_addr[3] = (unsigned char)(who % 3);
 	}
 	if (p->kind == WSS && (who & 8) == 0)
 		far_client_tls(p, who >> 4);
