@@ -1094,7 +1094,7 @@ static void subject_text(char *out, size_t size, const br_x500_name *dn)
 }
 
 /* Of what is read: the entry of config.h, and the file that it names. */
-static struct { const char *entry, *path; unsigned index; } reading;
+static struct reading { const char *entry, *path; unsigned index; } reading;
 
 static unsigned char *anchor_keep(struct text *kept, const void *data, size_t len)
 {
@@ -1240,9 +1240,7 @@ static int pem_load(const struct pem *pem, void *owner, const char *entry, unsig
 	const char *what;
 	size_t len = 0;
 
-	reading.entry = entry;
-	reading.index = i;
-	reading.path = path;
+	reading = (struct reading){ entry, path, i };
 	what = file_read(path, &len);
 	if (!what && !only_look)
 		what = pem_walk(pem, owner, file_text, len);
@@ -1833,50 +1831,40 @@ enum {
 	OURS = 8,       /* the proxy's to write: what a client sent is not believed */
 };
 
-/* NAME(name, text, flags); text with '-' at its end stands for all that begins so. */
-#define FIELD_NAMES(NAME) \
-	NAME(OTHER, "", 0) \
-	NAME(HOST, "host", KEPT) \
-	NAME(ORIGIN, "origin", 0) \
-	NAME(COOKIE, "cookie", 0) \
-	NAME(LENGTH, "content-length", KEPT) \
-	NAME(CODING, "transfer-encoding", HOP) \
-	NAME(CONNECTION, "connection", HOP) \
-	NAME(PROXY_CONNECTION, "proxy-connection", HOP) \
-	NAME(KEEP_ALIVE, "keep-alive", HOP) \
-	NAME(TE, "te", HOP) \
-	NAME(UPGRADE, "upgrade", HOP) \
-	NAME(KEY, "sec-websocket-key", KEPT) \
-	NAME(VERSION, "sec-websocket-version", KEPT) \
-	NAME(ACCEPT, "sec-websocket-accept", KEPT) \
-	NAME(WEBSOCKET, "sec-websocket-", KEPT) \
-	NAME(FORWARDED_FOR, "x-forwarded-for", KEPT | LIKE | OURS) \
-	NAME(FORWARDED_PROTO, "x-forwarded-proto", KEPT | LIKE | OURS) \
-	NAME(FORWARDED, "x-forwarded-", KEPT | LIKE) \
-	NAME(REAL_IP, "x-real-ip", KEPT | LIKE | OURS) \
-	NAME(SUBJECT, "x-ssl-client-cn", LIKE)
+enum { NAME_OTHER, NAME_HOST, NAME_ORIGIN, NAME_COOKIE, NAME_LENGTH, NAME_CODING, NAME_CONNECTION,
+	NAME_UPGRADE, NAME_KEY, NAME_VERSION, NAME_ACCEPT, NAME_SUBJECT };
 
-enum {
-#define NAME(name, text, flags) NAME_##name,
-	FIELD_NAMES(NAME)
-#undef NAME
-	NAMES
-};
-
+/* The first that fits; one with '-' at its end stands for all that begins so. */
 static const struct {
 	const char *text;
 	int flags;
-} field_names[NAMES] = {
-#define NAME(name, text, flags) { text, flags },
-	FIELD_NAMES(NAME)
-#undef NAME
+} field_names[] = {
+	[NAME_HOST] = { "host", KEPT },
+	[NAME_ORIGIN] = { "origin", 0 },
+	[NAME_COOKIE] = { "cookie", 0 },
+	[NAME_LENGTH] = { "content-length", KEPT },
+	[NAME_CODING] = { "transfer-encoding", HOP },
+	[NAME_CONNECTION] = { "connection", HOP },
+	[NAME_UPGRADE] = { "upgrade", HOP },
+	[NAME_KEY] = { "sec-websocket-key", KEPT },
+	[NAME_VERSION] = { "sec-websocket-version", KEPT },
+	[NAME_ACCEPT] = { "sec-websocket-accept", KEPT },
+	[NAME_SUBJECT] = { "x-ssl-client-cn", LIKE },
+	{ "sec-websocket-", KEPT },
+	{ "proxy-connection", HOP },
+	{ "keep-alive", HOP },
+	{ "te", HOP },
+	{ "x-forwarded-for", KEPT | LIKE | OURS },
+	{ "x-forwarded-proto", KEPT | LIKE | OURS },
+	{ "x-forwarded-", KEPT | LIKE },
+	{ "x-real-ip", KEPT | LIKE | OURS },
 };
 
 static unsigned name_find(const char *buf, struct span s)
 {
 	unsigned k;
 
-	for (k = 1; k < NAMES; k++) {
+	for (k = 1; k < LENGTH(field_names); k++) {
 		const char *text = field_names[k].text, *p = buf + s.at;
 		size_t i = 0;
 
@@ -1907,56 +1895,43 @@ static int field_parse(struct head *h, const char *buf, size_t at, size_t end)
 	return 1;
 }
 
-/* "HTTP/x.y" as x * 10 + y, 0 if it is none. */
-static int version_parse(const char *buf, struct span s)
-{
-	const char *p = buf + s.at;
-
-	if (s.len != 8 || memcmp(p, "HTTP/", 5) != 0 || p[6] != '.' ||
-	    !is_digit(p[5]) || !is_digit(p[7]))
-		return 0;
-	return (p[5] - '0') * 10 + p[7] - '0';
-}
-
 static enum why request_line_parse(struct head *h, const char *buf, size_t end)
 {
 	const size_t method = word_end(buf, 0, end, in_token);
 	const char *space = method < end && buf[method] == ' ' ?
 		memchr(buf + method + 1, ' ', end - method - 1) : NULL;
+	const char *version;
 	size_t i, stop;
-	int version;
 
 	if (!space || method == 0)
 		return WHY_REQUEST_LINE;
+	version = space + 1;
 	stop = (size_t)(space - buf);
 	h->part[0] = span_of(0, method);
 	h->part[1] = span_of(method + 1, stop);
 	h->part[2] = span_of(stop + 1, end);
-	version = version_parse(buf, h->part[2]);
-	if (version == 0 || h->part[1].len == 0)
+	if (h->part[1].len == 0 || h->part[2].len != 8 || memcmp(version, "HTTP/", 5) != 0 ||
+	    !is_digit(version[5]) || version[6] != '.' || !is_digit(version[7]))
 		return WHY_REQUEST_LINE;
 	for (i = method + 1; i < stop; i++)
 		if ((unsigned char)buf[i] <= ' ' || (unsigned char)buf[i] >= 0x7f || buf[i] == '#')
 			return WHY_TARGET;
-	return version == 11 ? WHY_NONE : WHY_HTTP_VERSION;
+	return memcmp(version + 5, "1.1", 3) == 0 ? WHY_NONE : WHY_HTTP_VERSION;
 }
 
 static enum why status_line_parse(struct head *h, const char *buf, size_t end)
 {
 	const char *code = buf + 9;
 	size_t i;
-	int version;
 
 	/* the reason phrase and even the space before it may be missing */
-	if (end < 12 || buf[8] != ' ' || (end > 12 && buf[12] != ' '))
+	if (end < 12 || buf[8] != ' ' || (end > 12 && buf[12] != ' ') ||
+	    memcmp(buf, "HTTP/1.", 7) != 0 || (buf[7] != '0' && buf[7] != '1') ||
+	    code[0] < '1' || code[0] > '5' || !is_digit(code[1]) || !is_digit(code[2]))
 		return WHY_BAD_RESPONSE;
 	h->part[0] = span_of(0, 8);
 	h->part[1] = span_of(9, 12);
 	h->part[2] = span_of(end > 12 ? 13 : 12, end);
-	version = version_parse(buf, h->part[0]);
-	if ((version != 10 && version != 11) || code[0] < '1' || code[0] > '5' ||
-	    !is_digit(code[1]) || !is_digit(code[2]))
-		return WHY_BAD_RESPONSE;
 	for (i = 12; i < end; i++)
 		if (is_control((unsigned char)buf[i]))
 			return WHY_BAD_RESPONSE;
@@ -2013,8 +1988,8 @@ static enum why response_parse(struct response *r, const char *buf, size_t len)
 
 /* What the fields of a head say of the connection and the body. */
 struct facts {
-	struct span value[NAMES];       /* the last one's */
-	unsigned count[NAMES];
+	struct span value[LENGTH(field_names)]; /* the last one's */
+	unsigned count[LENGTH(field_names)];
 	int upgrade;            /* Connection has it, */
 	unsigned options;       /* and so many in all, the empty ones among them */
 	int websocket;          /* Upgrade has it */
@@ -2203,8 +2178,7 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
 	struct facts f;
 
 	facts_read(&f, &r->head, buf);
-	r->status = (unsigned)(code[0] - '0') * 100 + (unsigned)(code[1] - '0') * 10 +
-		(unsigned)(code[2] - '0');
+	r->status = (unsigned)(code[0] * 100 + code[1] * 10 + code[2] - '0' * 111);
 	r->length = f.length;
 	if (f.bad_framing || f.options > OPTIONS_MAX)
 		return WHY_BAD_RESPONSE;
@@ -2979,16 +2953,12 @@ static void shelf_attach(struct session *s, void *item)
 	s->source->shelves++;
 }
 
-/* Has yet to ask something. */
-static int is_young(const struct session *s)
-{
-	return s->state == HANDSHAKE || s->state == HEAD;
-}
-
 /* It may keep its place for a while before others look at it. */
 static void place_start(struct session *s)
 {
-	timer_start(&queues[s->asked ? Q_ASKED : is_young(s) ? Q_YOUNG : Q_GROWN], &s->place);
+	const int young = s->state == HANDSHAKE || s->state == HEAD;
+
+	timer_start(&queues[s->asked ? Q_ASKED : young ? Q_YOUNG : Q_GROWN], &s->place);
 }
 
 /* 0: s waits for an item, and will be run when it has one. */
