@@ -49,6 +49,7 @@
 #include <netinet/tcp.h>
 
 #include <bearssl.h>
+#include <ctype.h>
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -1152,7 +1153,7 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 
 static const struct pem anchors_pem = { anchor_add, "no certificate in it that can be used" };
 
-/* Whether the private key belongs to this public one. RSA: what one signs, the other verifies
+/* Whether the private key belongs to this public one: what one signs, the other verifies
  * (BearSSL computes no modulus of 4096 bits). */
 static int key_matches_rsa(const br_rsa_private_key *sk, const br_rsa_public_key *pk)
 {
@@ -1166,19 +1167,12 @@ static int key_matches_rsa(const br_rsa_private_key *sk, const br_rsa_public_key
 		memcmp(hash, back, sizeof hash) == 0;
 }
 
-static int key_matches_ec(const br_ec_private_key *sk, const br_ec_public_key *pk)
-{
-	unsigned char buf[BR_EC_KBUF_PUB_MAX_SIZE];
-	br_ec_public_key mine;
-
-	return sk->curve == pk->curve &&
-		br_ec_compute_pub(br_ec_get_default(), &mine, buf, sk) != 0 &&
-		mine.qlen == pk->qlen && memcmp(mine.q, pk->q, mine.qlen) == 0;
-}
-
 /* Whether the key is that of the chain's first certificate. NULL, or what is wrong. */
 static const char *identity_check(const struct identity *id)
 {
+	const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&id->key);
+	const br_ec_private_key *ec = br_skey_decoder_get_ec(&id->key);
+	unsigned char q[BR_EC_KBUF_PUB_MAX_SIZE];
 	br_x509_decoder_context dc;
 	const br_x509_pkey *pk;
 	int match = 0;
@@ -1188,10 +1182,11 @@ static const char *identity_check(const struct identity *id)
 	pk = br_x509_decoder_get_pkey(&dc);
 	if (!pk)
 		return "its first certificate is not valid X.509 with an RSA or EC key";
-	if (pk->key_type == BR_KEYTYPE_RSA && br_skey_decoder_get_rsa(&id->key))
-		match = key_matches_rsa(br_skey_decoder_get_rsa(&id->key), &pk->key.rsa);
-	else if (pk->key_type == BR_KEYTYPE_EC && br_skey_decoder_get_ec(&id->key))
-		match = key_matches_ec(br_skey_decoder_get_ec(&id->key), &pk->key.ec);
+	if (pk->key_type == BR_KEYTYPE_RSA && rsa)
+		match = key_matches_rsa(rsa, &pk->key.rsa);
+	else if (pk->key_type == BR_KEYTYPE_EC && ec && ec->curve == pk->key.ec.curve)
+		match = br_ec_compute_pub(br_ec_get_default(), NULL, q, ec) == pk->key.ec.qlen &&
+			memcmp(q, pk->key.ec.q, pk->key.ec.qlen) == 0;
 	return match ? NULL : "its first certificate is not that of the key";
 }
 
@@ -1458,11 +1453,9 @@ static void listener_open(unsigned i)
 
 /* ---- privileges ---- */
 
-struct become {
-	uid_t uid;
-	gid_t gid;
-	int set;
-};
+/* Who it becomes: user and group, found while /etc is in sight. */
+static uid_t become_uid;
+static gid_t become_gid;
 
 /* The number in a field, from 0, of a line like that of a user. UINT_MAX: there is none. */
 static unsigned id_parse(const char *line, unsigned field)
@@ -1497,18 +1490,11 @@ static unsigned id_find(const char *entry, const char *name, const char *path, u
 	return id;
 }
 
-/* Resolves user and group while /etc is in sight. */
-static struct become become_find(const char *user_name, const char *group_name)
+static void become_find(void)
 {
-	struct become b = { .uid = getuid(), .gid = getgid(), .set = user_name || group_name };
-
-	if (user_name) {
-		b.uid = id_find("user", user_name, "/etc/passwd", 2);
-		b.gid = id_find("user", user_name, "/etc/passwd", 3);
-	}
-	if (group_name)
-		b.gid = id_find("group", group_name, "/etc/group", 2);
-	return b;
+	become_uid = user ? id_find("user", user, "/etc/passwd", 2) : getuid();
+	become_gid = group ? id_find("group", group, "/etc/group", 2) :
+		user ? id_find("user", user, "/etc/passwd", 3) : getgid();
 }
 
 /* Nothing of a key is to be found in a core file, or by another process of the same user. */
@@ -1529,8 +1515,9 @@ static void core_forbid(void)
 #endif
 
 /* For good: checks that there is no way back. */
-static void become_do(const struct become *b, const char *root)
+static void become_do(const char *root)
 {
+	const int changes = user || group;
 	struct { uint32_t version; int pid; } header = { 0x20080522, 0 };       /* version 3 */
 	static const struct { uint32_t effective, permitted, inheritable; } none[2];
 	unsigned long i;
@@ -1539,20 +1526,21 @@ static void become_do(const struct become *b, const char *root)
 		die("config.h: chroot_dir \"%s\": %s", root, strerror(errno));
 	for (i = 0; prctl(PR_CAPBSET_READ, i, 0, 0, 0) >= 0; i++)
 		prctl(PR_CAPBSET_DROP, i, 0, 0, 0);     /* others than root have none */
-	if (b->set) {
-		if (syscall(ID_CALL(setgroups), 1, &b->gid) < 0 && errno != EPERM)
+	if (changes) {
+		if (syscall(ID_CALL(setgroups), 1, &become_gid) < 0 && errno != EPERM)
 			die("config.h: group: setgroups: %s", strerror(errno));
-		if (syscall(ID_CALL(setgid), b->gid) < 0)
-			die("config.h: group: setgid %u: %s", (unsigned)b->gid, strerror(errno));
-		if (syscall(ID_CALL(setuid), b->uid) < 0)
-			die("config.h: user: setuid %u: %s", (unsigned)b->uid, strerror(errno));
+		if (syscall(ID_CALL(setgid), become_gid) < 0)
+			die("config.h: group: setgid %u: %s", (unsigned)become_gid,
+				strerror(errno));
+		if (syscall(ID_CALL(setuid), become_uid) < 0)
+			die("config.h: user: setuid %u: %s", (unsigned)become_uid, strerror(errno));
 	}
 	/* No capability in any set: ports are bound and keys are read. The ambient set follows the
 	 * permitted one. What a kernel without CONFIG_MULTIUSER can't do, it can't. */
 	if (syscall(SYS_capset, &header, none) < 0 && errno != ENOSYS)
 		die("capset: %s", strerror(errno));
-	if (b->set && ((b->uid != 0 && syscall(ID_CALL(setuid), 0) == 0) ||
-	    (b->gid != 0 && syscall(ID_CALL(setgid), 0) == 0)))
+	if (changes && ((become_uid != 0 && syscall(ID_CALL(setuid), 0) == 0) ||
+	    (become_gid != 0 && syscall(ID_CALL(setgid), 0) == 0)))
 		die("config.h: user: root can be regained");
 	/* kernels that lack it have no filter either, which is said */
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 && errno != EINVAL && errno != ENOSYS)
@@ -1740,15 +1728,10 @@ static void descriptors_raise(void)
  * control bytes), and what is passed on is rendered anew from the parsed lines: backend and proxy
  * can't read the same bytes in two ways. */
 
-static int is_alnum(unsigned char c)
-{
-	return is_digit((char)c) || ((c | 32) >= 'a' && (c | 32) <= 'z');
-}
-
 /* Where letters, digits, and the others given, end. */
 static size_t word_end(const char *buf, size_t at, size_t end, const char *others)
 {
-	while (at < end && buf[at] && (is_alnum((unsigned char)buf[at]) || strchr(others, buf[at])))
+	while (at < end && buf[at] && (isalnum((unsigned char)buf[at]) || strchr(others, buf[at])))
 		at++;
 	return at;
 }
@@ -1761,15 +1744,9 @@ static int is_control(unsigned char c)
 	return (c < ' ' && c != '\t') || c == 0x7f;
 }
 
-static char lower(char c)
-{
-	return c >= 'A' && c <= 'Z' ? (char)(c | 32) : c;
-}
-
 static int hex_digit(char c)
 {
-	return is_digit(c) ? c - '0' :
-		lower(c) >= 'a' && lower(c) <= 'f' ? lower(c) - 'a' + 10 : -1;
+	return is_digit(c) ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
 }
 
 /* From byte `at` up to `end`. */
@@ -1868,7 +1845,7 @@ static unsigned name_find(const char *buf, struct span s)
 		const char *text = field_names[k].text, *p = buf + s.at;
 		size_t i = 0;
 
-		while (i < s.len && text[i] && (lower(p[i]) == text[i] ||
+		while (i < s.len && text[i] && (tolower((unsigned char)p[i]) == text[i] ||
 		    (p[i] == '_' && text[i] == '-' && (field_names[k].flags & LIKE))))
 			i++;
 		if (!text[i] && (i < s.len) == (text[i - 1] == '-'))
@@ -1929,7 +1906,6 @@ static enum why status_line_parse(struct head *h, const char *buf, size_t end)
 	    memcmp(buf, "HTTP/1.", 7) != 0 || (buf[7] != '0' && buf[7] != '1') ||
 	    code[0] < '1' || code[0] > '5' || !is_digit(code[1]) || !is_digit(code[2]))
 		return WHY_BAD_RESPONSE;
-	h->part[0] = span_of(0, 8);
 	h->part[1] = span_of(9, 12);
 	h->part[2] = span_of(end > 12 ? 13 : 12, end);
 	for (i = 12; i < end; i++)
@@ -2676,13 +2652,13 @@ struct resolved {
 	struct address address[ADDRESSES_MAX];
 };
 
-static void resolver_child(int fd, const struct become *b)
+static void resolver_child(int fd)
 {
 	static const struct addrinfo hints = { .ai_socktype = SOCK_STREAM };
 	static struct resolved r;
 	struct addrinfo *list, *ai;
 
-	become_do(b, NULL);
+	become_do(NULL);
 	prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
 	if (seccomp)
 		filter_set(resolver_calls, LENGTH(resolver_calls));
@@ -2703,7 +2679,7 @@ static void resolver_child(int fd, const struct become *b)
 	_exit(0);
 }
 
-static void resolver_start(const struct become *b)
+static void resolver_start(void)
 {
 	int pair[2];
 	unsigned i;
@@ -2718,7 +2694,7 @@ static void resolver_start(const struct become *b)
 		die("resolver: fork: %s", strerror(errno));
 	if (pid == 0) {
 		close(pair[0]);
-		resolver_child(pair[1], b);
+		resolver_child(pair[1]);
 	}
 	close(pair[1]);
 	fcntl(pair[0], F_SETFL, O_NONBLOCK);
@@ -4455,7 +4431,7 @@ static void text_location(struct text *t, const struct head_buffer *hd)
 	struct span host = r->host;
 	unsigned i;
 
-	for (i = host.len; i > 0 && is_alnum((unsigned char)hd->bytes[host.at + i - 1]); i--)
+	for (i = host.len; i > 0 && isalnum((unsigned char)hd->bytes[host.at + i - 1]); i--)
 		;
 	if (i > 0 && hd->bytes[host.at + i - 1] == ':' &&
 	    (hd->bytes[host.at] != '[' || hd->bytes[host.at + i - 2] == ']'))
@@ -4716,8 +4692,8 @@ static int looks_like_http(const struct leg *l)
 {
 	const unsigned char *p = l->ahead + l->at;
 
-	return l->end - l->at >= 4 && is_alnum(p[0]) && is_alnum(p[1]) &&
-		(is_alnum(p[2]) || p[2] == ' ');
+	return l->end - l->at >= 4 && isalnum(p[0]) && isalnum(p[1]) &&
+		(isalnum(p[2]) || p[2] == ' ');
 }
 
 /* A ClientHello whose list of versions is TLS 1.3 alone (RFC 8446 4.2.1) has 1.2 where BearSSL
@@ -6139,7 +6115,7 @@ static int origin_valid(const char *o)
 		return 1;
 	if (strncmp(host, "://", 3) != 0 || strpbrk(host + 3, "/*"))
 		return 0;
-	while (*o && *o == lower(*o))
+	while (*o && *o == tolower((unsigned char)*o))
 		o++;
 	return !*o;
 }
@@ -6391,17 +6367,15 @@ static void warnings_print(void)
 /* wssproxy -t */
 static int check_print(void)
 {
-	struct become become;
-
 	certs_init();
-	become = become_find(user, group);
+	become_find();
 	if (faults_found > 0)
 		return 1;
 	servers_init();
 	warnings_print();
 	certs_say(keyring, NULL);
 	if (getuid() == 0) {
-		become_do(&become, chroot_dir);
+		become_do(chroot_dir);
 		become_warn();
 	}
 	return !print(STDOUT_FILENO, "wssproxy: config.h and its files are good\n"
@@ -6412,7 +6386,6 @@ static int check_print(void)
 
 int main(int argc, char *argv[])
 {
-	struct become become;
 	unsigned i;
 
 	standard_descriptors();
@@ -6434,12 +6407,12 @@ int main(int argc, char *argv[])
 	servers_init();
 	if (argc == 2)
 		return version_print();
-	become = become_find(user, group);
+	become_find();
 	log_open();
 	entropy_wait();
 	signals_init();
 	if (resolve_names)
-		resolver_start(&become);
+		resolver_start();
 	certs_init();
 	if (faults_found > 0)
 		return 1;
@@ -6453,7 +6426,7 @@ int main(int argc, char *argv[])
 	fds[FD_EPOLL].fd = epoll_create1(EPOLL_CLOEXEC);
 	if (fds[FD_EPOLL].fd < 0)
 		die("epoll_create1: %s: a kernel with CONFIG_EPOLL is needed", strerror(errno));
-	become_do(&become, chroot_dir);
+	become_do(chroot_dir);
 	become_warn();
 	if (seccomp && !filter_loop())
 		log_line(LOG_WARNING, "warning seccomp: this kernel or machine has no filter: "

@@ -655,7 +655,7 @@ static void owners_note(void)
 		for (k = 0; k < max_sessions && p->is_backend && p->owner < 0 && p->near >= 0; k++) {
 			if (sessions[k].state == FREE || sessions[k].backend.fd != p->near)
 				continue;
-			p->owner = ntohs(sessions[k].peer.in.sin_port) - 1u;
+			p->owner = ntohs(sessions[k].peer.in.sin_port) - 1;
 			p->server = sessions[k].server;
 			if (backends[p->server].tls != TLS_OFF)
 				far_server_tls(p);
