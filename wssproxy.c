@@ -102,10 +102,8 @@ enum {
 	READ_AHEAD = 16384 + 512, /* bytes of records that one recv may bring: a record, at least */
 	BULK = 3 * 16384,       /* bytes in the clear that one recv brings of who sends bulk, */
 	READ_BULK = BULK + 512, /* and bytes of records */
-	SHARE = 32768,          /* bytes after which a side is not read any more in one run: others,
-	                         * and handshakes, are waiting (bulk on a slow CPU) */
-	UNSENT = 65536,         /* bytes of a socket's queue that are not on their way yet; then it
-				 * takes no more (slow readers, clients that do not read) */
+	SHARE = 32768,          /* bytes read of a side in one run: others wait (bulk, slow CPU) */
+	UNSENT = 65536,         /* bytes not on their way yet that a socket takes (slow readers) */
 	RECEIVE_ROOM = 1 << 18, /* bytes of a receive buffer that may hold a record for long */
 	ACCEPTS = 16,           /* connections taken from a listener in one turn */
 	CHAIN_MAX = 8,          /* certificates of a chain */
@@ -173,8 +171,7 @@ enum state {
 	STATES
 };
 
-/* Queues of timers, one for each timeout, so that each is in order of its deadlines: the states'
- * own, and these. */
+/* Queues of timers, each of one timeout, so in order of deadlines: the states' own, and these. */
 enum {
 	Q_STALL = STATES,       /* sessions that hold what others may want, by last progress */
 	Q_RESOLVE,              /* backends whose name is to be tried again */
@@ -260,8 +257,7 @@ struct trust {
 	int one;                /* 1: it has one, which is needed */
 };
 
-/* All that config.h names of certificates and keys, read from the files. There are two rings:
- * SIGHUP fills the one not in use. */
+/* All certificates and keys that config.h names. Of two rings, SIGHUP fills the one not in use. */
 struct keyring {
 	/* of certs[], then of backends[], where chain_len 0 is none */
 	struct identity id[CERTS + (tls_backends ? BACKENDS : 0)];
@@ -283,8 +279,7 @@ struct buffers {
 	unsigned char ahead[READ_AHEAD];
 };
 
-/* Lent while bytes are on their way: to the client, and to the backend if that has TLS. A spare one
- * serves to read ahead of a side that sends bulk. */
+/* Lent while bytes are on their way. A spare one serves to read ahead of a side that sends bulk. */
 struct records {
 	void *next_free;
 	union {
@@ -309,8 +304,7 @@ struct verifier {
 	} u;
 };
 
-/* Where heads are read, judged and rendered. There is one, for the session that runs; what of a
- * head has to wait for a peer is put aside meanwhile. */
+/* Where heads are read, judged and rendered, for the session that runs. What waits is put aside. */
 struct head_buffer {
 	size_t len;             /* bytes in use */
 	size_t off;             /* of them, sent */
@@ -353,13 +347,11 @@ struct leg {
 	uint16_t empty_records;         /* in a row, without application data */
 	uint32_t tag;                   /* of its events in the epoll set, which told of */
 	uint8_t in;                     /* something to read, and no read found the end of that; */
-	uint8_t last;                   /* something behind what a read stops at: the end, or an
-					 * urgent byte; */
+	uint8_t last;                   /* behind what a read stops at: the end, an urgent byte; */
 	uint8_t gone;                   /* its end: 1, in order; 2, or reset */
 	uint8_t full;                   /* its socket takes no more until the set says so */
 	_Bool grown;                    /* its receive buffer was, see leg_peek */
-	uint16_t mark;                  /* its SO_RCVLOWAT: it waits for a record of that many
-					 * bytes to be whole; 0: for any byte */
+	uint16_t mark;                  /* its SO_RCVLOWAT: bytes of an awaited record; 0: any */
 	_Bool more;                     /* what is sent now has more coming behind it, */
 	_Bool corked;                   /* and the kernel may hold back what was sent last */
 	_Bool started;                  /* since it rested, plaintext was put into it */
@@ -447,8 +439,7 @@ struct server {
 	struct timer retry, check;
 };
 
-/* poll()'s array: the signals, the resolver, the epoll set of the sessions' descriptors, the
- * listeners, and the checks of the backends. */
+/* poll()'s array: signals, resolver, epoll set of the sessions, listeners, checks of backends. */
 enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_CHECK = FD_LISTEN + LISTENERS,
 	FD_COUNT = FD_CHECK + BACKENDS };
 
@@ -515,8 +506,7 @@ static const struct {
 
 /* ---- text ----
  *
- * No printf: that of a static musl brings 12 KB, most of it floating point that no MIPS router has
- * in hardware. */
+ * No printf: a static musl's is 12 KB, most of it floating point that MIPS routers emulate. */
 
 /* To a struct text. BearSSL's decoders call it as well. */
 static void text_add(void *to, const void *p, size_t len)
@@ -675,8 +665,7 @@ static int log_connect(void)
 	return log_syslog;
 }
 
-/* Begins the log's next line, of which there is one at a time. Whatever came from outside must have
- * gone through log_escape. */
+/* Begins the log's one next line. What came from outside must have gone through log_escape. */
 static struct text log_begin(int priority)
 {
 	static char line[LOG_LINE];
@@ -913,8 +902,7 @@ static int is_unix(const struct backend *b)
 
 #define ADDRESS_TEXT (INET6_ADDRSTRLEN + 8)
 
-/* As RFC 5952 has it: "::" for the first of the longest runs of zeros, if that is more than one.
- * musl's inet_ntop would do, but brings printf. */
+/* RFC 5952: "::" for the first of the longest runs of zeros above one. musl's brings printf. */
 static void text_ip6(struct text *t, const unsigned char ip[16])
 {
 	unsigned i, run = 0, longest = 1, from = 8;
@@ -1003,8 +991,7 @@ struct pem {
 static const char pem_other[] = "";
 
 /* Reads a text, which is lost: DER is shorter, and written over it. The decoder wants no CR, and
- * the final newline that editors forget: there must be room for one more byte at text[len]. NULL,
- * or what is wrong with it. */
+ * the final newline that editors forget: text[len] is room for it. NULL, or what is wrong. */
 static const char *pem_walk(const struct pem *pem, void *owner, char *text, size_t len)
 {
 	struct text der = { .p = text, .size = len };
@@ -1153,8 +1140,7 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 
 static const struct pem anchors_pem = { anchor_add, "no certificate in it that can be used" };
 
-/* Whether the private key belongs to this public one: what one signs, the other verifies
- * (BearSSL computes no modulus of 4096 bits). */
+/* Whether what one signs, the other verifies: BearSSL computes no modulus of 4096 bits. */
 static int key_matches_rsa(const br_rsa_private_key *sk, const br_rsa_public_key *pk)
 {
 	const unsigned char *oid = BR_HASH_OID_SHA256;
@@ -1273,8 +1259,7 @@ static inline const char *listener_ca(unsigned i)
 		l->client_ca ? l->client_ca : client_ca;
 }
 
-/* Whether any may. The compiler knows, and leaves out what is for that alone; of more than four
- * listeners it is told nothing. */
+/* Whether any may. The compiler knows of up to four, and leaves out what is for that alone. */
 __attribute__((always_inline))
 static inline int clients_asked(void)
 {
@@ -1568,11 +1553,9 @@ static void become_warn(void)
  * Once it runs it reads, writes, polls, connects, and opens files to read; a call that is not on
  * the list ends the process with SIGSYS, and the kernel's log names its number. A list is a program
  * of the kernel's packet filter over struct seccomp_data: number at 0, machine at 4, arguments from
- * 16, 64 bits each. Numbers mean what they mean on one machine only, so that comes first; those of
- * x32 are numbers of their own. All written out, for a libc may come without the kernel's headers.
- *
- * The numbers are those of the libc that we are linked with, for what both glibc and musl make of
- * our calls, the hot ones first. clock_gettime() is a call where there is no vDSO. */
+ * 16, 64 bits each; written out, for a libc may come without the kernel's headers. Numbers are one
+ * machine's, so that comes first, and x32 has its own. There are those for what both glibc and musl
+ * make of our calls, the hot ones first. clock_gettime() is a call where there is no vDSO. */
 
 #define FILTER_LITTLE (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0x40000000 : 0)
 #if defined(__x86_64__) && !defined(__ILP32__)
@@ -1657,9 +1640,8 @@ static struct filter_op loop_calls[] = {
 	{ RETURN, 0, 0, KILL },
 };
 
-/* The resolver runs whatever nsswitch.conf names, so nobody can list what it needs; but it parses
- * what comes from outside. What no resolver does fails: programs, other processes, waiting for
- * callers. */
+/* Nobody can list what nsswitch.conf makes of the resolver, which parses what comes from outside.
+ * What none does fails: programs, other processes, waiting for callers. */
 static const struct filter_op resolver_calls[] = {
 	FILTER_START,
 #ifdef __x86_64__
@@ -1724,9 +1706,8 @@ static void descriptors_raise(void)
  *
  * A head is parsed line by line as it comes: `at` is where the first unfinished line begins, and
  * nothing before `scanned` is looked at again, so a head that comes byte by byte costs no more.
- * Strict in what it takes (RFC 9112: CRLF only, no folding, no white space before the colon, no
- * control bytes), and what is passed on is rendered anew from the parsed lines: backend and proxy
- * can't read the same bytes in two ways. */
+ * Strict (RFC 9112: CRLF only, no folding, no white space before the colon, no control bytes), and
+ * what is passed on is rendered anew: backend and proxy can't read the same bytes in two ways. */
 
 /* Where letters, digits, and the others given, end. */
 static size_t word_end(const char *buf, size_t at, size_t end, const char *others)
@@ -1742,11 +1723,6 @@ static const char in_token[] = "!#$%&'*+-.^_`|~";       /* RFC 9110 5.6.2 */
 static int is_control(unsigned char c)
 {
 	return (c < ' ' && c != '\t') || c == 0x7f;
-}
-
-static int hex_digit(char c)
-{
-	return is_digit(c) ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
 }
 
 /* From byte `at` up to `end`. */
@@ -1771,8 +1747,7 @@ static int span_is(const char *buf, struct span s, const char *word)
 	return s.len == strlen(word) && strncasecmp(buf + s.at, word, s.len) == 0;
 }
 
-/* Takes the next element off a comma-separated list (RFC 9110 5.6.1), white space trimmed. 0: no
- * more. Empty elements are skipped. */
+/* Takes the next element, trimmed and not empty, off a list (RFC 9110 5.6.1). 0: no more. */
 static int list_next(const char *buf, struct span *list, struct span *out)
 {
 	while (list->len > 0) {
@@ -2010,7 +1985,8 @@ static int host_valid(const char *buf, struct span s)
 	if (s.len > 0 && buf[i] == '[') {
 		do
 			i++;
-		while (i < end && (hex_digit(buf[i]) >= 0 || buf[i] == ':' || buf[i] == '.'));
+		while (i < end && (isxdigit((unsigned char)buf[i]) || buf[i] == ':' ||
+		    buf[i] == '.'));
 		if (i == s.at + 1u || i == end || buf[i++] != ']')
 			return 0;
 	} else if ((i = word_end(buf, i, end, "-._~!$&'()*+,;=%")) == s.at) {
@@ -2022,8 +1998,7 @@ static int host_valid(const char *buf, struct span s)
 	return i == end;
 }
 
-/* The target in origin-form, its authority as Host (RFC 9112 3.2). The space behind it is in
- * none of the schemes. */
+/* The target in origin-form, its authority as Host (RFC 9112 3.2). Behind it is a space. */
 static enum why target_parse(struct request *r, const char *buf)
 {
 	static const char *const schemes[] = { "http://", "https://", "ws://", "wss://" };
@@ -2186,8 +2161,7 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
 	return WHY_NONE;
 }
 
-/* Whether field i is not passed on: hop-by-hop, in a Connection field's list, or a Content-Length
- * that says again what an earlier one said. */
+/* Whether field i is not passed on: hop-by-hop, listed in Connection, or Content-Length again. */
 static int is_dropped(const struct head *h, const char *buf, unsigned i)
 {
 	const struct field *f = &h->field[i];
@@ -2307,8 +2281,7 @@ static void accept_key(const char *key, char out[29])
 	memcpy(out, "=", 2);
 }
 
-/* A chunked body's grammar, a byte at a time but for the data (RFC 9112 7.1). Blanks behind a size
- * are taken, for servers that pad it. */
+/* A chunked body's grammar, a byte at a time but for data (RFC 9112 7.1). Servers pad sizes. */
 enum { CHUNK_SIZE, CHUNK_BLANK, CHUNK_EXT, CHUNK_DATA, CHUNK_DATA_END, CHUNK_TRAILER,
 	CHUNK_TRAILER_LINE, CHUNK_END,
 	CHUNK_LF = 8 };         /* and one of these: which is next behind the line feed */
@@ -2316,7 +2289,7 @@ enum { CHUNK_SIZE, CHUNK_BLANK, CHUNK_EXT, CHUNK_DATA, CHUNK_DATA_END, CHUNK_TRA
 /* One byte outside of a chunk's data. Returns the next state, -1: not the grammar. */
 static int chunked_byte(struct chunked *c, char b)
 {
-	const int digit = hex_digit(b), ends = b == '\r', bad = is_control((unsigned char)b);
+	const int ends = b == '\r', bad = is_control((unsigned char)b);
 
 	if (c->state >= CHUNK_LF)
 		return b == '\n' ? c->state - CHUNK_LF : -1;
@@ -2331,8 +2304,8 @@ static int chunked_byte(struct chunked *c, char b)
 		return ends ? CHUNK_LF + CHUNK_TRAILER : bad ? -1 : CHUNK_TRAILER_LINE;
 	}
 	/* the size line: its digits, then blanks, then an extension */
-	if (c->state == CHUNK_SIZE && digit >= 0 && c->digits < 15) {
-		c->left = c->left << 4 | (uint64_t)digit;
+	if (c->state == CHUNK_SIZE && isxdigit((unsigned char)b) && c->digits < 15) {
+		c->left = c->left << 4 | (unsigned)((b & 15) + (b > '9' ? 9 : 0));
 		c->digits++;
 		return CHUNK_SIZE;
 	}
@@ -2390,9 +2363,8 @@ static int round_robin_pick(const unsigned *weight, int *current, unsigned n, ui
 	return best;
 }
 
-/* A backend of weight w takes part with w tickets; the highest ticket wins. So the spread follows
- * the weights, and a backend that comes or goes moves only its own clients. Arithmetic on values,
- * not on memory: big and little endian machines agree. */
+/* A backend of weight w has w tickets; the highest of all wins. So the spread follows the weights,
+ * and who comes or goes moves only its own clients; machines of either byte order agree. */
 static int rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned n, uint64_t allowed,
 	const unsigned char *address, unsigned bits)
 {
@@ -2586,10 +2558,9 @@ static int server_dial(unsigned i, unsigned which)
 	return -1;
 }
 
-/* Active checks: every check_ms a TCP connect, to each address until one answers; one that has not
- * when the next is due has failed. When all have, the backend is aside until a check succeeds, or,
- * should checks stop, for a while. A lack of ours is no failure, nor is a backlog that is full.
- * `error` is that of the address that was tried; 0: a new round. */
+/* Active checks: every check_ms a TCP connect, to each address until one answers before the next is
+ * due. If none does, the backend is aside until a check succeeds, or, should they stop, a while. A
+ * lack of ours is no failure, nor is a full backlog. `error`: an address's; 0: a new round. */
 static void check_next(unsigned i, int error)
 {
 	struct server *v = &servers[i];
@@ -2642,10 +2613,9 @@ static void checks_poll(void)
 
 /* ---- names ----
  *
- * getaddrinfo blocks, for half a minute when it likes, so a child of ours calls it: forked before
- * keys are read and before chroot hides /etc, but after signals were blocked, it lives as long as
- * we do and only if a backend has a name. One byte asks for a backend, and struct resolved comes
- * back. */
+ * getaddrinfo blocks, for half a minute when it likes, so a child calls it if a backend has a name:
+ * forked before keys are read and chroot hides /etc, but after signals were blocked, it lives as
+ * long as we do. One byte asks for a backend, and struct resolved comes back. */
 
 struct resolved {
 	uint8_t index, count;
@@ -2716,8 +2686,7 @@ static void resolver_ask(struct server *v)
 		timer_start(&queues[Q_RESOLVE], &v->retry);
 }
 
-/* What the resolver says of one backend. No address: the old ones stay, if any, and the name is
- * asked for again, as long as there is a resolver. */
+/* No address: the old ones stay, if any, and the resolver, while there is one, is asked again. */
 static void resolver_answer(const struct resolved *r)
 {
 	struct server *v = &servers[r->index];
@@ -2738,8 +2707,7 @@ static void resolver_answer(const struct resolved *r)
 	}
 }
 
-/* It has died, and there is none to be had: what it takes, /etc and fork, was given up at start.
- * Every question is answered with what is known. */
+/* It has died, and what another takes, /etc and fork, was given up: what is known must do. */
 static void resolver_end(void)
 {
 	struct resolved r = { .count = 0 };
@@ -2786,8 +2754,7 @@ static const char *backend_sni(const struct backend *b)
 	return b->sni ? b->sni : address_parse(&a, b->host, "1") || is_unix(b) ? NULL : b->host;
 }
 
-/* What STICKY_COOKIE calls a backend: the same after a restart and in any order of the list, and no
- * word of its address. */
+/* What STICKY_COOKIE calls a backend, at any place in the list, with no word of its address. */
 static void cookie_make(struct server *v)
 {
 	struct text t = { .p = v->cookie, .size = sizeof v->cookie - 1 };
@@ -3011,9 +2978,9 @@ static void shelf_return(struct session *s)
 		session_pass(&shelf_pool, shelf_release(s));
 }
 
-/* Takes the shelf of a client amid its long head, of the address that holds most, if s's own holds
- * less by two: no address has them all, and a crowd behind one address waits among itself. That
- * client's time is over. (Heads of 1.1 KB without an end, from one address.) */
+/* Takes the shelf of a client amid its long head, whose time is over, of the address with most, if
+ * s's own holds less by two: no address has them all, and a crowd behind one waits among itself.
+ * (Heads of 1.1 KB without an end, from one address.) */
 static void shelf_rob(struct session *s)
 {
 	unsigned i, most = s->source->shelves + 1;
@@ -3072,8 +3039,7 @@ static char *head_place(const struct session *s)
 	return s->note->len > NOTE_TEXT ? s->shelf->text : s->note->text;
 }
 
-/* The head buffer, with what was put aside. It is parsed anew: there is not much of it, or it came
- * in pieces that cost more. */
+/* The head buffer. What was put aside is parsed anew: it is little, or its pieces cost more. */
 static struct head_buffer *head_load(struct session *s)
 {
 	struct head_buffer *hd = &head_buffer;
