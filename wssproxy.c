@@ -53,7 +53,6 @@
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
 #include <limits.h>
 #include <netdb.h>
 #include <poll.h>
@@ -227,7 +226,7 @@ struct pool {
 };
 
 #define POOL(name, items) name = { .base = (char *)(items), .size = sizeof (items)[0], \
-	.count = LENGTH(items), .waiters = { &name.waiters, &name.waiters } }
+	.count = LENGTH(items), .waiters = { &(name).waiters, &(name).waiters } }
 
 /* The sessions of one address (IPv6: of those with the same source_bits6 in front). */
 struct source {
@@ -5565,7 +5564,7 @@ static void listener_take(int fd, const struct address *peer, unsigned listener)
 
 static void listener_event(unsigned i)
 {
-	struct address peer;
+	struct address peer = { .in6.sin6_family = 0 };
 	socklen_t len;
 	struct timer *t;
 	int fd, n;
