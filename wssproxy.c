@@ -1330,8 +1330,7 @@ static int would_block(int error)
 	return error == EAGAIN || error == EWOULDBLOCK || error == EINTR;
 }
 
-/* Errors that are our machine's, not the other side's: no descriptor, memory, local port or place in
- * the epoll set. */
+/* Our machine's errors, not the other side's: no descriptor, memory, port, or room in the set. */
 static int is_our_shortage(int error)
 {
 	return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM ||
