@@ -607,22 +607,32 @@ static size_t string_format(char *out, size_t size, const char *format, ...)
 	return t.len;
 }
 
-/* The time by UTC (ISO 8601). A year begins in March here, so that a leap day is its last one. */
-static void text_time(struct text *t, const struct timespec *ts)
+/* A day, counted from March 1 of the year 0, as 2028-01-31: a year begins in March here, so that a
+ * leap day is its last one. */
+static const char *date_format(unsigned day, char out[16])
 {
-	const unsigned s = (unsigned)(ts->tv_sec % 86400);
-	unsigned day, era, year, month;
+	const unsigned era = day / 146097;                      /* of 400 years */
+	unsigned year, month;
 
-	day = (unsigned)(ts->tv_sec / 86400) + 719468;          /* since March 1 of the year 0 */
-	era = day / 146097;                                     /* of 400 years */
 	day %= 146097;
 	year = (day - day / 1460 + day / 36524 - day / 146096) / 365;
 	day -= 365 * year + year / 4 - year / 100;
 	month = (5 * day + 2) / 153;
 	day -= (153 * month + 2) / 5;
-	text_format(t, "%04u-%02u-%02uT%02u:%02u:%02u.%03uZ ", era * 400 + year + month / 10,
-		(month + 2) % 12 + 1, day + 1, s / 3600, s / 60 % 60, s % 60,
-		(unsigned)(ts->tv_nsec / 1000000));
+	string_format(out, 16, "%04u-%02u-%02u", era * 400 + year + month / 10,
+		(month + 2) % 12 + 1, day + 1);
+	return out;
+}
+
+/* The time by UTC (ISO 8601). */
+static void text_time(struct text *t, const struct timespec *ts)
+{
+	const unsigned s = (unsigned)(ts->tv_sec % 86400);
+	char date[16];
+
+	text_format(t, "%sT%02u:%02u:%02u.%03uZ ",
+		date_format((unsigned)(ts->tv_sec / 86400) + 719468, date), s / 3600, s / 60 % 60,
+		s % 60, (unsigned)(ts->tv_nsec / 1000000));
 }
 
 /* ---- diagnostics ---- */
@@ -5735,8 +5745,8 @@ static void sessions_turn(void)
 
 /* ---- what certificates say of themselves ----
  *
- * BearSSL's decoder has found them well formed, but tells neither names nor dates. Elements of DER
- * are ranges of bytes here, as its names are. */
+ * BearSSL's decoder has found them well formed, but tells no names. Elements of DER are ranges of
+ * bytes here, as its names are. */
 
 /* Takes the next element of some. Its tag, or 0: there is none. */
 static unsigned der_next(br_x500_name *from, br_x500_name *out)
@@ -5756,77 +5766,57 @@ static unsigned der_next(br_x500_name *from, br_x500_name *out)
 	return p[0];
 }
 
-/* A time of RFC 5280 4.1.2.5 in seconds since 1970, in whole days, and as 2028-01-31. A year begins
- * in March here, so that a leap day is its last one. */
-static int64_t der_time(br_x500_name time, int *days, char text[16])
-{
-	unsigned two[7] = { 0 }, i, year, month;        /* seconds first, the century last */
-
-	for (i = 0; i < 7 && time.len > 2; i++, time.len -= 2)
-		two[i] = (time.data[time.len - 3] - '0') * 10u + time.data[time.len - 2] - '0';
-	year = (i == 7 ? two[6] : two[5] < 50 ? 20 : 19) * 100 + two[5];
-	string_format(text, 16, "%u-%02u-%02u", year, two[4], two[3]);
-	year -= two[4] < 3;
-	month = (two[4] + 9) % 12;
-	*days = (int)(365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 +
-		two[3] - 719469);
-	return (int64_t)*days * 86400 + two[2] * 3600 + two[1] * 60 + two[0];
-}
-
-/* Names of hosts among the extensions, with commas between. */
+/* Names of hosts among the extensions, in the one subjectAltName, with commas between. */
 static void der_names(br_x500_name list, struct text *names)
 {
-	br_x500_name extension, id, value;
+	unsigned char *id = memmem(list.data, list.len, "\6\3\x55\x1d\x11", 5);
+	br_x500_name value = { id, id ? list.len - (size_t)(id - list.data) : 0 };
 	unsigned tag;
 
-	der_next(&list, &list);
-	while (der_next(&list, &extension) && der_next(&extension, &id)) {
-		value = id;
-		while (der_next(&extension, &value))
-			;                               /* behind a flag, or not */
-		if (id.len != 3 || memcmp(id.data, "\x55\x1d\x11", 3) != 0)
-			continue;
-		der_next(&value, &list);                /* there is one subjectAltName */
-		while ((tag = der_next(&list, &value)))
-			if (tag == 0x82) {
-				text_add(names, ",", names->len > 0);
-				text_add(names, (char *)value.data, value.len);
-			}
-	}
+	for (list = value; (tag = der_next(&list, &value)) && tag != 4; )
+		;                               /* the id, and a flag or not */
+	der_next(&value, &list);
+	while ((tag = der_next(&list, &value)))
+		if (tag == 0x82) {
+			text_add(names, ",", names->len > 0);
+			text_add(names, value.data, value.len);
+		}
 }
 
 /* A line for a certificate, and one more if it is not valid now. */
 static void cert_say(const br_x509_certificate *c, const char *entry, unsigned i, const char *path,
 	const char *changed)
 {
-	const int64_t t = clock_floor();
-	br_x500_name cert = { c->data, c->data_len }, part, start = { NULL, 0 }, end = start;
-	br_x500_name parts[4] = { start, start, start, start };        /* algorithm, issuer, */
-	char raw[LOG_LINE / 4], names[LOG_LINE / 2], issuer[100], from[16], until[16];
-	struct text list = { .p = raw, .size = sizeof raw };            /* validity, subject */
+	const uint64_t t = (uint64_t)clock_floor() + 719528 * 86400ull; /* since the year 0 */
+	br_x500_name cert = { c->data, c->data_len }, part;
+	char raw[LOG_LINE / 4], names[LOG_LINE / 2] = "-", issuer[100] = "-", date[16];
+	struct text list = { .p = raw, .size = sizeof raw };
+	br_x509_decoder_context dc;
 	unsigned tag, n = 0;
-	int days;
 
+	br_x509_decoder_init(&dc, NULL, NULL);
+	br_x509_decoder_push(&dc, c->data, c->data_len);
 	der_next(&cert, &cert);
 	der_next(&cert, &cert);
-	while ((tag = der_next(&cert, &part)))
-		if (tag == 0x30 && n < LENGTH(parts))
-			parts[n++] = part;
+	while ((tag = der_next(&cert, &part))) {
+		n += tag == 0x30;               /* algorithm, issuer, validity, subject, key */
+		if (tag == 0x30 && n == 2)
+			subject_text(issuer, sizeof issuer, &part);
+		else if (tag == 0x30 && n == 4)
+			subject_text(names, sizeof names, &part);
 		else if (tag == 0xa3)
 			der_names(part, &list);
-	subject_text(issuer, sizeof issuer, &parts[1]);
-	subject_text(names, sizeof names, &parts[3]);
+	}
 	if (list.len > 0)
 		log_escape(names, sizeof names, raw, list.len);
-	der_next(&parts[2], &start);
-	der_next(&parts[2], &end);
-	if (t < der_time(start, &days, from))
+	if (t < dc.notbefore_days * 86400ull + dc.notbefore_seconds)
 		log_line(LOG_WARNING, "warning %s[%u]: %s is not valid before %s, or the clock is "
-			"wrong", entry, i, path, from);
-	if (t > der_time(end, &days, until))
+			"wrong", entry, i, path, date_format(dc.notbefore_days - 60, date));
+	if (t > dc.notafter_days * 86400ull + dc.notafter_seconds)
 		log_line(LOG_WARNING, "warning %s[%u]: %s has expired", entry, i, path);
 	log_line(LOG_NOTICE, "cert entry=%s[%u] names=%s issuer=%s until=%s days=%d%s", entry, i,
-		names, issuer, until, days - (int)((uint64_t)t / 86400), changed);
+		names, issuer, date_format(dc.notafter_days - 60, date),
+		(int)(dc.notafter_days - (unsigned)(t / 86400)), changed);
 }
 
 /* What a keyring has, at its start or in place of another. How many are not what that had. */

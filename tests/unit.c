@@ -78,7 +78,7 @@ static const struct test tests[] = {
 	TEST(keyring_wiped),
 	TEST(pem_load),
 	TEST(ids),
-	TEST(der_time),
+	TEST(cert_dates),
 	TEST(cert_say),
 	TEST(name_fits),
 	TEST(text_format),
