@@ -344,20 +344,19 @@ struct leg {
 	size_t at, end;                 /* and of that, not taken yet */
 	uint16_t room;                  /* what an empty output buffer of the engine offers */
 	uint16_t empty_records;         /* in a row, without application data */
+	uint16_t mark;                  /* its SO_RCVLOWAT: bytes of an awaited record; 0: any */
+	uint16_t left;                  /* bytes that it may still be read in this run */
 	uint32_t tag;                   /* of its events in the epoll set, which told of */
 	uint8_t in;                     /* something to read, and no read found the end of that; */
 	uint8_t last;                   /* behind what a read stops at: the end, an urgent byte; */
 	uint8_t gone;                   /* its end: 1, in order; 2, or reset */
 	uint8_t full;                   /* its socket takes no more until the set says so */
 	_Bool grown;                    /* its receive buffer was, see leg_peek */
-	uint16_t mark;                  /* its SO_RCVLOWAT: bytes of an awaited record; 0: any */
 	_Bool more;                     /* what is sent now has more coming behind it, */
 	_Bool corked;                   /* and the kernel may hold back what was sent last */
 	_Bool started;                  /* since it rested, plaintext was put into it */
-	uint16_t left;                  /* bytes that it may still be read in this run */
 	uint8_t filled;                 /* reads in a row, up to 2, that filled their room */
 	_Bool reset;                    /* a send said so, and no later call will */
-	int unsent;                     /* bytes in its socket's queue when last looked at */
 	uint8_t eof;                    /* all that it sent was taken, and no more comes */
 	uint8_t fin;                    /* it was told the same: close_notify and FIN are out */
 };
@@ -389,6 +388,7 @@ struct session {
 	uint64_t rx, tx;        /* application bytes from and for the client */
 	uint64_t stall_from;    /* their sum when the timer `stall` was started */
 	uint64_t born;          /* ms */
+	int unsent;             /* bytes in its sockets' queues when its time to end began */
 	struct leg client, backend;
 	struct address peer;
 	struct source *source;
@@ -4017,15 +4017,8 @@ static int records_scarce(void)
 	return records_pool.lent > records_pool.count / 2;
 }
 
-/* Whether what a side sends would have to wait, for the other takes nothing. */
-static int leg_dammed(const struct session *s, const struct leg *l)
-{
-	const struct leg *to = l == &s->client ? &s->backend : &s->client;
-
-	return to->full && !to->fin && (l == &s->backend || s->up_left > 0);
-}
-
-/* Whether a side may be read, as far as the other is concerned. */
+/* Whether a side may be read: not while what it sends would have to wait, for the other takes
+ * nothing. */
 static int leg_heard(struct session *s, struct leg *l)
 {
 	struct leg *to = l == &s->client ? &s->backend : &s->client;
@@ -4033,7 +4026,7 @@ static int leg_heard(struct session *s, struct leg *l)
 
 	if (!to->full && to->fd >= 0 && records_scarce() && poll(&p, 1, 0) == 0)
 		to->full = 1;
-	return !leg_dammed(s, l);
+	return !to->full || to->fin || (l == &s->client && s->up_left == 0);
 }
 
 /* Chooses the place to read ahead into, when all before was taken. A side that twice in a row has
@@ -4596,6 +4589,15 @@ static void server_leave(struct session *s)
 	s->server = -1;
 }
 
+/* A backend is of no use to its session any more, nor its trouble: it is free for others. */
+static void backend_leave(struct session *s)
+{
+	server_leave(s);
+	s->up_left = 0;
+	s->broken = 0;
+	s->backend.eof = s->backend.fin = 1;
+}
+
 /* Ends a session that has no answer yet: with one, when it can be given. The next state. */
 static enum state session_fail(struct session *s, enum why why)
 {
@@ -4605,10 +4607,7 @@ static enum state session_fail(struct session *s, enum why why)
 	session_reject(s, whys[why].status, why);
 	s->rejected = 1;
 	reply_compose(s, why);
-	server_leave(s);
-	s->up_left = 0;
-	s->broken = 0;          /* if anything was, it was the backend */
-	s->backend.eof = s->backend.fin = 1;
+	backend_leave(s);
 	return REPLY;
 }
 
@@ -5145,35 +5144,26 @@ static int relay_down_over(const struct session *s)
 	return s->framing != BODY_TUNNEL || s->backend.fin || relay_up_over(s);
 }
 
-/* Whether a slow side still takes what was sent to it before the end: closing would lose that. */
-static int leg_drains(struct leg *l)
+/* The state's time begins, or begins anew. At an end it does as long as a slow side still takes what
+ * was sent to it before: closing would lose that. */
+static void state_timer_start(struct session *s)
 {
-	const int before = l->unsent;
-
-	l->unsent = before > 0 ? socket_unsent(l->fd) : 0;
-	return l->unsent < before;
-}
-
-/* The answer is over, or will never be: its backend is free for others, whatever its client takes
- * its time for. */
-static void answer_leave(struct session *s)
-{
-	leg_finish(s, &s->backend);
-	s->broken = 0;          /* its trouble no longer matters */
-	server_leave(s);
-	s->up_left = 0;
-	s->backend.eof = s->backend.fin = 1;
+	timer_start(&queues[s->state], &s->timer);
+	if (s->state == REPLY || s->state == DRAIN)
+		s->unsent = socket_unsent(s->client.fd) + socket_unsent(s->backend.fd);
 }
 
 /* Tunnels, plain answers, our own, and their endings. */
 static enum state relay_step(struct session *s)
 {
 	struct leg *c = &s->client, *b = &s->backend;
+	const int unsent = s->unsent;
 
-	if (s->expired && (leg_drains(c) | leg_drains(b))) {
-		timer_start(&queues[s->state], &s->timer);
-		s->expired = 0;
-	} else if (s->expired) {
+	if (s->expired) {
+		state_timer_start(s);
+		s->expired = s->unsent >= unsent;
+	}
+	if (s->expired) {
 		session_end(s, BY_PROXY, WHY_IDLE);
 		if (s->state != RELAY)
 			return FREE;
@@ -5185,8 +5175,10 @@ static enum state relay_step(struct session *s)
 		if (head_len(s) > 0)
 			head_load(s);
 		relay_pump(s);
-		if (!s->broken && s->state == EXCHANGE && b->eof && b->fd >= 0)
-			answer_leave(s);
+		if (!s->broken && s->state == EXCHANGE && b->eof && b->fd >= 0) {
+			leg_finish(s, b);
+			backend_leave(s);       /* whatever its client takes its time for */
+		}
 		if (!s->broken && c->eof && !b->fin && relay_up_over(s)) {
 			/* an engine that was closed takes nothing more: the answer would be cut */
 			if (s->state == EXCHANGE && b->eng && !b->eof && !leg_closed(c))
@@ -5239,16 +5231,6 @@ static int is_watched(const struct session *s)
 	if (s->state < CONNECT)
 		return !link_alone(&s->wait);
 	return s->state <= RESPONSE && !(s->state == RESPONSE && s->up_left > 0);
-}
-
-/* The state's time begins, or begins anew. */
-static void state_timer_start(struct session *s)
-{
-	timer_start(&queues[s->state], &s->timer);
-	if (s->state != REPLY && s->state != DRAIN)
-		return;
-	s->client.unsent = socket_unsent(s->client.fd);         /* see leg_drains */
-	s->backend.unsent = socket_unsent(s->backend.fd);
 }
 
 static void session_enter(struct session *s, enum state state)
@@ -5365,21 +5347,19 @@ static void session_settle(struct session *s)
 		link_append(&runnable, &s->wait);
 }
 
-/* The client's connection is dead; for what, its socket tells. */
-static enum state client_lost(struct session *s)
+/* Whether the client's end is the session's: its connection is dead, and is not read any more, or
+ * nothing is to be computed for who has gone. */
+static int client_gone(struct session *s, int unread)
 {
-	int error = socket_error(s->client.fd);
+	const struct leg *c = &s->client;
 
-	errno = error ? error : ECONNRESET;
-	leg_error(s, &s->client);
-	return FREE;
-}
-
-/* It has gone while nothing is to be computed any more for who has. */
-static enum state client_left(struct session *s)
-{
-	session_end(s, BY_CLIENT, WHY_EOF);
-	return FREE;
+	if (c->gone > 1 && unread)
+		session_broke(s, c, socket_error(c->fd) == ETIMEDOUT ? WHY_TIMEOUT : WHY_RESET);
+	else if (c->gone && is_watched(s))
+		session_end(s, BY_CLIENT, WHY_EOF);
+	else
+		return 0;
+	return 1;
 }
 
 /* Runs a session: steps it until its state stays, then settles it. The one place where states
@@ -5387,33 +5367,26 @@ static enum state client_left(struct session *s)
 static void session_run(struct session *s, int expired)
 {
 	const struct leg *c = &s->client;
-	const int watched = is_watched(s);
-	enum state next;
+	const int gone = client_gone(s, s->state <= RESPONSE);
+	enum state next = FREE;
 
 	link_drop(&s->wait);
 	s->expired = (uint8_t)expired;
 	s->client.more = s->backend.more = 0;
 	s->client.left = s->backend.left = SHARE;
 	s->moved = s->fed = 0;
-	if (c->gone > 1 && s->state <= RESPONSE)
-		next = client_lost(s);
-	else if (c->gone && watched)
-		next = client_left(s);
-	else if (expired && states[s->state].expired)
+	if (!gone && expired && states[s->state].expired)
 		next = session_fail(s, states[s->state].expired);
-	else
+	else if (!gone)
 		next = states[s->state].step(s);
 	while (next != FREE && next != (enum state)s->state) {
 		session_enter(s, next);
 		s->expired = 0;
 		next = states[next].step(s);
 	}
-	if (next != FREE && c->gone > 1 && leg_in(c) && !c->fin)
-		next = client_lost(s);  /* it is not read, for the backend takes nothing */
-	else if (next != FREE && c->gone && is_watched(s))
-		next = client_left(s);
-	if (next != FREE && !head_store(s)) {
-		session_end(s, BY_PROXY, WHY_NO_RESOURCES);
+	/* a backend that takes nothing keeps its client from being read */
+	if (next != FREE && (client_gone(s, leg_in(c) && !c->fin) || !head_store(s))) {
+		session_end(s, BY_PROXY, WHY_NO_RESOURCES);     /* it has its cause, or this */
 		next = FREE;
 	}
 	if (next == FREE)
@@ -5474,13 +5447,6 @@ static int leg_told(struct leg *l, unsigned events)
 	l->gone = gone > l->gone ? gone : l->gone;
 	l->last = l->last || gone || (events & (unsigned)EPOLLPRI);
 	return news;
-}
-
-/* One that waits for a buffer or its turn has no other wish but to see its client's end. */
-static void session_event(struct session *s, struct leg *l, unsigned events)
-{
-	if (leg_told(l, events) && (link_alone(&s->wait) || (s->client.gone && is_watched(s))))
-		session_resume(s);
 }
 
 /* ---- the loop ---- */
@@ -5717,8 +5683,11 @@ static void sessions_epoll(void)
 			struct session *s = &sessions[(uint32_t)ev[i].data.u64 / 2];
 			struct leg *l = ev[i].data.u64 % 2 ? &s->backend : &s->client;
 
-			if (s->state != FREE && l->tag == ev[i].data.u64 >> 32)
-				session_event(s, l, ev[i].events);
+			/* who waits for a buffer or its turn wishes but to see its client's end */
+			if (s->state != FREE && l->tag == ev[i].data.u64 >> 32 &&
+			    leg_told(l, ev[i].events) &&
+			    (link_alone(&s->wait) || (s->client.gone && is_watched(s))))
+				session_resume(s);
 		}
 	}
 }

@@ -543,6 +543,14 @@ static int holder_must(const struct session *s)
 	return s->rec && !held && !ends;
 }
 
+/* Whether what a side sends would have to wait, for the other takes nothing. */
+static int leg_dammed(const struct session *s, const struct leg *l)
+{
+	const struct leg *to = l == &s->client ? &s->backend : &s->client;
+
+	return to->full && !to->fin && (l == &s->backend || s->up_left > 0);
+}
+
 /* What a leg would be polled for, if it were polled. One with buffers reads when all before was taken; an
  * engine that was closed, or that nobody listens to, may want no more records, but its end is awaited. */
 static unsigned leg_wish(const struct session *s, const struct leg *l)
