@@ -3447,19 +3447,19 @@ static int tls_make(struct session *s)
 	return 1;
 }
 
+/* A handshake begins, which may point into the keyring. */
+static void tls_ring_take(struct session *s)
+{
+	s->ring = keyring;
+	keyring->users++;
+}
+
 /* Gives a leg an engine, and that its buffers. */
 static void leg_start(struct leg *l, br_ssl_engine_context *eng)
 {
 	l->eng = eng;
 	br_ssl_engine_set_buffers_bidi(eng, l->buf->ibuf, sizeof l->buf->ibuf,
 		l->buf->obuf, sizeof l->buf->obuf);
-}
-
-/* A handshake begins, which may point into the keyring. */
-static void tls_ring_take(struct session *s)
-{
-	s->ring = keyring;
-	keyring->users++;
 }
 
 /* Who may resume has the cache. A resumed session shows no certificate, so none is kept or taken
@@ -3549,24 +3549,6 @@ static void certificate_ask(struct session *s)
 	br_ssl_engine_remove_flags(&s->tls.eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
 	if (listeners[s->listener].verify_client == VERIFY_OPTIONAL)
 		br_ssl_engine_add_flags(&s->tls.eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
-}
-
-/* Readies the engine for a ClientHello. 0: no entropy. */
-static int tls_start(struct session *s)
-{
-	struct leg *l = &s->client;
-
-	if (!s->tls_made && !tls_make(s))
-		return 0;
-	place_start(s);
-	tls_ring_take(s);
-	leg_start(l, &s->tls.eng);
-	cache_offer(s);
-	s->policy = &policy_class;
-	br_ssl_server_set_policy(&s->tls, &s->policy);
-	if (clients_asked())
-		certificate_ask(s);
-	return br_ssl_server_reset(&s->tls) != 0;
 }
 
 /* The last handshake that used the keys of before SIGHUP takes them with it. */
@@ -4623,12 +4605,17 @@ static void turn_await(struct session *s)
 
 /* One step of a leg's TLS handshake: a record, for its arithmetic takes 2 ms on a PC and 100 ms on
  * a small MIPS; and a ChangeCipherSpec with the Finished behind it, for theirs takes none. What
- * remains in the read-ahead takes its turn again. 1: TLS stands. */
+ * remains in the read-ahead takes its turn again. 1: TLS stands; 0: not yet, or never, for the leg
+ * is broken or at its end. */
 static int leg_handshake(struct session *s, struct leg *l)
 {
 	int light;
 	size_t room;
 
+	if (leg_in(l) && l->at == l->end)
+		leg_recv(s, l);
+	if (l->eof || s->broken)
+		return 0;
 	l->more = 1;            /* a flight is of several records */
 	if (!leg_send(s, l)) {
 		do {
@@ -4660,6 +4647,28 @@ static int leg_handshake(struct session *s, struct leg *l)
 	return 0;
 }
 
+/* Readies the engine for a ClientHello. One whose list of versions is TLS 1.3 alone (RFC 8446 4.2.1)
+ * has 1.2 where BearSSL looks for one: there it gets SSL 2, to be refused for its version, not for
+ * its suites. 0: no entropy. */
+static int tls_start(struct session *s)
+{
+	struct leg *l = &s->client;
+
+	if (!s->tls_made && !tls_make(s))
+		return 0;
+	if (memmem(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
+		l->ahead[l->at + 9] = 2;
+	place_start(s);
+	tls_ring_take(s);
+	leg_start(l, &s->tls.eng);
+	cache_offer(s);
+	s->policy = &policy_class;
+	br_ssl_server_set_policy(&s->tls, &s->policy);
+	if (clients_asked())
+		certificate_ask(s);
+	return br_ssl_server_reset(&s->tls) != 0;
+}
+
 /* HTTP in the clear on a TLS port is answered in the clear. */
 static int looks_like_http(const struct leg *l)
 {
@@ -4667,14 +4676,6 @@ static int looks_like_http(const struct leg *l)
 
 	return l->end - l->at >= 4 && isalnum(p[0]) && isalnum(p[1]) &&
 		(isalnum(p[2]) || p[2] == ' ');
-}
-
-/* A ClientHello whose list of versions is TLS 1.3 alone (RFC 8446 4.2.1) has 1.2 where BearSSL
- * looks for one. There it gets SSL 2, to be refused for its version, not for its suites. */
-static void hello_unmask(struct leg *l)
-{
-	if (memmem(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
-		l->ahead[l->at + 9] = 2;
 }
 
 /* The ClientHello is awaited whole, for its server name; then the engine is started. */
@@ -4685,11 +4686,11 @@ static enum state handshake_step(struct session *s)
 
 	if ((client_asked(s) && !shelf_borrow(s)) || !records_borrow(s))
 		return HANDSHAKE;
-	if (leg_in(l) && (!l->eng || l->at == l->end))
-		leg_recv(s, l);
-	if (l->eof || s->broken)
-		return FREE;
 	if (!l->eng) {
+		if (leg_in(l))
+			leg_recv(s, l);
+		if (l->eof || s->broken)
+			return FREE;
 		if (!records_whole(l->ahead, l->end, &need))
 			return HANDSHAKE;
 		if (looks_like_http(l)) {
@@ -4697,7 +4698,6 @@ static enum state handshake_step(struct session *s)
 			l->at = l->end;
 			return session_fail(s, WHY_PLAIN_HTTP);
 		}
-		hello_unmask(l);
 		if (!tls_start(s))
 			return session_fail(s, WHY_NO_RANDOM);
 	}
@@ -4705,7 +4705,7 @@ static enum state handshake_step(struct session *s)
 		client_verify(s);
 	if (leg_handshake(s, l))
 		return HEAD;
-	return s->broken ? FREE : HANDSHAKE;
+	return s->broken || l->eof ? FREE : HANDSHAKE;
 }
 
 /* Whether a Cookie value has this name=value pair (RFC 6265 4.2.1). */
@@ -4937,25 +4937,24 @@ static enum state backend_handshake_step(struct session *s)
 	struct leg *l = &s->backend;
 	struct server *v = &servers[s->server];
 	const struct keyring *ring;
-	const int expired = s->expired;
+	int stands;
 
-	if (!expired && s->rec && !s->shelf && pool_empty(&shelf_pool))
+	if (s->expired ? !l->eng : s->rec && !s->shelf && pool_empty(&shelf_pool))
 		return session_fail(s, WHY_NO_RESOURCES);       /* or they would wait in a ring */
-	if (!expired && (!shelf_borrow(s) || !records_borrow(s)))
-		return BACKEND_HANDSHAKE;
-	if (!l->eng && (expired || !tls_dial(s)))
-		return session_fail(s, WHY_NO_RESOURCES);
-	ring = s->ring;
-	if (!expired && !s->shelf->verifier.begun)
-		backend_verify(s);
-	if (!expired && l->at == l->end && leg_in(l))
-		leg_recv(s, l);
-	if (!expired && !s->broken && !l->eof && leg_handshake(s, l)) {
-		server_remember(v, l->eng, ring);
-		return REQUEST;
+	if (!s->expired) {
+		if (!shelf_borrow(s) || !records_borrow(s))
+			return BACKEND_HANDSHAKE;
+		if (!l->eng && !tls_dial(s))
+			return session_fail(s, WHY_NO_RESOURCES);
+		ring = s->ring;
+		if (!s->shelf->verifier.begun)
+			backend_verify(s);
+		stands = leg_handshake(s, l);
+		if (stands)
+			server_remember(v, l->eng, ring);
+		if (!s->broken && !l->eof)
+			return stands ? REQUEST : BACKEND_HANDSHAKE;
 	}
-	if (!expired && !s->broken && !l->eof)
-		return BACKEND_HANDSHAKE;
 	v->session_until = 0;
 	return backend_failed(s, handshake_why(s));
 }
@@ -5989,20 +5988,17 @@ static void tables_init(void)
 static void lending_test(void)
 {
 	struct session *s = &sessions[0];
-	struct buffers *b = &records[0].side[0];
 	br_ssl_engine_context *eng = &s->tls.eng;
-	static unsigned char seed[32];
 	size_t len;
 
 	tls_make(s);
-	br_ssl_engine_inject_entropy(eng, seed, sizeof seed);
-	br_ssl_engine_set_buffers_bidi(eng, b->ibuf, sizeof b->ibuf, b->obuf, sizeof b->obuf);
+	s->client.buf = &records[0].side[0];
+	leg_start(&s->client, eng);
 	if (!br_ssl_server_reset(&s->tls))
 		die("BearSSL: br_ssl_server_reset: error %d", br_ssl_engine_last_error(eng));
 	engine_lend(eng, no_records, no_records);
 	if (br_ssl_engine_recvrec_buf(eng, &len) != no_records || len != 5)
 		die("BearSSL: this version does not let its buffers be lent: use 0.6");
-	s->tls_made = 0;
 }
 
 /* Numbers of config.h, and what they may be. */
