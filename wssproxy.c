@@ -4389,10 +4389,8 @@ static void text_location(struct text *t, const struct head_buffer *hd)
 	text_span(t, hd->bytes, host);
 	for (i = 0; i < LISTENERS && listeners[i].kind != WSS; i++)
 		;
-	if (i < LISTENERS && strcmp(listeners[i].port, "443") != 0) {
-		text_string(t, ":");
-		text_string(t, listeners[i].port);
-	}
+	if (i < LISTENERS && strcmp(listeners[i].port, "443") != 0)
+		text_format(t, ":%s", listeners[i].port);
 	if (r->target.len == 0 || hd->bytes[r->target.at] != '/')
 		text_string(t, "/");
 	if (hd->bytes[r->target.at] != '*')
@@ -4434,24 +4432,16 @@ static void text_tls(struct text *t, const struct session *s)
 	char name[sizeof s->note->subject];
 	int k;
 
+	if (s->plain) {
+		text_string(t, " tls=- suite=- resumed=0 cn=-");
+		return;
+	}
 	br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
 	k = suite_find(p.cipher_suite);
 	log_escape(name, sizeof name, s->note->subject, strlen(s->note->subject));
 	text_format(t, " tls=1.%d suite=%s resumed=%d cn=%s", (int)p.version - BR_TLS10,
 		k < 0 ? "?" : suite_names[k].name, !s->identity, or_dash(name));
 	wipe(&p, sizeof p);
-}
-
-/* Why it ended, with the alert that a client sent, or what TLS failed of. */
-static void text_why(struct text *t, const struct session *s, enum why why)
-{
-	int error = leg_fault(s, s->by == BY_BACKEND ? &s->backend : &s->client);
-
-	text_format(t, " why=%s", whys[why].text);
-	if (why == WHY_TLS_ALERT)
-		text_format(t, " alert=%d", error - BR_ERR_RECV_FATAL_ALERT);
-	else if (error && (why == WHY_TLS_ERROR || why == WHY_CLIENT_CERT))
-		text_format(t, " cause=%s", fault_find(error)->word);
 }
 
 /* What was asked for, as far as that is known; of an Origin that is refused, which. */
@@ -4481,6 +4471,7 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 	static const char *const words[] = { "open", "close", "reject" };
 	static const char *const parties[] = { "proxy", "client", "backend" };
 	const unsigned long long ms = now - s->born;
+	const int error = leg_fault(s, s->by == BY_BACKEND ? &s->backend : &s->client);
 	struct text t;
 	char client[ADDRESS_TEXT];
 
@@ -4490,14 +4481,16 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 	text_format(&t, event == CLOSE ? "%s id=%u by=%s" : "%s id=%u client=%s", words[event],
 		(unsigned)s->id, event == CLOSE ? parties[s->by] :
 		address_format(&s->peer, 1, client));
-	if (event == OPEN && s->plain)
-		text_string(&t, " tls=- suite=- resumed=0 cn=-");
-	else if (event == OPEN)
+	if (event == OPEN)
 		text_tls(&t, s);
 	if (event == REJECT)
 		text_format(&t, status ? " status=%u" : " status=-", status);
 	if (event != OPEN)
-		text_why(&t, s, why);
+		text_format(&t, " why=%s", whys[why].text);
+	if (event != OPEN && why == WHY_TLS_ALERT)
+		text_format(&t, " alert=%d", error - BR_ERR_RECV_FATAL_ALERT);
+	else if (event != OPEN && error && (why == WHY_TLS_ERROR || why == WHY_CLIENT_CERT))
+		text_format(&t, " cause=%s", fault_find(error)->word);
 	if (event != CLOSE)
 		text_asked(&t, s, why);
 	if (event == OPEN)
@@ -4884,10 +4877,9 @@ static enum state connect_step(struct session *s)
 		return CONNECT;
 	else
 		error = socket_error(s->backend.fd);
-	if (error == 0 && tls_backends && backends[s->server].tls != TLS_OFF)
-		return BACKEND_HANDSHAKE;
 	if (error == 0)
-		return REQUEST;
+		return tls_backends && backends[s->server].tls != TLS_OFF ? BACKEND_HANDSHAKE :
+			REQUEST;
 	connect_failed(s, connect_why(error));
 	return connect_next(s);
 }
@@ -4989,10 +4981,8 @@ static size_t cookie_add(const struct session *s, char *head, size_t len)
 {
 	struct text t = { .p = head, .len = len - 2, .size = HEAD_ROOM };
 
-	text_string(&t, "Set-Cookie: ");
-	text_string(&t, servers[s->server].cookie);
-	text_string(&t, s->plain ? "; Path=/; HttpOnly; SameSite=Lax\r\n\r\n" :
-		"; Path=/; HttpOnly; Secure; SameSite=Lax\r\n\r\n");
+	text_format(&t, "Set-Cookie: %s; Path=/; HttpOnly;%s SameSite=Lax\r\n\r\n",
+		servers[s->server].cookie, s->plain ? "" : " Secure;");
 	return t.full ? len : t.len;
 }
 
@@ -5207,7 +5197,6 @@ static const struct {
 	enum state (*step)(struct session *);
 	enum why expired;
 } states[STATES] = {
-	[FREE]      = { NULL, WHY_NONE },
 	[HANDSHAKE] = { handshake_step, WHY_HANDSHAKE_TIMEOUT },
 	[HEAD]      = { head_step, WHY_HEAD_TIMEOUT },
 	[CONNECT]   = { connect_step, WHY_NONE },
@@ -5291,9 +5280,8 @@ static int leg_rests(const struct leg *l)
 /* Whether the record buffers are of no use to a session now. */
 static int session_rests(const struct session *s)
 {
-	if (s->client.fin)
-		return 1;       /* what comes now is thrown away */
-	return leg_rests(&s->client) && leg_rests(&s->backend);
+	/* what comes behind the client's end is thrown away */
+	return s->client.fin || (leg_rests(&s->client) && leg_rests(&s->backend));
 }
 
 /* The same of its shelf: no long head lies there, and no verifier is at work. */
@@ -5394,6 +5382,13 @@ static void session_run(struct session *s, int expired)
 		session_settle(s);
 }
 
+/* We end it. */
+static void session_drop(struct session *s, enum why why)
+{
+	session_end(s, BY_PROXY, why);
+	session_close(s);
+}
+
 static void session_open(int fd, const struct address *peer, unsigned listener)
 {
 	struct session *s = pool_lend(&session_pool);
@@ -5408,10 +5403,8 @@ static void session_open(int fd, const struct address *peer, unsigned listener)
 	s->peer = *peer;
 	s->source = source_take(peer);
 	session_enter(s, s->plain ? HEAD : HANDSHAKE);
-	if (leg_watch(s, &s->client))
-		return;
-	session_end(s, BY_PROXY, WHY_NO_RESOURCES);
-	session_close(s);
+	if (!leg_watch(s, &s->client))
+		session_drop(s, WHY_NO_RESOURCES);
 }
 
 /* A session can go on: a handshake waits for its turn, everything else runs. So does who has gone,
@@ -5529,10 +5522,8 @@ static void listener_take(int fd, const struct address *peer, unsigned listener)
 		return;
 	}
 	s = pool_empty(&session_pool) ? displace_find() : NULL;
-	if (s) {
-		session_end(s, BY_PROXY, WHY_DISPLACED);
-		session_close(s);
-	}
+	if (s)
+		session_drop(s, WHY_DISPLACED);
 	session_open(fd, peer, listener);
 }
 
@@ -5591,6 +5582,11 @@ static void listeners_watch(void)
 		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
 }
 
+static int buffers_wanted(void)
+{
+	return pool_wanted(&records_pool) || pool_wanted(&shelf_pool);
+}
+
 /* Milliseconds until the next timer, -1: none. */
 static int timers_next(void)
 {
@@ -5602,10 +5598,8 @@ static int timers_next(void)
 	for (i = 0; i < QUEUES; i++) {
 		const struct timer *t = OWNER(queues[i].list.next, struct timer, link);
 
-		if (i == Q_YOUNG || i == Q_GROWN || (i == Q_STALL && !pool_wanted(&records_pool) &&
-		    !pool_wanted(&shelf_pool)))
-			continue;
-		if (!link_alone(&queues[i].list) && t->due < due)
+		if (i != Q_YOUNG && i != Q_GROWN && (i != Q_STALL || buffers_wanted()) &&
+		    !link_alone(&queues[i].list) && t->due < due)
 			due = t->due;
 	}
 	for (i = 0; i < LENGTH(also); i++)
@@ -5615,28 +5609,24 @@ static int timers_next(void)
 		(int)(due - now);
 }
 
-/* When others wait for what a session holds, closes who made too little progress for stall_ms. */
+/* When others wait for what a session holds, ends who made too little progress for stall_ms. */
 static void stallers_close(void)
 {
-	const int records_wanted = pool_wanted(&records_pool);
-	const int shelves_wanted = pool_wanted(&shelf_pool);
 	struct timer *t;
 
-	while ((records_wanted || shelves_wanted) && (t = timer_due(&queues[Q_STALL])) != NULL) {
+	while (buffers_wanted() && (t = timer_due(&queues[Q_STALL])) != NULL) {
 		struct session *s = OWNER(t, struct session, stall);
 
-		if (!link_alone(&s->wait) || !((records_wanted && s->rec) ||
-		    (shelves_wanted && s->shelf))) {
+		if (!link_alone(&s->wait) || !((s->rec && pool_wanted(&records_pool)) ||
+		    (s->shelf && pool_wanted(&shelf_pool)))) {
 			timer_start(&queues[Q_STALL], &s->stall);
-		} else if (s->state >= CONNECT && s->state <= RESPONSE) {
-			/* its time is over: the next backend, or an answer */
-			session_run(s, 1);
-			return;
-		} else {
-			session_end(s, BY_PROXY, WHY_STALL);
-			session_close(s);
-			return;
+			continue;
 		}
+		if (s->state >= CONNECT && s->state <= RESPONSE)
+			session_run(s, 1);      /* the next backend, or an answer */
+		else
+			session_drop(s, WHY_STALL);
+		return;
 	}
 }
 
@@ -5813,13 +5803,13 @@ static unsigned certs_say(const struct keyring *ring, const struct keyring *befo
  * while other descriptors are ready. */
 static void signals_init(void)
 {
-	static const int taken[] = { SIGHUP, SIGTERM, SIGINT, SIGUSR1 };
 	sigset_t set;
-	unsigned i;
 
 	sigemptyset(&set);
-	for (i = 0; i < LENGTH(taken); i++)
-		sigaddset(&set, taken[i]);
+	sigaddset(&set, SIGHUP);
+	sigaddset(&set, SIGTERM);
+	sigaddset(&set, SIGINT);
+	sigaddset(&set, SIGUSR1);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGXFSZ, SIG_IGN);       /* a log that is as long as it may get */
 	signal(SIGCHLD, SIG_IGN);       /* the resolver's end is seen on its socket */
@@ -5892,12 +5882,9 @@ static void sessions_end(void)
 {
 	unsigned i;
 
-	for (i = 0; i < max_sessions; i++) {
-		if (sessions[i].state == FREE)
-			continue;
-		session_end(&sessions[i], BY_PROXY, WHY_DRAIN);
-		session_close(&sessions[i]);
-	}
+	for (i = 0; i < max_sessions; i++)
+		if (sessions[i].state != FREE)
+			session_drop(&sessions[i], WHY_DRAIN);
 	rejects_over();
 }
 
@@ -6250,9 +6237,8 @@ static void standard_descriptors(void)
 {
 	int fd;
 
-	do
-		fd = open("/dev/null", O_RDWR);
-	while (fd >= 0 && fd <= 2);
+	while ((fd = open("/dev/null", O_RDWR)) >= 0 && fd <= 2)
+		;
 	if (fd > 2)
 		close(fd);
 }
