@@ -3447,13 +3447,6 @@ static int tls_make(struct session *s)
 	return 1;
 }
 
-/* A handshake begins, which may point into the keyring. */
-static void tls_ring_take(struct session *s)
-{
-	s->ring = keyring;
-	keyring->users++;
-}
-
 /* Gives a leg an engine, and that its buffers. */
 static void leg_start(struct leg *l, br_ssl_engine_context *eng)
 {
@@ -3540,18 +3533,8 @@ static void client_verify(struct session *s)
 	br_x509_minimal_set_name_elements(&v->u.minimal, &v->name, 1);
 }
 
-/* Has the engine ask for a certificate, or not: it may have served another listener before. */
-static void certificate_ask(struct session *s)
-{
-	const struct trust *t = &s->ring->trust[s->listener];
-
-	br_ssl_server_set_trust_anchor_names_alt(&s->tls, s->ring->anchor + t->first, t->count);
-	br_ssl_engine_remove_flags(&s->tls.eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
-	if (listeners[s->listener].verify_client == VERIFY_OPTIONAL)
-		br_ssl_engine_add_flags(&s->tls.eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
-}
-
-/* The last handshake that used the keys of before SIGHUP takes them with it. */
+/* A handshake, which may point into its keyring, is over. The last one that used the keys of before
+ * SIGHUP takes them with it. */
 static void tls_ring_release(struct session *s)
 {
 	if (s->ring && --s->ring->users == 0 && s->ring != keyring)
@@ -3651,7 +3634,8 @@ static int tls_dial(struct session *s)
 		u->made = 1;
 	}
 	leg_attach(&s->backend, &s->rec->side[tls_backends]);
-	tls_ring_take(s);
+	s->ring = keyring;
+	keyring->users++;
 	leg_start(&s->backend, eng);
 	br_ssl_client_set_client_certificate(&u->tls, NULL);
 	if (id->chain_len > 0 && br_skey_decoder_get_rsa(&id->key))
@@ -3865,6 +3849,20 @@ static void leg_put(struct leg *l, size_t len)
 		br_ssl_engine_sendapp_ack(l->eng, len);
 		br_ssl_engine_flush(l->eng, 0);
 	}
+}
+
+/* Puts there what fits of so many bytes. How many do. */
+static size_t leg_copy(struct leg *l, const void *p, size_t len)
+{
+	size_t room;
+	unsigned char *to = leg_room(l, &room);
+
+	len = len < room ? len : room;
+	if (len > 0) {
+		memcpy(to, p, len);
+		leg_put(l, len);
+	}
+	return len;
 }
 
 /* Bytes that wait for the socket; NULL: none. */
@@ -4186,19 +4184,10 @@ static void leg_finish(struct session *s, struct leg *l)
 static size_t backend_write(struct session *s, const void *p, size_t len)
 {
 	struct leg *l = &s->backend;
-	unsigned char *q;
-	size_t room;
 	ssize_t n;
 
-	if (l->eng) {
-		q = leg_room(l, &room);
-		len = len < room ? len : room;
-		if (len > 0) {
-			memcpy(q, p, len);
-			leg_put(l, len);
-		}
-		return len;
-	}
+	if (l->eng)
+		return leg_copy(l, p, len);
 	n = l->full ? 0 : leg_write(l, p, len);
 	if (n < 0)
 		leg_unsent(s, l);
@@ -4290,34 +4279,21 @@ static size_t answer_take(struct session *s, const char *p, size_t len)
 	return len;
 }
 
-/* The answer's head, in the head buffer, goes before anything else. */
-static int relay_head(struct session *s, unsigned char *room, size_t len)
-{
-	struct head_buffer *hd = s->hd;
-
-	if (len > hd->len - hd->off)
-		len = hd->len - hd->off;
-	memcpy(room, hd->bytes + hd->off, len);
-	leg_put(&s->client, len);
-	hd->off += len;
-	if (hd->off == hd->len)
-		s->hd = NULL;
-	return 1;
-}
-
 /* Backend to client. Records are as large as they can be but for the first after a rest, so that
  * its bytes are not held back on a slow line until 16 KB are there. */
 static int relay_down(struct session *s)
 {
 	struct leg *to = &s->client;
+	struct head_buffer *hd = s->hd;
 	size_t size, len;
 	unsigned char *room = leg_room(to, &size);
 
-	if (!room)
-		return 0;
-	if (s->hd)
-		return relay_head(s, room, size);
-	if (s->backend.eof)
+	if (room && hd) {               /* the answer's head goes before anything else */
+		hd->off += leg_copy(to, hd->bytes + hd->off, hd->len - hd->off);
+		s->hd = hd->off < hd->len ? hd : NULL;
+		return 1;
+	}
+	if (!room || s->backend.eof)
 		return 0;
 	if (to->eng && !to->started && size > FIRST_RECORD)
 		size = FIRST_RECORD;
@@ -4337,18 +4313,20 @@ static int relay_down(struct session *s)
 	return 1;
 }
 
+/* Both ways; before an answer that is the request's body, and what its backend sends. */
 static void relay_pump(struct session *s)
 {
+	const int answered = s->state != RESPONSE;
 	int moved;
 
 	do {
-		moved = leg_fill(s, &s->client);
+		moved = (answered || s->up_left > 0) && leg_fill(s, &s->client);
 		moved |= relay_up(s);
 		if (s->backend.eng) {
 			moved |= leg_send(s, &s->backend);
 			moved |= leg_fill(s, &s->backend);
 		}
-		moved |= relay_down(s);
+		moved |= answered && relay_down(s);
 		moved |= leg_send(s, &s->client);
 	} while (moved && !s->broken);
 }
@@ -4646,19 +4624,26 @@ static int leg_handshake(struct session *s, struct leg *l)
 static int tls_start(struct session *s)
 {
 	struct leg *l = &s->client;
+	const struct trust *t = &keyring->trust[s->listener];
 
 	if (!s->tls_made && !tls_make(s))
 		return 0;
 	if (memmem(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
 		l->ahead[l->at + 9] = 2;
 	place_start(s);
-	tls_ring_take(s);
+	s->ring = keyring;
+	keyring->users++;
 	leg_start(l, &s->tls.eng);
 	cache_offer(s);
 	s->policy = &policy_class;
 	br_ssl_server_set_policy(&s->tls, &s->policy);
-	if (clients_asked())
-		certificate_ask(s);
+	if (clients_asked()) {          /* it may have served another listener before */
+		br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + t->first,
+			t->count);
+		br_ssl_engine_remove_flags(l->eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
+		if (listeners[s->listener].verify_client == VERIFY_OPTIONAL)
+			br_ssl_engine_add_flags(l->eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
+	}
 	return br_ssl_server_reset(&s->tls) != 0;
 }
 
@@ -4763,12 +4748,10 @@ static enum state head_done(struct session *s, enum why why)
 		why = request_check(r, hd->bytes);
 	request_note(s);
 	s->head = (uint8_t)span_is(hd->bytes, r->head.part[0], "head");
-	if (why == WHY_NONE && listeners[s->listener].kind == REDIRECT)
-		why = WHY_REDIRECT;
-	if (why == WHY_NONE && !r->upgrade && http == REFUSE)
-		why = WHY_NOT_WEBSOCKET;
-	if (why == WHY_NONE && !s->group)
-		why = WHY_NO_PATH;
+	if (why == WHY_NONE)
+		why = listeners[s->listener].kind == REDIRECT ? WHY_REDIRECT :
+			!r->upgrade && http == REFUSE ? WHY_NOT_WEBSOCKET :
+			!s->group ? WHY_NO_PATH : WHY_NONE;
 	if (why != WHY_NONE)
 		return session_fail(s, why);
 	if (balance == STICKY_COOKIE)
@@ -5015,13 +4998,11 @@ static enum state interim_done(struct session *s)
 	struct response *r = &hd->u.response;
 	size_t room, size = r->head.size;
 	size_t len = response_render(r, hd->bytes, scratch, HEAD_ROOM);
-	unsigned char *p = leg_room(&s->client, &room);
 
 	if (++s->note->interim > INTERIM_MAX)
 		return session_fail(s, WHY_BAD_RESPONSE);
-	if (p && len > 0 && len <= room) {
-		memcpy(p, scratch, len);
-		leg_put(&s->client, len);
+	if (leg_room(&s->client, &room) && len <= room) {
+		leg_copy(&s->client, scratch, len);
 		leg_send(s, &s->client);
 	}
 	memmove(hd->bytes, hd->bytes + size, hd->len - size);
@@ -5059,14 +5040,8 @@ static enum state response_done(struct session *s)
 static int response_upload(struct session *s)
 {
 	size_t len;
-	int moved;
 
-	do {
-		moved = s->backend.eng && leg_send(s, &s->backend);
-		if (s->up_left > 0 && !s->broken)
-			moved |= leg_fill(s, &s->client) | relay_up(s);
-	} while (moved && !s->broken);
-	leg_send(s, &s->client);
+	relay_pump(s);
 	if (s->broken)
 		return 0;
 	if (!s->client.eof || s->up_left == 0 || leg_readable(&s->client, &len))
@@ -5084,7 +5059,6 @@ static enum state response_step(struct session *s)
 	enum state next = RESPONSE;
 	enum why why;
 	size_t n;
-	int moved;
 
 	if (s->up_left == 0 && !leg_in(&s->backend) && !s->rec)
 		return RESPONSE;
@@ -5094,9 +5068,7 @@ static enum state response_step(struct session *s)
 		if (!response_upload(s))
 			return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
 		hd = head_load(s);
-		moved = s->backend.eng && leg_fill(s, &s->backend);
-		n = s->broken ? 0 : backend_read(s, (unsigned char *)hd->bytes + hd->len,
-			head_max - hd->len);
+		n = backend_read(s, (unsigned char *)hd->bytes + hd->len, head_max - hd->len);
 		if (s->broken || s->backend.eof)
 			return session_fail(s, WHY_BAD_RESPONSE);
 		hd->len += n;
@@ -5108,7 +5080,7 @@ static enum state response_step(struct session *s)
 		} while (why == WHY_NONE && next == RESPONSE);
 		if (why != WHY_NONE && why != WHY_MORE)
 			return session_fail(s, why);
-	} while ((moved || n > 0) && next == RESPONSE);
+	} while (n > 0 && next == RESPONSE);
 	return next;
 }
 
@@ -5902,16 +5874,12 @@ static void signals_take(void)
 	}
 }
 
-static int loop_over(void)
-{
-	return stops > 1 || (drain_until && (drain_until <= now || session_pool.lent == 0));
-}
-
 static void loop(void)
 {
 	unsigned i;
 
-	while (!loop_over()) {
+	while (stops < 2 &&
+	    !(drain_until && (drain_until <= now || session_pool.lent == 0))) {
 		int ms = link_alone(&turns[0]) && link_alone(&turns[1]) && link_alone(&runnable) ?
 			timers_next() : 0;
 		int n;
