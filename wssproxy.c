@@ -3114,8 +3114,7 @@ static int suite_find(unsigned id)
 	return -1;
 }
 
-/* ciphers[] in the order for this CPU: BearSSL's constant-time AES is slow without instructions
- * for it, its ChaCha20 is fast everywhere. */
+/* ciphers[] for this CPU: without instructions for AES, ChaCha20 is faster in constant time. */
 static void suites_init(void)
 {
 	int aes = br_aes_x86ni_ctr_get_vtable() != NULL || br_aes_pwr8_ctr_get_vtable() != NULL;
@@ -3168,9 +3167,8 @@ static int hash_choose(uint32_t offered)
 	return order[i];
 }
 
-/* Certificate and suite for a ClientHello: among the certificates that fit its server name best,
- * the first suite that one of them can serve. BearSSL offers those alone for whose kind of key
- * there is a hash. */
+/* Certificate and suite for a ClientHello: the first suite that one of the certificates serves that
+ * fit its server name best. BearSSL offers those for whose kind of key there is a hash. */
 static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
@@ -3358,12 +3356,12 @@ static int hello_read(struct bytes b, struct hello *h)
 
 /* The session cache: BearSSL's, with the server name mixed into the session ID, so that no client
  * resumes under another name by mistake. (One that wants to can: no right hangs on the name.) */
-static void cache_key(const struct session *s, br_ssl_session_parameters *p)
+static void cache_key(br_ssl_server_context *cc, br_ssl_session_parameters *p)
 {
 	uint64_t id;
 
 	memcpy(&id, p->session_id, sizeof id);
-	id ^= s->note->name_hash;
+	id ^= OWNER(cc, struct session, tls)->note->name_hash;
 	memcpy(p->session_id, &id, sizeof id);
 }
 
@@ -3373,7 +3371,7 @@ static void cache_save(const br_ssl_session_cache_class **ctx, br_ssl_server_con
 	br_ssl_session_parameters p = *params;
 
 	(void)ctx;
-	cache_key(OWNER(cc, struct session, tls), &p);
+	cache_key(cc, &p);
 	cache.vtable->save(&cache.vtable, cc, &p);
 	wipe(&p, sizeof p);
 }
@@ -3381,13 +3379,12 @@ static void cache_save(const br_ssl_session_cache_class **ctx, br_ssl_server_con
 static int cache_load(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
 	br_ssl_session_parameters *params)
 {
-	const struct session *s = OWNER(cc, struct session, tls);
 	int found;
 
 	(void)ctx;
-	cache_key(s, params);
+	cache_key(cc, params);
 	found = cache.vtable->load(&cache.vtable, cc, params);
-	cache_key(s, params);
+	cache_key(cc, params);
 	return found;
 }
 
@@ -3468,8 +3465,7 @@ static void cache_offer(struct session *s)
 		&named_cache : NULL);
 }
 
-/* The system's time, but not before this program was made: a device without a clock boots in
- * 1970. */
+/* The time, but not before this program was made: a device without a clock boots in 1970. */
 static time_t clock_floor(void)
 {
 	struct timespec t;
@@ -3478,8 +3474,7 @@ static time_t clock_floor(void)
 	return t.tv_sec > (time_t)BUILD_TIME ? t.tv_sec : (time_t)BUILD_TIME;
 }
 
-/* Whoever need not show a certificate, but does, needs a good one: of none at all, this hears
- * nothing. */
+/* Whoever shows a certificate needs a good one, wanted or not: without any, this is not called. */
 static void chain_start(const br_x509_class **ctx, const char *name)
 {
 	struct verifier *v = OWNER(ctx, struct verifier, u.minimal.vtable);
@@ -3533,8 +3528,7 @@ static void client_verify(struct session *s)
 	br_x509_minimal_set_name_elements(&v->u.minimal, &v->name, 1);
 }
 
-/* A handshake, which may point into its keyring, is over. The last one that used the keys of before
- * SIGHUP takes them with it. */
+/* A handshake is over. The last one that used the keys of before SIGHUP takes them with it. */
 static void tls_ring_release(struct session *s)
 {
 	if (s->ring && --s->ring->users == 0 && s->ring != keyring)
@@ -3542,8 +3536,7 @@ static void tls_ring_release(struct session *s)
 	s->ring = NULL;
 }
 
-/* The certificates of backends that are pinned, or not verified: only the first of the chain
- * counts, and of it only the key. */
+/* Pinned or unverified backends: only the chain's first certificate counts, and of it the key. */
 static void first_start_cert(const br_x509_class **ctx, uint32_t len)
 {
 	struct verifier *v = OWNER(ctx, struct verifier, u.first.known.vtable);
@@ -3741,11 +3734,6 @@ static const struct fault *fault_find(int error)
  * has told before. A read that brings less than there was room for has emptied the socket, unless
  * there is something behind it (leg.last). */
 
-static enum party leg_party(const struct session *s, const struct leg *l)
-{
-	return l == &s->client ? BY_CLIENT : BY_BACKEND;
-}
-
 static void session_end(struct session *s, enum party by, enum why why)
 {
 	if (s->why == WHY_NONE) {
@@ -3757,7 +3745,7 @@ static void session_end(struct session *s, enum party by, enum why why)
 /* A socket error, or a TLS failure: no order any more. */
 static void session_broke(struct session *s, const struct leg *l, enum why why)
 {
-	session_end(s, leg_party(s, l), why);
+	session_end(s, l == &s->client ? BY_CLIENT : BY_BACKEND, why);
 	s->broken = 1;
 }
 
@@ -3768,8 +3756,7 @@ static void leg_error(struct session *s, const struct leg *l)
 		session_broke(s, l, errno == ETIMEDOUT ? WHY_TIMEOUT : WHY_RESET);
 }
 
-/* Has the epoll set tell of a leg's descriptor; closing that takes it out. 0, and errno: there is
- * no room. */
+/* Has the epoll set tell of a leg; closing its descriptor takes it out. 0, and errno: no room. */
 static int leg_watch(const struct session *s, struct leg *l)
 {
 	struct epoll_event ev = { .events = (uint32_t)EPOLLIN | (uint32_t)EPOLLOUT |
@@ -3794,14 +3781,13 @@ static void leg_ended(struct session *s, struct leg *l)
 	enum why why = framing == BODY_TUNNEL ? WHY_EOF :
 		framing == BODY_EOF && (!l->eng || leg_closed(l)) ? WHY_DONE : WHY_SHORT;
 
-	session_end(s, leg_party(s, l), why);
+	session_end(s, l == &s->client ? BY_CLIENT : BY_BACKEND, why);
 	if (framing == BODY_EOF && why == WHY_SHORT)
 		s->broken = 1;  /* or its end would look like one */
 	l->eof = 1;
 }
 
-/* Whether the leg takes nothing any more: its engine is done with, or its side has ended amid a
- * handshake message, for whose rest the engine waits. */
+/* Whether it takes nothing any more: its engine is done, or awaits the rest of what has ended. */
 static int leg_over(const struct leg *l)
 {
 	return leg_closed(l) || (l->eng && l->eof && !(br_ssl_engine_current_state(l->eng) &
@@ -3997,8 +3983,7 @@ static int records_scarce(void)
 	return records_pool.lent > records_pool.count / 2;
 }
 
-/* Whether a side may be read: not while what it sends would have to wait, for the other takes
- * nothing. */
+/* Whether a side may be read: not while the other takes nothing, so that it would wait. */
 static int leg_heard(struct session *s, struct leg *l)
 {
 	struct leg *to = l == &s->client ? &s->backend : &s->client;
@@ -4021,11 +4006,10 @@ static void leg_place(struct session *s, struct leg *l)
 	l->ahead = l->spare ? l->spare->bulk : l->buf ? l->buf->ahead : NULL;
 }
 
-/* How many of the bytes that a socket has for a leg are to be read, so that none is of a record
- * that is not there to its end. 0: none; the set tells when the first one is whole, or shows its
- * length. If it tells of less, no more will come, or the socket has no room for more: all are read,
- * then. Room is made before, for what is left of a page counts as a page (records in pieces, for a
- * minute). */
+/* How many of the bytes that a socket has are to be read, so that none is of a record that is not
+ * whole. 0: none; the set tells when the first one is, or shows its length. If it tells of less, no
+ * more will come, or the socket has no room: all are read, then. Room is made before, for what is
+ * left of a page counts as a page (records in pieces, for a minute). */
 static size_t leg_peek(struct session *s, struct leg *l, unsigned char *p, size_t room)
 {
 	ssize_t n = recv(l->fd, p, room, MSG_PEEK);
@@ -4131,8 +4115,7 @@ static void leg_discard(struct leg *l)
 	}
 }
 
-/* Socket to engine: as much as it takes. The socket is looked at only when all before was taken,
- * so that its end is the end of everything. */
+/* Socket to engine. The socket is read when all before was taken: its end is that of everything. */
 static int leg_fill(struct session *s, struct leg *l)
 {
 	size_t len;
@@ -4161,8 +4144,7 @@ static int leg_fill(struct session *s, struct leg *l)
 	return moved;
 }
 
-/* Tells one side that no more comes: close_notify behind all that is pending, then FIN. Call again
- * while fin is 0. */
+/* Tells a side the end: close_notify behind all that is pending, then FIN. Again while fin is 0. */
 static void leg_finish(struct session *s, struct leg *l)
 {
 	size_t len;
@@ -4231,8 +4213,7 @@ static int relay_up(struct session *s)
 	return 1;
 }
 
-/* Up to `size` bytes from the backend; 0: none now. In the clear they come straight from its
- * socket, unless it sends bulk. */
+/* Bytes from the backend, in the clear straight from its socket but for bulk; 0: none now. */
 static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 {
 	struct leg *l = &s->backend;
@@ -4350,16 +4331,15 @@ static const char *status_text(unsigned status)
 	return texts[i].text;
 }
 
-/* Location of a redirect: the host asked for without its port, with that of the first WSS
- * listener. */
+/* Location of a redirect: the host asked for, with the port of the first WSS listener. */
 static void text_location(struct text *t, const struct head_buffer *hd)
 {
 	const struct request *r = &hd->u.request;
 	struct span host = r->host;
-	unsigned i;
+	unsigned i = host.len;
 
-	for (i = host.len; i > 0 && isalnum((unsigned char)hd->bytes[host.at + i - 1]); i--)
-		;
+	while (i > 0 && isalnum((unsigned char)hd->bytes[host.at + i - 1]))
+		i--;
 	if (i > 0 && hd->bytes[host.at + i - 1] == ':' &&
 	    (hd->bytes[host.at] != '[' || hd->bytes[host.at + i - 2] == ']'))
 		host.len = (uint16_t)(i - 1);
@@ -4618,9 +4598,9 @@ static int leg_handshake(struct session *s, struct leg *l)
 	return 0;
 }
 
-/* Readies the engine for a ClientHello. One whose list of versions is TLS 1.3 alone (RFC 8446 4.2.1)
- * has 1.2 where BearSSL looks for one: there it gets SSL 2, to be refused for its version, not for
- * its suites. 0: no entropy. */
+/* Readies the engine for a ClientHello. One with TLS 1.3 alone in its list of versions (RFC 8446
+ * 4.2.1) has 1.2 where BearSSL looks for one: there it gets SSL 2, to be refused for its version,
+ * not for its suites. 0: no entropy. */
 static int tls_start(struct session *s)
 {
 	struct leg *l = &s->client;
@@ -4958,8 +4938,7 @@ static enum state request_step(struct session *s)
 	return RESPONSE;
 }
 
-/* Adds the cookie of the session's backend to a rendered head, in front of its empty line. The new
- * length. */
+/* Adds its backend's cookie to a rendered head, in front of the empty line. The new length. */
 static size_t cookie_add(const struct session *s, char *head, size_t len)
 {
 	struct text t = { .p = head, .len = len - 2, .size = HEAD_ROOM };
@@ -5011,62 +4990,49 @@ static enum state interim_done(struct session *s)
 	return s->broken ? FREE : RESPONSE;
 }
 
-/* The backend's head is whole. A refused upgrade never becomes a tunnel: nothing more of the
- * client goes to the backend. */
+/* The head is whole. A refused upgrade never becomes a tunnel: nothing of the client goes up. */
 static enum state response_done(struct session *s)
 {
-	struct response r = s->hd->u.response;
-	enum why why = response_check(&r, s->hd->bytes, s->upgrade, s->head, s->note->accept);
+	struct response *r = &s->hd->u.response;
+	enum why why = response_check(r, s->hd->bytes, s->upgrade, s->head, s->note->accept);
 
 	if (why != WHY_NONE)
 		return session_fail(s, why);
 	server_good(&servers[s->server]);
-	s->hd->u.response = r;
-	if (r.status < 200 && r.status != 101)
+	if (r->status < 200 && r->status != 101)
 		return interim_done(s);
-	s->framing = (uint8_t)r.framing;
-	s->down_left = r.length;
-	if (!answer_place(s, &r))
+	s->framing = (uint8_t)r->framing;
+	s->down_left = r->length;
+	if (!answer_place(s, r))
 		return session_fail(s, WHY_LARGE_RESPONSE);
 	totals.opened++;
 	s->opened = 1;
-	log_session(s, OPEN, r.status, WHY_NONE);
+	log_session(s, OPEN, r->status, WHY_NONE);
 	if (s->upgrade)
-		s->up_left = r.framing == BODY_TUNNEL ? UINT64_MAX : 0;
-	return r.framing == BODY_TUNNEL ? RELAY : EXCHANGE;
+		s->up_left = r->framing == BODY_TUNNEL ? UINT64_MAX : 0;
+	return r->framing == BODY_TUNNEL ? RELAY : EXCHANGE;
 }
 
-/* The request's body goes to the backend while its answer is awaited. 0: one of them is gone. */
-static int response_upload(struct session *s)
-{
-	size_t len;
-
-	relay_pump(s);
-	if (s->broken)
-		return 0;
-	if (!s->client.eof || s->up_left == 0 || leg_readable(&s->client, &len))
-		return 1;
-	session_end(s, BY_CLIENT, WHY_EOF);
-	return 0;
-}
-
-/* Looks through what came for a whole head; reads when there is none. A backend that ends before it
- * is whole, with a byte or without, fails this request alone: that may be why. As the request may
- * have been acted on, it is not sent to another. */
+/* Looks for a whole head; reads when there is none. A backend that ends before it is whole fails
+ * this request alone, which may be why, and may have been acted on: it is not sent to another. */
 static enum state response_step(struct session *s)
 {
 	struct head_buffer *hd;
 	enum state next = RESPONSE;
 	enum why why;
-	size_t n;
+	size_t len, n;
 
 	if (s->up_left == 0 && !leg_in(&s->backend) && !s->rec)
 		return RESPONSE;
 	if (!records_borrow(s))
 		return RESPONSE;
 	do {
-		if (!response_upload(s))
+		relay_pump(s);
+		if (s->broken || (s->client.eof && s->up_left > 0 &&
+		    !leg_readable(&s->client, &len))) {
+			session_end(s, BY_CLIENT, WHY_EOF);     /* amid the request's body */
 			return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
+		}
 		hd = head_load(s);
 		n = backend_read(s, (unsigned char *)hd->bytes + hd->len, head_max - hd->len);
 		if (s->broken || s->backend.eof)
@@ -5105,8 +5071,8 @@ static int relay_down_over(const struct session *s)
 	return s->framing != BODY_TUNNEL || s->backend.fin || relay_up_over(s);
 }
 
-/* The state's time begins, or begins anew. At an end it does as long as a slow side still takes what
- * was sent to it before: closing would lose that. */
+/* The state's time begins, or begins anew: at an end as long as a slow side still takes what was
+ * sent to it before, for closing would lose that. */
 static void state_timer_start(struct session *s)
 {
 	timer_start(&queues[s->state], &s->timer);
@@ -5163,8 +5129,7 @@ static enum state relay_step(struct session *s)
 		DRAIN : s->state;
 }
 
-/* What a session may do in each state, and how it ends when its time there is over; WHY_NONE: the
- * step decides that itself. */
+/* Each state's step, and why its time there ends a session; WHY_NONE: the step decides. */
 static const struct {
 	enum state (*step)(struct session *);
 	enum why expired;
@@ -5234,9 +5199,8 @@ static void session_close(struct session *s)
 	pool_return(&session_pool, s);
 }
 
-/* Whether nothing is on its way in a leg's buffers: an engine stands at a record boundary both
- * ways (in a handshake nothing can be put into it, and its room is 0), or its side has ended amid
- * one. */
+/* Whether nothing is on its way in a leg's buffers: its engine is at a record boundary both ways
+ * (in a handshake its room is 0, and nothing is put there), or its side has ended amid one. */
 static int leg_rests(const struct leg *l)
 {
 	size_t len;
@@ -5265,21 +5229,12 @@ static int shelf_rests(const struct session *s)
 		link_alone(&s->wait);
 }
 
-/* Whether the session would go on at once: it stopped so that others have their turn, or in a
- * handshake, with records that were not read yet. What keeps the others is told of when it ends. */
-static int session_goes_on(const struct session *s)
-{
-	const struct leg *l = s->state == HANDSHAKE ? &s->client : &s->backend;
-
-	if (s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE)
-		return l->in && !l->full;
-	return s->client.left == 0 || s->backend.left == 0;
-}
-
 /* After a run: gives back what is not needed, restarts what measures progress. */
 static void session_settle(struct session *s)
 {
 	const int redial = s->state == CONNECT && s->backend.fd < 0;
+	const struct leg *l = s->state == HANDSHAKE ? &s->client :
+		s->state == BACKEND_HANDSHAKE ? &s->backend : NULL;
 
 	if (s->client.at == s->client.end)
 		spare_return(&s->client);
@@ -5302,7 +5257,10 @@ static void session_settle(struct session *s)
 		state_timer_start(s);
 	leg_push(&s->client);
 	leg_push(&s->backend);
-	if (link_alone(&s->wait) && session_goes_on(s))
+	/* it stopped for others to have their turn, or with records of a handshake that were not
+	 * read yet; when what keeps the others ends, the set tells */
+	if (link_alone(&s->wait) && (l ? l->in && !l->full :
+	    s->client.left == 0 || s->backend.left == 0))
 		link_append(&runnable, &s->wait);
 }
 
@@ -5321,8 +5279,7 @@ static int client_gone(struct session *s, int unread)
 	return 1;
 }
 
-/* Runs a session: steps it until its state stays, then settles it. The one place where states
- * change and sessions end. */
+/* Steps a session until its state stays, then settles it. The one place where states change. */
 static void session_run(struct session *s, int expired)
 {
 	const struct leg *c = &s->client;
@@ -5416,14 +5373,13 @@ static int leg_told(struct leg *l, unsigned events)
 /* ---- the loop ---- */
 
 /* Who gives its place to a newcomer when the table is full: of those that have yet to ask, and wait
- * for nothing of ours, the one that has kept us waiting longest; NULL: nobody, for long enough.
- * Everybody has DISPLACE_MS from the accept for a ClientHello, from that for the rest of TLS, and
- * then for the request's head. Each takes an honest client one round trip, so with one of 300 ms it
- * can lose a segment, too. Without that time, those accepted in one turn would displace each other,
- * and of 50 newcomers at the last place none would ever finish. Connections of which nothing comes,
- * of one address or of 1000, are so displaced at max_sessions each second, in order of arrival: a
- * newcomer has to wait for those before it in the backlog (4096: 8 s), who says a byte now and then
- * gains nothing by it, and what keeps a place longer has cost a handshake. */
+ * for nothing of ours, who has kept us waiting longest; NULL: nobody, for long enough. DISPLACE_MS
+ * are for a ClientHello, then for the rest of TLS, then for the request's head: each takes one
+ * round trip, and with one of 300 ms it can lose a segment, too. Without that time those accepted
+ * in one turn would displace each other, and of 50 newcomers at the last place none would finish.
+ * Silent connections, of one address or of 1000, are so displaced at max_sessions each second, in
+ * order of arrival: a newcomer waits for those before it in the backlog (4096: 8 s), a byte now and
+ * then gains nothing, and what keeps a place longer has cost a handshake. */
 static struct session *displace_find(void)
 {
 	const struct link *list = &queues[Q_YOUNG].list, *l = list->next;
@@ -5528,28 +5484,21 @@ static void listener_event(unsigned i)
 	}
 }
 
-/* Says when the table gets full, and when it no longer is. */
-static void full_tell(void)
-{
-	int full = pool_empty(&session_pool);
-
-	if (full == full_said || (full && now < full_after))
-		return;
-	full_said = full;
-	full_after = now + FULL_PAUSE_MS;
-	totals.full += (unsigned)full;
-	log_line(full ? LOG_WARNING : LOG_NOTICE, "%s sessions=%u", full ? "full" : "room",
-		session_pool.lent);
-}
-
-/* Listeners are polled while a connection could be taken, and without a place now and then, to see
- * whether somebody wants one. */
+/* Listeners are polled while there is a place, and now and then: does somebody want one? Says when
+ * there is none any more, and when there is again. */
 static void listeners_watch(void)
 {
-	int can = accept_after <= now && (knock_after <= now || place_find());
+	const int can = accept_after <= now && (knock_after <= now || place_find());
+	const int full = pool_empty(&session_pool);
 	unsigned i;
 
-	full_tell();
+	if (full != full_said && (!full || full_after <= now)) {
+		full_said = full;
+		full_after = now + FULL_PAUSE_MS;
+		totals.full += (unsigned)full;
+		log_line(full ? LOG_WARNING : LOG_NOTICE, "%s sessions=%u", full ? "full" : "room",
+			session_pool.lent);
+	}
 	for (i = 0; i < LISTENERS; i++)
 		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
 }
@@ -5654,8 +5603,7 @@ static void sessions_epoll(void)
 }
 
 /* All that were given what they waited for or stopped for others, once, after one handshake step.
- * Of those that have not begun, the last to come is the first, for the others are nearer to giving
- * up. */
+ * Of those that have not begun, the last to come is first: the others are nearer to giving up. */
 static void sessions_turn(void)
 {
 	const int begun = !link_alone(&turns[0]);
@@ -5673,10 +5621,7 @@ static void sessions_turn(void)
 	link_drop(&end);
 }
 
-/* ---- what certificates say of themselves ----
- *
- * BearSSL's decoder has found them well formed, but tells no names. Elements of DER are ranges of
- * bytes here, as its names are. */
+/* ---- what certificates say of themselves: their dates by BearSSL's decoder, their names ---- */
 
 /* Takes the next element of some. Its tag, or 0: there is none. */
 static unsigned der_next(br_x500_name *from, br_x500_name *out)
@@ -5771,8 +5716,7 @@ static unsigned certs_say(const struct keyring *ring, const struct keyring *befo
 
 /* ---- signals ---- */
 
-/* Signals come through a descriptor, so that none is lost between a look and the wait, nor delayed
- * while other descriptors are ready. */
+/* Signals come through a descriptor: none is lost between a look and the wait, or delayed. */
 static void signals_init(void)
 {
 	sigset_t set;
@@ -6211,8 +6155,7 @@ static void standard_descriptors(void)
 		close(fd);
 }
 
-/* Waits for the kernel's generator, which has nothing yet in the first seconds of a device's
- * life. */
+/* Waits for the kernel's generator, which has nothing in the first seconds of a device. */
 static void entropy_wait(void)
 {
 	unsigned char byte;
