@@ -3158,13 +3158,12 @@ static const br_hash_class *const hashes[] = {
 
 static int hash_choose(uint32_t offered)
 {
-	static const int order[] = { br_sha256_ID, br_sha384_ID, br_sha512_ID, br_sha224_ID,
-		br_sha1_ID };
-	unsigned i = 0;
+	int id;
 
-	while (i + 1 < LENGTH(order) && !(offered >> order[i] & 1))
-		i++;
-	return order[i];
+	for (id = br_sha256_ID; id <= br_sha512_ID; id++)
+		if (offered >> id & 1)
+			return id;
+	return offered >> br_sha224_ID & 1 ? br_sha224_ID : br_sha1_ID;
 }
 
 /* Certificate and suite for a ClientHello: the first suite that one of the certificates serves that
@@ -4119,7 +4118,7 @@ static void leg_discard(struct leg *l)
 static int leg_fill(struct session *s, struct leg *l)
 {
 	size_t len;
-	int error, moved = 0;
+	int moved = 0;
 
 	if (leg_in(l) && l->at == l->end && !leg_readable(l, &len) && leg_heard(s, l))
 		moved = leg_recv(s, l);
@@ -4129,8 +4128,7 @@ static int leg_fill(struct session *s, struct leg *l)
 		moved = 1;
 	if (leg_closed(l)) {
 		l->at = l->end;
-		error = br_ssl_engine_last_error(l->eng);
-		if (error)
+		if (br_ssl_engine_last_error(l->eng))
 			session_broke(s, l, (enum why)fault_find(leg_fault(s, l))->why);
 		else if (!l->eof)
 			leg_ended(s, l);
@@ -5410,9 +5408,8 @@ static void place_look(struct session *s)
 	uint32_t silent;
 
 	getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len);
-	silent = info.tcpi_last_ack_recv;
-	if (info.tcpi_last_data_recv < silent)
-		silent = info.tcpi_last_data_recv;
+	silent = info.tcpi_last_data_recv < info.tcpi_last_ack_recv ? info.tcpi_last_data_recv :
+		info.tcpi_last_ack_recv;
 	if (s->asked && silent >= ASK_MS && (info.tcpi_probes >= PROBES_MIN ||
 	    info.tcpi_retransmits >= RETRANSMITS_MIN)) {
 		session_broke(s, &s->client, WHY_TIMEOUT);
@@ -5861,12 +5858,12 @@ static void tables_init(void)
 {
 	static const struct { unsigned queue; uint64_t ms; } times[] = {
 		{ HANDSHAKE, handshake_ms }, { HEAD, head_ms }, { CONNECT, connect_ms },
-		{ BACKEND_HANDSHAKE, handshake_ms },
-		{ REQUEST, response_ms }, { RESPONSE, response_ms }, { RELAY, idle_ms },
-		{ EXCHANGE, idle_ms }, { REPLY, linger_ms }, { DRAIN, linger_ms },
-		{ Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms },
-		{ Q_CHECK, check_ms }, { Q_REJECTS, 1000 }, { Q_REDIAL, REDIAL_MS },
-		{ Q_YOUNG, DISPLACE_MS }, { Q_GROWN, SILENT_MS }, { Q_ASKED, ASK_MS },
+		{ BACKEND_HANDSHAKE, handshake_ms }, { REQUEST, response_ms },
+		{ RESPONSE, response_ms }, { RELAY, idle_ms }, { EXCHANGE, idle_ms },
+		{ REPLY, linger_ms }, { DRAIN, linger_ms }, { Q_STALL, stall_ms },
+		{ Q_RESOLVE, resolve_ms }, { Q_CHECK, check_ms }, { Q_REJECTS, 1000 },
+		{ Q_REDIAL, REDIAL_MS }, { Q_YOUNG, DISPLACE_MS }, { Q_GROWN, SILENT_MS },
+		{ Q_ASKED, ASK_MS },
 	};
 	unsigned i;
 
@@ -5915,9 +5912,8 @@ static const struct {
 	NUMBER(head_ms, 1, INT_MAX), NUMBER(connect_ms, 1, INT_MAX),
 	NUMBER(response_ms, 1, INT_MAX), NUMBER(idle_ms, 0, INT_MAX),
 	NUMBER(linger_ms, 1, INT_MAX), NUMBER(stall_ms, 1, INT_MAX),
-	NUMBER(drain_ms, 1, INT_MAX), 
-	NUMBER(max_fails, 0, UINT_MAX), NUMBER(fail_ms, 0, INT_MAX), NUMBER(check_ms, 0, INT_MAX),
-	NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
+	NUMBER(drain_ms, 1, INT_MAX), NUMBER(max_fails, 0, UINT_MAX), NUMBER(fail_ms, 0, INT_MAX),
+	NUMBER(check_ms, 0, INT_MAX), NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
 	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_time, 0, 1), NUMBER(seccomp, 0, 1),
 	NUMBER(log_rejects, 0, INT_MAX), NUMBER(source_bits6, 1, 64), NUMBER(log_probes, 0, 1),
