@@ -4405,14 +4405,14 @@ static void text_asked(struct text *t, const struct session *s, enum why why)
 {
 	const struct note *note = s->note;
 	char origin[sizeof note->host];
-	struct span o;
 
 	if (!note || !note->path[0])
 		return;
 	text_format(t, " host=%s path=%s backend=%s", or_dash(note->host), note->path,
 		s->server < 0 ? "-" : servers[s->server].name);
 	if (why == WHY_ORIGIN) {
-		o = s->hd->u.request.origin;
+		const struct span o = s->hd->u.request.origin;
+
 		log_escape(origin, sizeof origin, s->hd->bytes + o.at, o.len);
 		text_format(t, " origin=%s", or_dash(origin));
 	}
@@ -5468,14 +5468,13 @@ static void listener_event(unsigned i)
 		len = sizeof peer;
 		fd = accept4(fds[FD_LISTEN + i].fd, &peer.any, &len,
 			SOCK_NONBLOCK | SOCK_CLOEXEC);
-		if (fd < 0) {
-			if (is_our_shortage(errno)) {
-				log_line(LOG_WARNING, "accept paused ms=%d why=\"%s\"",
-					ACCEPT_PAUSE_MS, strerror(errno));
-				accept_after = now + ACCEPT_PAUSE_MS;
-			}
-			return;
+		if (fd < 0 && is_our_shortage(errno)) {
+			log_line(LOG_WARNING, "accept paused ms=%d why=\"%s\"", ACCEPT_PAUSE_MS,
+				strerror(errno));
+			accept_after = now + ACCEPT_PAUSE_MS;
 		}
+		if (fd < 0)
+			return;
 		address_unmap(&peer);
 		listener_take(fd, &peer, i);
 	}
@@ -5942,6 +5941,8 @@ static void backend_check(const struct backend *b)
 	const int name = !address_parse(&a, host, "1") && *host && !local;
 	/* what a resolver could know: "_" is in names of containers */
 	const int odd = name && host[word_end(host, 0, strlen(host), "-._")];
+	const char *sni = b->host || b->sni ? text_or(backend_sni(b)) : "";
+	const int trusts = b->tls == TLS_VERIFY || b->tls == TLS_PIN;
 
 	wrong(!*host, ".host is missing");
 	wrong(url != NULL, ".host \"%s\" has a scheme: give the name alone; its port is .port, its "
@@ -5960,13 +5961,6 @@ static void backend_check(const struct backend *b)
 	wrong(b->path && *b->path && *b->path != '/', ".path \"%s\": begin it with /",
 		text_or(b->path));
 	wrong(b->weight > WEIGHT_MAX, ".weight = %u: at most %d", b->weight, WEIGHT_MAX);
-}
-
-static void backend_check_tls(const struct backend *b)
-{
-	const char *sni = b->host || b->sni ? text_or(backend_sni(b)) : "";
-	const int trusts = b->tls == TLS_VERIFY || b->tls == TLS_PIN;
-
 	wrong(b->tls != TLS_OFF && !tls_backends, ".tls: set tls_backends to 1");
 	wrong(b->tls == TLS_OFF && (b->sni || b->ca || b->cert || b->key), ".tls is missing, "
 		"without which .sni, .ca, .cert and .key say nothing: TLS_VERIFY?");
@@ -6055,7 +6049,6 @@ static void config_check(void)
 	for (i = 0; i < BACKENDS; i++) {
 		string_format(checked, sizeof checked, "backends[%u]", i);
 		backend_check(&backends[i]);
-		backend_check_tls(&backends[i]);
 	}
 	checked[0] = '\0';
 }
