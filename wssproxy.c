@@ -4014,6 +4014,8 @@ static size_t leg_peek(struct session *s, struct leg *l, unsigned char *p, size_
 	ssize_t n = recv(l->fd, p, room, MSG_PEEK);
 	size_t need, whole = n > 0 ? records_whole(p, (size_t)n, &need) : 0;
 
+	if (whole == (size_t)n && whole < room && !l->last)
+		l->in = 0;                              /* that is all */
 	if (n == 0 || whole > 0)
 		return whole + (n == 0);                /* its end is there to be read */
 	if (n < 0) {
