@@ -4061,8 +4061,10 @@ static int leg_recv(struct session *s, struct leg *l)
 		else if (br_ssl_engine_recvrec_buf(l->eng, &rest) && rest < room)
 			room = rest;
 	}
-	if (s->state == HEAD)
+	if (s->state == HEAD && room > 0) {
 		room = head_fit(s, room, tls);
+		l->in = l->in || room == 0;     /* whatever the peek saw, it is there yet */
+	}
 	n = room > 0 ? leg_read(s, l, l->ahead + l->end, room) : 0;
 	l->end += n;
 	return n > 0;
@@ -4560,7 +4562,8 @@ static void turn_await(struct session *s)
  * is broken or at its end. */
 static int leg_handshake(struct session *s, struct leg *l)
 {
-	int light;
+	static const unsigned char ccs[] = { 0, 1, 1 };
+	int light, ended, fed;
 	size_t room;
 
 	if (leg_in(l) && l->at == l->end)
@@ -4571,7 +4574,14 @@ static int leg_handshake(struct session *s, struct leg *l)
 	if (!leg_send(s, l)) {
 		do {
 			light = l->at < l->end && l->ahead[l->at] == 20;
-		} while (leg_feed(s, l) && l->at < l->end && (light || l->ahead[l->at] == 20));
+			ended = light && leg_between(l) && l->end - l->at >= 6 &&
+				memcmp(l->ahead + l->at + 3, ccs, sizeof ccs) == 0;
+			fed = leg_feed(s, l);
+			/* the engine took it, so the other side's certificate was checked; an
+			 * empty one it ignores, in the middle of a chain as well */
+			if (ended && s->shelf && !leg_closed(l))
+				s->shelf->verifier.begun = 0;
+		} while (fed && l->at < l->end && (light || l->ahead[l->at] == 20));
 	}
 	leg_send(s, l);
 	l->more = 0;
@@ -5896,6 +5906,7 @@ static void lending_test(void)
 	engine_lend(eng, no_records, no_records);
 	if (br_ssl_engine_recvrec_buf(eng, &len) != no_records || len != 5)
 		die("BearSSL: this version does not let its buffers be lent: use 0.6");
+	s->tls_made = 0;
 }
 
 /* Numbers of config.h, and what they may be. */

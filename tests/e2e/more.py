@@ -543,10 +543,10 @@ def certificate_message(name):
     return message(11, len(one).to_bytes(3, "big") + one)
 
 
-def interrupted(p, stream, chain):
-    """Its chain in two records, and between them what is an empty ChangeCipherSpec, which BearSSL
-    ignores before there is a key: nothing of it may be forgotten."""
-    for part in record(22, chain[:200]), record(20, b""), record(22, chain[200:]):
+def interrupted(p, stream, chain, by):
+    """Its chain in two records, and between them a ChangeCipherSpec; BearSSL ignores an empty one
+    before there is a key, and then nothing of the chain may be forgotten."""
+    for part in record(22, chain[:200]), record(20, by), record(22, chain[200:]):
         with contextlib.suppress(ConnectionError):
             stream.send(part)
         p.totals()

@@ -208,13 +208,14 @@ def test_client_without_a_good_certificate_is_refused(guarded, name, cause):
     assert backend.untouched()
 
 
+@pytest.mark.parametrize("by", [b"", b"\1", b"\1\1", b"\0"])
 @pytest.mark.parametrize("name", ["client-ec", "client-stranger"])
-def test_chain_that_is_interrupted(guarded, name):
+def test_chain_that_is_interrupted(guarded, name, by):
     p, backend = guarded()
     client = tcp(p)
     client.send(client_hello())
     client.read_until(b"\x0e\0\0\0")          # ServerHelloDone
-    interrupted(p, client, certificate_message(name))
+    interrupted(p, client, certificate_message(name), by)
     client.close()
     p.log.wait("reject")
     got = page(p, backend, connect(p, context=showing("client-ec")))

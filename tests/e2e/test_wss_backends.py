@@ -916,8 +916,9 @@ def test_damaged_record_of_the_backend_ends_the_session(proxy, scripted_tls):
     p.log.wait("close", by="backend")
 
 
+@pytest.mark.parametrize("by", [b"", b"\1"])
 @pytest.mark.parametrize("way", [verified, pinned, trusting])
-def test_chain_that_is_interrupted(proxy, scripted, way):
+def test_chain_that_is_interrupted(proxy, scripted, way, by):
     """By a backend, or who is in its place."""
     backend = scripted()
     p = proxy(way(backend), listeners=[("127.0.0.1", "0", WS)], **TLS)
@@ -927,7 +928,7 @@ def test_chain_that_is_interrupted(proxy, scripted, way):
     server.read(int.from_bytes(server.read(5)[3:], "big"))
     hello = bytes([3, 3, *range(32), 0, 0xc0, 0x2b, 0])
     server.send(record(22, message(2, hello)))
-    interrupted(p, server, certificate_message("self-signed"))
+    interrupted(p, server, certificate_message("self-signed"), by)
     server.close()
     assert client.read_head().status == 502
 
