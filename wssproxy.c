@@ -3726,6 +3726,128 @@ static const struct fault *fault_find(int error)
 	return f;
 }
 
+/* Readies the engine for a ClientHello. One with TLS 1.3 alone in its list of versions (RFC 8446
+ * 4.2.1) has 1.2 where BearSSL looks for one: there it gets SSL 2, to be refused for its version,
+ * not for its suites. 0: no entropy. */
+static int tls_start(struct session *s)
+{
+	struct leg *l = &s->client;
+	const struct trust *t = &keyring->trust[s->listener];
+
+	if (!s->tls_made && !tls_make(s))
+		return 0;
+	if (memmem(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
+		l->ahead[l->at + 9] = 2;
+	place_start(s);
+	s->ring = keyring;
+	keyring->users++;
+	leg_start(l, &s->tls.eng);
+	cache_offer(s);
+	s->policy = &policy_class;
+	br_ssl_server_set_policy(&s->tls, &s->policy);
+	if (clients_asked()) {          /* it may have served another listener before */
+		br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + t->first,
+			t->count);
+		br_ssl_engine_remove_flags(l->eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
+		if (listeners[s->listener].verify_client == VERIFY_OPTIONAL)
+			br_ssl_engine_add_flags(l->eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
+	}
+	return br_ssl_server_reset(&s->tls) != 0;
+}
+
+/* ---- what certificates say of themselves: their dates by BearSSL's decoder, their names ---- */
+
+/* Takes the next element of some. Its tag, or 0: there is none. */
+static unsigned der_next(br_x500_name *from, br_x500_name *out)
+{
+	unsigned char *p = from->data;
+	size_t at = 2, len = from->len < 2 ? 0x80 : p[1], more = len < 0x80 ? 0 : len - 0x80;
+
+	if (from->len < 2 + more)
+		return 0;
+	for (len = more > 0 ? 0 : len; more > 0; more--)
+		len = (len << 8 | p[at++]) & 0xffffff;
+	if (len > from->len - at)
+		return 0;
+	from->data += at + len;
+	from->len -= at + len;
+	*out = (br_x500_name){ p + at, len };   /* it may be the same */
+	return p[0];
+}
+
+/* Names of hosts among the extensions, in the one subjectAltName, with commas between. */
+static void der_names(br_x500_name list, struct text *names)
+{
+	unsigned char *id = memmem(list.data, list.len, "\6\3\x55\x1d\x11", 5);
+	br_x500_name value = { id, id ? list.len - (size_t)(id - list.data) : 0 };
+	unsigned tag;
+
+	for (list = value; (tag = der_next(&list, &value)) && tag != 4; )
+		;                               /* the id, and a flag or not */
+	der_next(&value, &list);
+	while ((tag = der_next(&list, &value)))
+		if (tag == 0x82) {
+			text_add(names, ",", names->len > 0);
+			text_add(names, value.data, value.len);
+		}
+}
+
+/* A line for a certificate, and one more if it is not valid now. */
+static void cert_say(const br_x509_certificate *c, const char *entry, unsigned i, const char *path,
+	const char *changed)
+{
+	const uint64_t t = (uint64_t)clock_floor() + 719528 * 86400ull; /* since the year 0 */
+	br_x500_name cert = { c->data, c->data_len }, part;
+	char raw[LOG_LINE / 4], names[LOG_LINE / 2] = "-", issuer[100] = "-", date[16];
+	struct text list = { .p = raw, .size = sizeof raw };
+	br_x509_decoder_context dc;
+	unsigned tag, n = 0;
+
+	br_x509_decoder_init(&dc, NULL, NULL);
+	br_x509_decoder_push(&dc, c->data, c->data_len);
+	der_next(&cert, &cert);
+	der_next(&cert, &cert);
+	while ((tag = der_next(&cert, &part))) {
+		n += tag == 0x30;               /* algorithm, issuer, validity, subject, key */
+		if (tag == 0x30 && n == 2)
+			subject_text(issuer, sizeof issuer, &part);
+		else if (tag == 0x30 && n == 4)
+			subject_text(names, sizeof names, &part);
+		else if (tag == 0xa3)
+			der_names(part, &list);
+	}
+	if (list.len > 0)
+		log_escape(names, sizeof names, raw, list.len);
+	if (t < dc.notbefore_days * 86400ull + dc.notbefore_seconds)
+		log_line(LOG_WARNING, "warning %s[%u]: %s is not valid before %s, or the clock is "
+			"wrong", entry, i, path, date_format(dc.notbefore_days - 60, date));
+	if (t > dc.notafter_days * 86400ull + dc.notafter_seconds)
+		log_line(LOG_WARNING, "warning %s[%u]: %s has expired", entry, i, path);
+	log_line(LOG_NOTICE, "cert entry=%s[%u] names=%s issuer=%s until=%s days=%d%s", entry, i,
+		names, issuer, date_format(dc.notafter_days - 60, date),
+		(int)(dc.notafter_days - (unsigned)(t / 86400)), changed);
+}
+
+/* What a keyring has, at its start or in place of another. How many are not what that had. */
+static unsigned certs_say(const struct keyring *ring, const struct keyring *before)
+{
+	unsigned i, changed = 0;
+
+	for (i = 0; i < LENGTH(ring->id); i++) {
+		const struct identity *id = &ring->id[i], *old = &(before ? before : ring)->id[i];
+		const unsigned k = i < CERTS ? i : i - CERTS;
+		const int same = id->der_len == old->der_len &&
+			memcmp(id->der, old->der, id->der_len) == 0;
+
+		changed += !same;
+		if (id->chain_len > 0)
+			cert_say(&id->chain[0], i < CERTS ? "certs" : "backends", k,
+				i < CERTS ? certs[k].chain : backends[k].cert,
+				!before ? "" : same ? " changed=0" : " changed=1");
+	}
+	return changed;
+}
+
 /* ---- moves: bytes between sockets and buffers ----
  *
  * Each moves what it can at once and says whether anything moved; relay_pump repeats them until
@@ -4606,35 +4728,6 @@ static int leg_handshake(struct session *s, struct leg *l)
 	if (l->at < l->end && !l->full)
 		turn_await(s);
 	return 0;
-}
-
-/* Readies the engine for a ClientHello. One with TLS 1.3 alone in its list of versions (RFC 8446
- * 4.2.1) has 1.2 where BearSSL looks for one: there it gets SSL 2, to be refused for its version,
- * not for its suites. 0: no entropy. */
-static int tls_start(struct session *s)
-{
-	struct leg *l = &s->client;
-	const struct trust *t = &keyring->trust[s->listener];
-
-	if (!s->tls_made && !tls_make(s))
-		return 0;
-	if (memmem(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
-		l->ahead[l->at + 9] = 2;
-	place_start(s);
-	s->ring = keyring;
-	keyring->users++;
-	leg_start(l, &s->tls.eng);
-	cache_offer(s);
-	s->policy = &policy_class;
-	br_ssl_server_set_policy(&s->tls, &s->policy);
-	if (clients_asked()) {          /* it may have served another listener before */
-		br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + t->first,
-			t->count);
-		br_ssl_engine_remove_flags(l->eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
-		if (listeners[s->listener].verify_client == VERIFY_OPTIONAL)
-			br_ssl_engine_add_flags(l->eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
-	}
-	return br_ssl_server_reset(&s->tls) != 0;
 }
 
 /* HTTP in the clear on a TLS port is answered in the clear. */
@@ -5627,99 +5720,6 @@ static void sessions_turn(void)
 		session_resume(OWNER(l, struct session, wait));
 	}
 	link_drop(&end);
-}
-
-/* ---- what certificates say of themselves: their dates by BearSSL's decoder, their names ---- */
-
-/* Takes the next element of some. Its tag, or 0: there is none. */
-static unsigned der_next(br_x500_name *from, br_x500_name *out)
-{
-	unsigned char *p = from->data;
-	size_t at = 2, len = from->len < 2 ? 0x80 : p[1], more = len < 0x80 ? 0 : len - 0x80;
-
-	if (from->len < 2 + more)
-		return 0;
-	for (len = more > 0 ? 0 : len; more > 0; more--)
-		len = (len << 8 | p[at++]) & 0xffffff;
-	if (len > from->len - at)
-		return 0;
-	from->data += at + len;
-	from->len -= at + len;
-	*out = (br_x500_name){ p + at, len };   /* it may be the same */
-	return p[0];
-}
-
-/* Names of hosts among the extensions, in the one subjectAltName, with commas between. */
-static void der_names(br_x500_name list, struct text *names)
-{
-	unsigned char *id = memmem(list.data, list.len, "\6\3\x55\x1d\x11", 5);
-	br_x500_name value = { id, id ? list.len - (size_t)(id - list.data) : 0 };
-	unsigned tag;
-
-	for (list = value; (tag = der_next(&list, &value)) && tag != 4; )
-		;                               /* the id, and a flag or not */
-	der_next(&value, &list);
-	while ((tag = der_next(&list, &value)))
-		if (tag == 0x82) {
-			text_add(names, ",", names->len > 0);
-			text_add(names, value.data, value.len);
-		}
-}
-
-/* A line for a certificate, and one more if it is not valid now. */
-static void cert_say(const br_x509_certificate *c, const char *entry, unsigned i, const char *path,
-	const char *changed)
-{
-	const uint64_t t = (uint64_t)clock_floor() + 719528 * 86400ull; /* since the year 0 */
-	br_x500_name cert = { c->data, c->data_len }, part;
-	char raw[LOG_LINE / 4], names[LOG_LINE / 2] = "-", issuer[100] = "-", date[16];
-	struct text list = { .p = raw, .size = sizeof raw };
-	br_x509_decoder_context dc;
-	unsigned tag, n = 0;
-
-	br_x509_decoder_init(&dc, NULL, NULL);
-	br_x509_decoder_push(&dc, c->data, c->data_len);
-	der_next(&cert, &cert);
-	der_next(&cert, &cert);
-	while ((tag = der_next(&cert, &part))) {
-		n += tag == 0x30;               /* algorithm, issuer, validity, subject, key */
-		if (tag == 0x30 && n == 2)
-			subject_text(issuer, sizeof issuer, &part);
-		else if (tag == 0x30 && n == 4)
-			subject_text(names, sizeof names, &part);
-		else if (tag == 0xa3)
-			der_names(part, &list);
-	}
-	if (list.len > 0)
-		log_escape(names, sizeof names, raw, list.len);
-	if (t < dc.notbefore_days * 86400ull + dc.notbefore_seconds)
-		log_line(LOG_WARNING, "warning %s[%u]: %s is not valid before %s, or the clock is "
-			"wrong", entry, i, path, date_format(dc.notbefore_days - 60, date));
-	if (t > dc.notafter_days * 86400ull + dc.notafter_seconds)
-		log_line(LOG_WARNING, "warning %s[%u]: %s has expired", entry, i, path);
-	log_line(LOG_NOTICE, "cert entry=%s[%u] names=%s issuer=%s until=%s days=%d%s", entry, i,
-		names, issuer, date_format(dc.notafter_days - 60, date),
-		(int)(dc.notafter_days - (unsigned)(t / 86400)), changed);
-}
-
-/* What a keyring has, at its start or in place of another. How many are not what that had. */
-static unsigned certs_say(const struct keyring *ring, const struct keyring *before)
-{
-	unsigned i, changed = 0;
-
-	for (i = 0; i < LENGTH(ring->id); i++) {
-		const struct identity *id = &ring->id[i], *old = &(before ? before : ring)->id[i];
-		const unsigned k = i < CERTS ? i : i - CERTS;
-		const int same = id->der_len == old->der_len &&
-			memcmp(id->der, old->der, id->der_len) == 0;
-
-		changed += !same;
-		if (id->chain_len > 0)
-			cert_say(&id->chain[0], i < CERTS ? "certs" : "backends", k,
-				i < CERTS ? certs[k].chain : backends[k].cert,
-				!before ? "" : same ? " changed=0" : " changed=1");
-	}
-	return changed;
 }
 
 /* ---- signals ---- */

@@ -365,12 +365,19 @@ def root(program):
         one.close()
 
 
+S50 = "/etc/init.d/S50wssproxy"
+
+
+def with_s50(r):
+    r.install(PKG / "buildroot/S50wssproxy", S50[1:])
+    return r
+
+
 @as_root
 def test_s50_without_a_certificate_waits_for_it(root):
-    r = root()
-    r.install(PKG / "buildroot/S50wssproxy", "etc/init.d/S50wssproxy")
+    r = with_s50(root())
     r.boot()
-    r.ok("/etc/init.d/S50wssproxy start")
+    r.ok(f"{S50} start")
     r.log.wait_text("cert.pem")
     r.certificate()
     r.serves()
@@ -378,26 +385,24 @@ def test_s50_without_a_certificate_waits_for_it(root):
 
 @as_root
 def test_s50_as_a_whole(root):
-    r = root()
-    r.install(PKG / "buildroot/S50wssproxy", "etc/init.d/S50wssproxy")
+    r = with_s50(root())
     r.certificate()
     r.boot()
-    script = "/etc/init.d/S50wssproxy"
-    assert r.ok(f"{script} start") == "Starting wssproxy: OK\n"
+    assert r.ok(f"{S50} start") == "Starting wssproxy: OK\n"
     r.serves()
-    r.ok(f"{script} start")
+    r.ok(f"{S50} start")
     assert len(r.pids()) == 1, "it was started twice"
-    r.ok(f"{script} reload")
+    r.ok(f"{S50} reload")
     r.log.wait("reload", ok=True)
     os.kill(r.pids()[0], signal.SIGKILL)
     r.serves(nth=2)
-    r.ok(f"{script} restart")
+    r.ok(f"{S50} restart")
     r.serves(nth=3)
     assert len(r.pids()) == 1
-    assert r.ok(f"{script} stop") == "Stopping wssproxy: OK\n"
+    assert r.ok(f"{S50} stop") == "Stopping wssproxy: OK\n"
     assert r.pids() == [] and len(r.log.all("stop", signal="SIGTERM")) == 2
-    assert r.sh(f"{script} stop")[0] != 0 and r.sh(f"{script} reload")[0] != 0
-    assert r.sh(f"{script} whatever")[0] == 1
+    assert r.sh(f"{S50} stop")[0] != 0 and r.sh(f"{S50} reload")[0] != 0
+    assert r.sh(f"{S50} whatever")[0] == 1
 
 
 @as_root
