@@ -243,6 +243,8 @@ static void conn_lost(struct conn *c)
 		latency_add(c->since);
 	if (c->step < SEND)
 		conn_opened();
+	if (c->ssl)     /* or OpenSSL takes its session for a bad one, which all others share */
+		SSL_set_shutdown(c->ssl, SSL_SENT_SHUTDOWN);
 	SSL_free(c->ssl);
 	c->ssl = NULL;
 	close(c->fd);
