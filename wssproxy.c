@@ -5272,7 +5272,7 @@ static void session_enter(struct session *s, enum state state)
 /* The one end of every session. A reset of one side resets the other. */
 static void session_close(struct session *s)
 {
-	uint64_t unsent = (uint64_t)socket_unsent(s->client.fd);
+	uint64_t unsent = s->tx > 0 ? (uint64_t)socket_unsent(s->client.fd) : 0;
 
 	s->tx -= unsent < s->tx ? unsent : s->tx;
 	if (s->opened)
