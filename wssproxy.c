@@ -141,6 +141,7 @@ enum {
 
 _Static_assert(LENGTH(backends) <= BACKENDS_MAX, "config.h: backends[]: at most 64 entries");
 _Static_assert(LENGTH(listeners) <= 255, "config.h: listeners[]: at most 255 entries");
+_Static_assert(READ_BULK <= UINT16_MAX, "struct leg: at, end");
 _Static_assert(LENGTH(ciphers) <= BR_MAX_CIPHER_SUITES, "config.h: ciphers[]: too many entries");
 _Static_assert(max_sessions >= 1 && max_sessions <= 100000,
 	"config.h: max_sessions: 1 to 100000");
@@ -337,11 +338,11 @@ struct note {
 /* One of the two connections of a session. */
 struct leg {
 	int fd;                         /* -1: none */
+	uint16_t at, end;               /* what was read ahead and not taken yet, of `ahead` */
 	br_ssl_engine_context *eng;     /* NULL: in the clear */
 	struct buffers *buf;            /* NULL: at rest, or a backend in the clear */
 	struct records *spare;          /* of who sends bulk: where it is read ahead */
-	unsigned char *ahead;           /* in there or in buf: what was read ahead, */
-	size_t at, end;                 /* and of that, not taken yet */
+	unsigned char *ahead;           /* in there or in buf */
 	uint16_t room;                  /* what an empty output buffer of the engine offers */
 	uint16_t empty_records;         /* in a row, without application data */
 	uint16_t mark;                  /* its SO_RCVLOWAT: bytes of an awaited record; 0: any */
@@ -362,7 +363,8 @@ struct leg {
 };
 
 struct session {
-	struct session *next_free;
+	struct source *source;  /* while it is FREE, this place is the pool's */
+	struct address peer;
 	uint32_t id;
 	uint8_t state, why, by; /* enum state, why, party */
 	uint8_t listener;       /* index of the one that it came to */
@@ -377,21 +379,18 @@ struct session {
 	uint8_t moved, fed;     /* there moved bytes, application bytes */
 	uint8_t address;        /* which of the backend's is tried */
 	uint8_t starved;        /* 1: a backend could not be tried for lack of something of ours */
-	const char *fault;      /* why an address of this backend failed; NULL: none yet */
+	int unsent;             /* bytes in its sockets' queues when its time to end began */
 	int server;             /* index of the backend, -1 */
 	int sticky;             /* the one that the client's cookie names, -1 */
+	const char *fault;      /* why an address of this backend failed; NULL: none yet */
 	uint64_t tried;         /* backends */
 	uint64_t group;         /* backends that its path allows */
 	uint64_t up_left;       /* bytes that may still go to the backend */
-	uint64_t down_left;     /* of BODY_LENGTH */
-	struct chunked chunked;
+	struct chunked chunked; /* of BODY_LENGTH as well: what is left */
 	uint64_t rx, tx;        /* application bytes from and for the client */
 	uint64_t stall_from;    /* their sum when the timer `stall` was started */
 	uint64_t born;          /* ms */
-	int unsent;             /* bytes in its sockets' queues when its time to end began */
 	struct leg client, backend;
-	struct address peer;
-	struct source *source;
 	struct records *rec;
 	struct head_buffer *hd; /* while it runs, if it has to do with a head */
 	struct shelf *shelf;
@@ -3932,7 +3931,7 @@ static void leg_consume(struct leg *l, size_t len)
 	if (l->eng)
 		br_ssl_engine_recvapp_ack(l->eng, len);
 	else
-		l->at += len;
+		l->at = (uint16_t)(l->at + len);
 }
 
 /* Room for plaintext; NULL: none until what is there is sent. */
@@ -4188,7 +4187,7 @@ static int leg_recv(struct session *s, struct leg *l)
 		l->in = l->in || room == 0;     /* whatever the peek saw, it is there yet */
 	}
 	n = room > 0 ? leg_read(s, l, l->ahead + l->end, room) : 0;
-	l->end += n;
+	l->end = (uint16_t)(l->end + n);
 	return n > 0;
 }
 
@@ -4211,7 +4210,7 @@ static int leg_feed(struct session *s, struct leg *l)
 		}
 		len = len < left ? len : left;
 		memcpy(p, l->ahead + l->at, len);
-		l->at += len;
+		l->at = (uint16_t)(l->at + len);
 		moved = 1;
 		br_ssl_engine_recvrec_ack(l->eng, len);
 	}
@@ -4350,7 +4349,7 @@ static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 		leg_place(s, l);
 		if (!l->spare)
 			return leg_read(s, l, out, size);
-		l->end = leg_read(s, l, l->ahead, BULK);        /* makes full records */
+		l->end = (uint16_t)leg_read(s, l, l->ahead, BULK); /* makes full records */
 	}
 	p = leg_readable(l, &len);
 	len = len < size ? len : size;
@@ -4366,9 +4365,9 @@ static size_t answer_take(struct session *s, const char *p, size_t len)
 {
 	switch (s->framing) {
 	case BODY_LENGTH:
-		len = len < s->down_left ? len : (size_t)s->down_left;
-		s->down_left -= len;
-		if (s->down_left > 0)
+		len = len < s->chunked.left ? len : (size_t)s->chunked.left;
+		s->chunked.left -= len;
+		if (s->chunked.left > 0)
 			return len;
 		break;
 	case BODY_CHUNKED:
@@ -5105,7 +5104,7 @@ static enum state response_done(struct session *s)
 	if (r->status < 200 && r->status != 101)
 		return interim_done(s);
 	s->framing = (uint8_t)r->framing;
-	s->down_left = r->length;
+	s->chunked.left = r->framing == BODY_LENGTH ? r->length : 0;
 	if (!answer_place(s, r))
 		return session_fail(s, WHY_LARGE_RESPONSE);
 	totals.opened++;

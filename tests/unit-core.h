@@ -1978,7 +1978,7 @@ static void test_answer_take(void)
 
 	at("a length");
 	s->framing = BODY_LENGTH;
-	s->down_left = 10;
+	s->chunked.left = 10;
 	CHECK_INT(answer_take(s, "01234", 5), 5);
 	CHECK(!s->backend.eof && s->why == WHY_NONE);
 	CHECK_INT(answer_take(s, "56789abc", 8), 5);
