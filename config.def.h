@@ -4,7 +4,7 @@
 
 /* Of which config.def.h this is. Another one has other entries: `diff config.h config.def.h` shows
  * them; give config.h those, then its number. */
-#define config_version  1
+#define config_version  2
 
 /* Where clients connect. The table costs a descriptor and a poll slot an entry. */
 static const struct listener listeners[] = {
@@ -130,6 +130,20 @@ static const unsigned response_ms  = 30000;     /* * a request's body and its an
 static const unsigned idle_ms      = 3600000;   /* * a tunnel, a plain answer; 0: for ever */
 static const unsigned linger_ms    = 5000;      /* * after one side ended, for the other to end;
                                                  * as long as that takes bytes, it begins anew */
+
+/* 1: of tunnels it is known where a WebSocket frame ends. So those that the proxy ends (drain_ms,
+ * idle_ms, max_age_ms), or whose other side is lost, end with a Close, 1001 or 1012, that says so;
+ * the log has codes and frames. 0 leaves that out: 2 KB of program. */
+#define frames          1
+
+/* A tunnel whose client has sent nothing for so long is sent a Ping, and given up if it is silent
+ * for as long again; 0: off. Before the idle limits of what is between, NAT and proxies; and for
+ * clients that vanish. Answers do not count for idle_ms. */
+static const unsigned ping_ms      = 0;
+
+/* A tunnel that is so old, a tenth more or less, is ended with 1001, so that its client connects
+ * anew: to another backend, with a new certificate; 0: off. */
+static const unsigned max_age_ms   = 0;
 
 /* Who keeps others waiting for buffers for so long, and moves less than 16 KB meanwhile, is closed;
  * before its answer, its connect_ms, handshake_ms or response_ms counts as over. It must hold what

@@ -149,12 +149,16 @@ _Static_assert(max_busy >= 1 && max_busy <= max_sessions,
 	"config.h: max_busy: 1 to max_sessions");
 _Static_assert(head_max >= 1024 && head_max <= 16000, "config.h: head_max: 1024 to 16000");
 _Static_assert(tls_backends == 0 || tls_backends == 1, "config.h: tls_backends: 0 or 1");
+_Static_assert(frames == 0 || frames == 1, "config.h: frames: 0 or 1");
 _Static_assert(sizeof cookie_name > 1 && sizeof cookie_name <= 100,
 	"config.h: cookie_name: 1 to 99 characters");
 
 /* ---- types and statics ---- */
 
 enum party { BY_PROXY, BY_CLIENT, BY_BACKEND };
+
+/* Directions of a tunnel; the codes of our own Closes (RFC 6455 7.4.1), and a Ping. */
+enum { TO_BACKEND, TO_CLIENT, SAY_PING = 1, GOING_AWAY = 1001, SERVICE_RESTART = 1012 };
 
 enum state {
 	FREE,           /* no session; from a step: close it */
@@ -374,7 +378,8 @@ struct session {
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
 	uint8_t framing;        /* enum framing, of the answer */
 	uint8_t asked;          /* 1: TCP asks whether its client is there, see place_look */
-	uint8_t broken;         /* 1: reset, or TLS failed: no order any more */
+	uint8_t broken;         /* enum party: whose side was reset, or its TLS failed: no order any
+				 * more; 0: none */
 	uint8_t expired;        /* in this run: the state's time is over; */
 	uint8_t moved, fed;     /* there moved bytes, application bytes */
 	uint8_t address;        /* which of the backend's is tried */
@@ -386,7 +391,15 @@ struct session {
 	uint64_t tried;         /* backends */
 	uint64_t group;         /* backends that its path allows */
 	uint64_t up_left;       /* bytes that may still go to the backend */
-	struct chunked chunked; /* of BODY_LENGTH as well: what is left */
+	union {
+		struct chunked chunked; /* of BODY_LENGTH as well: what is left */
+		struct flow flow[2];    /* of a tunnel */
+	};
+	uint32_t heard, active; /* of a tunnel: when its client, and when either side sent last */
+	uint16_t say;           /* what it is to be told: a Close of that code, SAY_PING; 0 */
+	uint16_t code;          /* of the first Close that went by, 0: none did, */
+	uint8_t code_by;        /* and whose it was, enum party */
+	uint8_t said, pinged;   /* 1: its client was sent a Close of ours, a Ping */
 	uint64_t rx, tx;        /* application bytes from and for the client */
 	uint64_t stall_from;    /* their sum when the timer `stall` was started */
 	uint64_t born;          /* ms */
@@ -1399,6 +1412,17 @@ static int socket_unsent(int fd)
 	return syscall(SYS_ioctl, fd, TIOCOUTQ, &n) == 0 ? n : 0;
 }
 
+/* Milliseconds since TCP has heard of the peer; without TCP it is heard of all the time. */
+static uint32_t socket_silent(int fd, struct tcp_info *info)
+{
+	socklen_t len = sizeof *info;
+
+	memset(info, 0, sizeof *info);
+	getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &len);
+	return info->tcpi_last_data_recv < info->tcpi_last_ack_recv ? info->tcpi_last_data_recv :
+		info->tcpi_last_ack_recv;
+}
+
 /* A listening socket for an address, -1 and errno. */
 static int listener_bind(const struct address *a, int dual)
 {
@@ -2348,6 +2372,89 @@ static size_t chunked_scan(struct chunked *c, const char *buf, size_t len)
 		i += !c->bad;
 	}
 	return i;
+}
+
+/* Bytes of a frame's header, as far as that is known. */
+static unsigned flow_header(const struct flow *f, unsigned masked)
+{
+	if (f->seen < 2)
+		return 2;
+	return 2 + 4 * masked + (f->size < 126 ? 0 : f->size == 126 ? 2 : 8);
+}
+
+/* One of them. 0: not the grammar. Reserved bits are for extensions to use. */
+static int flow_byte(struct flow *f, unsigned masked, unsigned char b)
+{
+	const unsigned at = f->seen++, op = b & 15;
+	unsigned key;
+
+	if (at == 0) {
+		f->first = b;
+		return op < 3 ? (op == 0) == f->amid : op >= 8 && op <= 10 && (b & 0x80);
+	}
+	if (at == 1) {
+		f->size = b & 127;
+		f->left = f->size < 126 ? f->size : 0;
+		return b >> 7 == masked && (!(f->first & 8) || f->size < 126) &&
+			((f->first & 15) != 8 || f->size != 1); /* half a code */
+	}
+	key = flow_header(f, 0);
+	if (at < key) {
+		f->left = f->left << 8 | b;
+		return at + 1 < key || (f->left >> 63 == 0 && f->left >= (key == 4 ? 126 : 65536));
+	}
+	if (at < key + 2)
+		f->mask[at - key] = b;
+	return 1;
+}
+
+/* So many bytes of payload. */
+static void flow_payload(struct flow *f, const unsigned char *p, size_t len)
+{
+	unsigned at = f->size - (unsigned)f->left;
+
+	for (; (f->first & 15) == 8 && at < 2 && len > 0; at++, len--)
+		f->code = (uint16_t)(f->code << 8 | (*p++ ^ f->mask[at]));
+}
+
+static void flow_ended(struct flow *f)
+{
+	const unsigned op = f->first & 15;
+
+	f->seen = 0;
+	f->frames_of_data += op < 3;
+	if (op < 3)
+		f->amid = !(f->first & 0x80);
+	f->over = op == 8;
+	if (f->over && f->size == 0)
+		f->code = 1005;
+}
+
+static size_t flow_scan(struct flow *f, unsigned masked, const unsigned char *p, size_t len)
+{
+	size_t i = 0, end = 0;
+
+	while (i < len && !f->over) {
+		if (f->seen < flow_header(f, masked)) {
+			f->over = !flow_byte(f, masked, p[i++]);
+		} else {
+			const size_t n = f->left < len - i ? (size_t)f->left : len - i;
+
+			flow_payload(f, p + i, n);
+			f->left -= n;
+			i += n;
+		}
+		if (!f->over && f->left == 0 && f->seen == flow_header(f, masked)) {
+			flow_ended(f);
+			end = i;
+		}
+	}
+	return end;
+}
+
+static int flow_between(const struct flow *f)
+{
+	return f->seen == 0 && !f->over;
 }
 
 /* ---- backends ---- */
@@ -3854,6 +3961,11 @@ static unsigned certs_say(const struct keyring *ring, const struct keyring *befo
  * has told before. A read that brings less than there was room for has emptied the socket, unless
  * there is something behind it (leg.last). */
 
+static int is_tunnel(const struct session *s)
+{
+	return s->opened && s->framing == BODY_TUNNEL;
+}
+
 static void session_end(struct session *s, enum party by, enum why why)
 {
 	if (s->why == WHY_NONE) {
@@ -3865,8 +3977,8 @@ static void session_end(struct session *s, enum party by, enum why why)
 /* A socket error, or a TLS failure: no order any more. */
 static void session_broke(struct session *s, const struct leg *l, enum why why)
 {
-	session_end(s, l == &s->client ? BY_CLIENT : BY_BACKEND, why);
-	s->broken = 1;
+	s->broken = l == &s->client ? BY_CLIENT : BY_BACKEND;
+	session_end(s, (enum party)s->broken, why);
 }
 
 /* What the last socket call of a leg means for the session: nothing, or its end. */
@@ -4247,7 +4359,7 @@ static int leg_fill(struct session *s, struct leg *l)
 
 	if (leg_in(l) && l->at == l->end && !leg_readable(l, &len) && leg_heard(s, l))
 		moved = leg_recv(s, l);
-	if (!l->eng)
+	if (!l->eng || (l->eof && l->fin && is_tunnel(s)))
 		return moved;
 	while (!s->broken && leg_feed(s, l))
 		moved = 1;
@@ -4272,6 +4384,7 @@ static void leg_finish(struct session *s, struct leg *l)
 {
 	size_t len;
 
+	leg_send(s, l);         /* or the engine is not asked to close */
 	if (l->eng && l->buf && (br_ssl_engine_current_state(l->eng) & BR_SSL_SENDAPP))
 		br_ssl_engine_close(l->eng);
 	leg_send(s, l);
@@ -4285,6 +4398,24 @@ static void leg_finish(struct session *s, struct leg *l)
 
 /* ---- relaying ---- */
 
+static void code_note(struct session *s, unsigned code, enum party by)
+{
+	if (s->code == 0) {
+		s->code = (uint16_t)code;
+		s->code_by = (uint8_t)by;
+	}
+}
+
+/* Notes bytes that go on in a tunnel. What flow_scan returns. */
+static size_t tunnel_passed(struct session *s, unsigned way, const void *p, size_t len)
+{
+	struct flow *f = &s->flow[way];
+	size_t end = flow_scan(f, way == TO_BACKEND, p, len);
+
+	code_note(s, f->code, way == TO_BACKEND ? BY_CLIENT : BY_BACKEND);
+	return end;
+}
+
 /* To the backend, straight from where it is: to its socket, or into its engine. Bytes taken. */
 static size_t backend_write(struct session *s, const void *p, size_t len)
 {
@@ -4297,6 +4428,124 @@ static size_t backend_write(struct session *s, const void *p, size_t len)
 	if (n < 0)
 		leg_unsent(s, l);
 	return n > 0 ? (size_t)n : 0;
+}
+
+/* Puts a frame of our own where one may stand: a Close, or a Ping; masked for a backend (5.3). */
+static void frame_put(struct session *s, unsigned way, unsigned code)
+{
+	const size_t mask = way == TO_BACKEND ? 4 : 0, text = code == SAY_PING ? 0 : 2;
+	unsigned char p[8] = { text ? 0x88 : 0x89, (unsigned char)(mask << 5 | text) };
+
+	if (mask)
+		random_bytes(p + 2, mask, GRND_NONBLOCK);
+	if (text) {
+		p[2 + mask] = (unsigned char)(code >> 8 ^ p[2]);
+		p[3 + mask] = (unsigned char)(code ^ p[3]);
+		s->flow[way].over = 1;
+		code_note(s, code, BY_PROXY);
+	}
+	if (way == TO_BACKEND) {
+		backend_write(s, p, 2 + mask + text);
+		return;
+	}
+	leg_copy(&s->client, p, 2 + text);
+	s->say = 0;
+	s->said = text > 0;
+	s->pinged = text == 0;
+	s->heard = (uint32_t)now;
+}
+
+/* A tunnel is to end for a reason of ours. Its client is told at a frame's end; what the backend
+ * sends behind that is nobody's, what the client sends, and its answer last, goes on to the
+ * backend, whose end is then that of both. Who does not play along is told by FIN after linger_ms,
+ * as all are who use no frames. */
+static void tunnel_leave(struct session *s, enum why why)
+{
+	session_end(s, BY_PROXY, why);
+	s->say = GOING_AWAY;
+	s->backend.eof |= !frames || s->flow[TO_CLIENT].over;
+}
+
+static int tunnel_leaving(const struct session *s)
+{
+	return s->say > SAY_PING || s->said;
+}
+
+/* A tunnel's client was not heard for ping_ms: asks it, if it was not, and TCP does not say that it
+ * takes what is sent to it. */
+static void tunnel_ask(struct session *s)
+{
+	struct tcp_info info;
+	const int unsent = socket_unsent(s->client.fd) > 0;
+
+	s->heard = (uint32_t)now;
+	if (unsent && socket_silent(s->client.fd, &info) < ping_ms)
+		s->pinged = 0;
+	else if (s->pinged)
+		session_broke(s, &s->client, WHY_NO_PONG);
+	else if (unsent)
+		s->pinged = 1;          /* by that */
+	else
+		s->say = SAY_PING;
+}
+
+/* How old a tunnel gets: a tenth more or less, for those who came together need not go together. */
+static uint64_t tunnel_age(const struct session *s)
+{
+	return max_age_ms * (922 + hash_mix(s->born << 32 ^ s->id) % 205) / 1024;
+}
+
+/* What the time that a tunnel has stood, or was silent, asks for. */
+static void tunnel_look(struct session *s)
+{
+	if (tunnel_leaving(s))
+		return;
+	if (idle_ms > 0 && (uint32_t)now - s->active >= idle_ms)
+		tunnel_leave(s, WHY_IDLE);
+	else if (max_age_ms > 0 && now - s->born >= tunnel_age(s))
+		tunnel_leave(s, WHY_MAX_AGE);
+	else if (ping_ms > 0 && (uint32_t)now - s->heard >= ping_ms)
+		tunnel_ask(s);
+}
+
+/* Whether nothing of ours may be put into a direction: it is amid a frame, was told a Close, or one
+ * side has begun to close, and the other's answer is its own. */
+static int tunnel_taken(const struct session *s, unsigned way)
+{
+	return !frames || !is_tunnel(s) || !flow_between(&s->flow[way]) ||
+		(s->code > 0 && s->code_by != BY_PROXY);
+}
+
+/* A side of a tunnel was lost. 1: the other can be told, and is, as if that had ended in order. */
+static int tunnel_survives(struct session *s)
+{
+	static const struct sockaddr nowhere = { .sa_family = AF_UNSPEC };
+	const int client = s->broken == BY_CLIENT;
+	struct leg *lost = client ? &s->client : &s->backend;
+	struct leg *other = client ? &s->backend : &s->client;
+
+	if (other->fin || tunnel_taken(s, client ? TO_BACKEND : TO_CLIENT))
+		return 0;
+	(void)connect(lost->fd, &nowhere, sizeof nowhere);      /* a reset, if it had none */
+	lost->at = lost->end;
+	lost->eof = lost->fin = 1;
+	s->up_left = 0;
+	s->broken = 0;
+	leg_send(s, other);
+	return 1;
+}
+
+/* leg_finish(), and before, of a tunnel, a Close to who has not ended, and had none. */
+static void side_finish(struct session *s, struct leg *l)
+{
+	const unsigned way = l == &s->client ? TO_CLIENT : TO_BACKEND;
+	size_t room;
+
+	if (!l->fin && (!l->eof || tunnel_leaving(s)) && !tunnel_taken(s, way) &&
+	    (!l->buf || leg_room(l, &room)))
+		frame_put(s, way, tunnel_leaving(s) ? GOING_AWAY : s->code ? s->code :
+			way == TO_CLIENT ? SERVICE_RESTART : GOING_AWAY);
+	leg_finish(s, l);
 }
 
 /* Whether a whole record of application data was read ahead behind the one that is being taken. */
@@ -4314,6 +4563,7 @@ static int relay_up(struct session *s)
 	struct leg *to = &s->backend;
 	size_t len;
 	unsigned char *p = leg_readable(&s->client, &len);
+	int asked = 0;
 
 	if (leg_over(to))
 		s->up_left = 0;
@@ -4328,11 +4578,18 @@ static int relay_up(struct session *s)
 	len = backend_write(s, p, len);
 	if (len == 0)
 		return 0;
+	if (frames && is_tunnel(s)) {
+		tunnel_passed(s, TO_BACKEND, p, len);
+		asked = s->pinged && s->flow[TO_BACKEND].first == 0x8a;
+		s->pinged = 0;
+		s->heard = (uint32_t)now;
+	}
 	leg_consume(&s->client, len);
 	s->rx += len;
 	if (s->up_left != UINT64_MAX)
 		s->up_left -= len;
-	s->moved = s->fed = 1;
+	s->moved = 1;
+	s->fed |= !asked;       /* what only our Ping has brought makes no tunnel less idle */
 	return 1;
 }
 
@@ -4360,6 +4617,21 @@ static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 	return len;
 }
 
+/* How many of `len` bytes from the backend go on in a tunnel: none behind a Close of ours; if one
+ * is to be said, those up to the last frame's end. */
+static size_t tunnel_take(struct session *s, const char *p, size_t len)
+{
+	size_t end;
+
+	if (s->said)
+		return 0;
+	end = tunnel_passed(s, TO_CLIENT, p, len);
+	if (s->say <= SAY_PING || end == 0 || s->flow[TO_CLIENT].over)
+		return len;
+	s->flow[TO_CLIENT].seen = 0;
+	return end;
+}
+
 /* How many of `len` bytes from the backend belong to the answer; notes its end. */
 static size_t answer_take(struct session *s, const char *p, size_t len)
 {
@@ -4375,6 +4647,8 @@ static size_t answer_take(struct session *s, const char *p, size_t len)
 		if (!s->chunked.done && !s->chunked.bad)
 			return len;
 		break;
+	case BODY_TUNNEL:
+		return frames ? tunnel_take(s, p, len) : len;
 	default:
 		return len;
 	}
@@ -4399,6 +4673,10 @@ static int relay_down(struct session *s)
 	}
 	if (!room || s->backend.eof)
 		return 0;
+	if (s->say && size >= 4 && !tunnel_taken(s, TO_CLIENT)) {
+		frame_put(s, TO_CLIENT, s->say);
+		return 1;
+	}
 	if (to->eng && !to->started && size > FIRST_RECORD)
 		size = FIRST_RECORD;
 	len = backend_read(s, room, size);
@@ -4576,9 +4854,17 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 		text_asked(&t, s, why);
 	if (event == OPEN)
 		text_format(&t, " status=%u ms=%llu", status, ms);
+	if (event == CLOSE && frames && is_tunnel(s))
+		text_format(&t, s->code ? " code=%u code-by=%s" : " code=-", s->code,
+			parties[s->code_by]);
 	if (event == CLOSE)
-		text_format(&t, " rx=%llu tx=%llu s=%llu.%u", (unsigned long long)s->rx,
-			(unsigned long long)s->tx, ms / 1000, (unsigned)(ms % 1000 / 100));
+		text_format(&t, " rx=%llu tx=%llu", (unsigned long long)s->rx,
+			(unsigned long long)s->tx);
+	if (event == CLOSE && frames && is_tunnel(s))
+		text_format(&t, " rx-frames=%u tx-frames=%u", s->flow[TO_BACKEND].frames_of_data,
+			s->flow[TO_CLIENT].frames_of_data);
+	if (event == CLOSE)
+		text_format(&t, " s=%llu.%u", ms / 1000, (unsigned)(ms % 1000 / 100));
 	log_end(&t);
 }
 
@@ -5110,6 +5396,7 @@ static enum state response_done(struct session *s)
 	totals.opened++;
 	s->opened = 1;
 	log_session(s, OPEN, r->status, WHY_NONE);
+	s->heard = s->active = (uint32_t)now;
 	if (s->upgrade)
 		s->up_left = r->framing == BODY_TUNNEL ? UINT64_MAX : 0;
 	return r->framing == BODY_TUNNEL ? RELAY : EXCHANGE;
@@ -5192,18 +5479,22 @@ static enum state relay_step(struct session *s)
 		state_timer_start(s);
 		s->expired = s->unsent >= unsent;
 	}
-	if (s->expired) {
+	if (s->state == RELAY) {
+		tunnel_look(s);
+	} else if (s->expired) {
 		session_end(s, BY_PROXY, WHY_IDLE);
-		if (s->state != RELAY)
+		if (!tunnel_leaving(s) || b->eof || c->fin)
 			return FREE;
 		b->eof = 1;
 	}
 	if (!c->fin) {
 		if (!records_borrow(s))
-			return s->expired ? DRAIN : s->state;
+			return tunnel_leaving(s) ? DRAIN : s->state;
 		if (head_len(s) > 0)
 			head_load(s);
 		relay_pump(s);
+		if (s->broken && !tunnel_survives(s))
+			return FREE;
 		if (!s->broken && s->state == EXCHANGE && b->eof && b->fd >= 0) {
 			leg_finish(s, b);
 			backend_leave(s);       /* whatever its client takes its time for */
@@ -5212,12 +5503,12 @@ static enum state relay_step(struct session *s)
 			/* an engine that was closed takes nothing more: the answer would be cut */
 			if (s->state == EXCHANGE && b->eng && !b->eof && !leg_closed(c))
 				return FREE;
-			leg_finish(s, b);
+			side_finish(s, b);
 		}
 		if (!s->broken && relay_down_over(s))
-			leg_finish(s, c);
+			side_finish(s, c);
 		if (!s->broken && c->fin && !b->fin)
-			leg_finish(s, b);
+			side_finish(s, b);
 	}
 	if (c->fin) {
 		/* no one takes what may still come */
@@ -5227,7 +5518,7 @@ static enum state relay_step(struct session *s)
 	}
 	if (s->broken || (c->fin && c->eof && b->eof))
 		return FREE;
-	return c->fin || s->expired || (s->state == RELAY && (b->fin || leg_closed(c))) ?
+	return c->fin || tunnel_leaving(s) || (s->state == RELAY && (b->fin || leg_closed(c))) ?
 		DRAIN : s->state;
 }
 
@@ -5355,8 +5646,11 @@ static void session_settle(struct session *s)
 		timer_start(&queues[redial ? Q_REDIAL : Q_STALL], &s->stall);
 		s->stall_from = s->rx + s->tx;
 	}
-	if (s->fed)
+	/* a client that was told our Close may finish its frame */
+	if (s->fed && !(s->said && s->flow[TO_BACKEND].seen == 0))
 		state_timer_start(s);
+	if (s->fed)
+		s->active = (uint32_t)now;
 	leg_push(&s->client);
 	leg_push(&s->backend);
 	/* it stopped for others to have their turn, or with records of a handshake that were not
@@ -5507,17 +5801,16 @@ static struct session *displace_find(void)
 static void place_look(struct session *s)
 {
 	const int fd = s->client.fd;
-	struct tcp_info info = { 0 };   /* stays so without TCP: it was heard of just now */
-	socklen_t len = sizeof info;
-	uint32_t silent;
+	struct tcp_info info;
+	const uint32_t silent = socket_silent(fd, &info);
 
-	getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len);
-	silent = info.tcpi_last_data_recv < info.tcpi_last_ack_recv ? info.tcpi_last_data_recv :
-		info.tcpi_last_ack_recv;
 	if (s->asked && silent >= ASK_MS && (info.tcpi_probes >= PROBES_MIN ||
 	    info.tcpi_retransmits >= RETRANSMITS_MIN)) {
 		session_broke(s, &s->client, WHY_TIMEOUT);
-		session_close(s);
+		if (s->state == RELAY)
+			session_run(s, 0);
+		else
+			session_close(s);
 		return;
 	}
 	if (s->asked)
@@ -5864,12 +6157,23 @@ static void loop(void)
 
 /* ---- start ---- */
 
+/* When a tunnel at rest is to be looked at, at the latest. All have that time, so those that have
+ * been silent longest are first in its queue, whatever is configured. */
+static uint64_t look_ms(void)
+{
+	uint64_t ms = (uint64_t)1 << 62;
+
+	ms = idle_ms > 0 ? idle_ms : ms;
+	ms = ping_ms > 0 && ping_ms < ms ? ping_ms : ms;
+	return max_age_ms > 0 && max_age_ms / 16 + 1 < ms ? max_age_ms / 16 + 1 : ms;
+}
+
 static void tables_init(void)
 {
 	static const struct { unsigned queue; uint64_t ms; } times[] = {
 		{ HANDSHAKE, handshake_ms }, { HEAD, head_ms }, { CONNECT, connect_ms },
 		{ BACKEND_HANDSHAKE, handshake_ms }, { REQUEST, response_ms },
-		{ RESPONSE, response_ms }, { RELAY, idle_ms }, { EXCHANGE, idle_ms },
+		{ RESPONSE, response_ms }, { EXCHANGE, idle_ms },
 		{ REPLY, linger_ms }, { DRAIN, linger_ms }, { Q_STALL, stall_ms },
 		{ Q_RESOLVE, resolve_ms }, { Q_CHECK, check_ms }, { Q_REJECTS, 1000 },
 		{ Q_REDIAL, REDIAL_MS }, { Q_YOUNG, DISPLACE_MS }, { Q_GROWN, SILENT_MS },
@@ -5881,6 +6185,7 @@ static void tables_init(void)
 		link_drop(&queues[i].list);
 	for (i = 0; i < LENGTH(times); i++)
 		queues[times[i].queue].ms = times[i].ms;
+	queues[RELAY].ms = look_ms();
 	records_pool.attach = records_attach;
 	shelf_pool.attach = shelf_attach;
 	for (i = 0; i < FD_COUNT; i++) {
@@ -5927,7 +6232,9 @@ static const struct {
 	NUMBER(check_ms, 0, INT_MAX), NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
 	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_time, 0, 1), NUMBER(seccomp, 0, 1),
-	NUMBER(log_rejects, 0, INT_MAX), NUMBER(source_bits6, 1, 64), NUMBER(log_probes, 0, 1),
+	NUMBER(frames, 0, 1), NUMBER(ping_ms, 0, INT_MAX),
+	NUMBER(max_age_ms, 0, INT_MAX), NUMBER(log_rejects, 0, INT_MAX),
+	NUMBER(source_bits6, 1, 64), NUMBER(log_probes, 0, 1),
 #undef NUMBER
 };
 
@@ -6047,6 +6354,7 @@ static void config_check(void)
 	wrong(keepalive_s > 0 && user_timeout_ms > 0 && user_timeout_ms / 1000 < probing_s,
 		"user_timeout_ms = %u leaves no time for keepalive_probes: give %u000 or more, "
 		"or 0", user_timeout_ms, probing_s);
+	wrong(ping_ms > 0 && !frames, "ping_ms: set frames to 1");
 	ciphers_check();
 	texts_check();
 	for (i = 0; i < LISTENERS; i++) {

@@ -10,7 +10,7 @@
 
 /* Goes up with each entry or field that config.def.h gains, loses or gives another sense, so that a
  * config.h of before is not compiled as if nothing had happened. */
-#define CONFIG_VERSION 1
+#define CONFIG_VERSION 2
 
 /* In config.h, whatever CFLAGS say: a number where a string is wanted, which a start would die of,
  * and a word of another entry are errors; fields may be left out. */
@@ -146,6 +146,8 @@ enum log_sessions {
 	WHY(RESET, 0, "reset")                     /* RST, or another socket error */ \
 	WHY(TIMEOUT, 0, "timeout")                 /* TCP gave the peer up */ \
 	WHY(IDLE, 0, "idle")                       /* no application byte for idle_ms */ \
+	WHY(MAX_AGE, 0, "max-age")                 /* a tunnel as old as max_age_ms allows */ \
+	WHY(NO_PONG, 0, "no-pong")                 /* a Ping, and nothing for ping_ms again */ \
 	WHY(STALL, 0, "stall")                     /* sat on a buffer while others waited */ \
 	WHY(FLOOD, 0, "flood")                     /* FLOOD_RECORDS without application data */ \
 	WHY(DONE, 0, "done")                       /* an answer was relayed whole */ \
@@ -241,6 +243,27 @@ struct chunked {
 	uint8_t state, digits, done, bad;
 };
 static size_t chunked_scan(struct chunked *c, const char *buf, size_t len);
+
+/* Where one direction of a tunnel stands among its frames (RFC 6455 5.2). Zeroed: at the start of
+ * the first one. Payload is counted, not read, but for the code of a Close. */
+struct flow {
+	uint64_t left;              /* bytes of the payload */
+	uint32_t frames_of_data;    /* that went by */
+	uint16_t code;              /* of a Close that did; 1005: it had none (7.4.1); 0 */
+	uint8_t seen;               /* bytes of the header; 0: between two frames */
+	uint8_t first, size;        /* FIN, RSV, opcode; the length as in the second byte */
+	uint8_t mask[2];            /* the front of the key */
+	uint8_t amid;               /* 1: the message has more fragments to come */
+	uint8_t over;               /* 1: it had a Close, or broke the grammar, and is not looked
+	                             * at any more; nothing may be put behind */
+};
+
+/* Takes the next bytes of a direction; `masked` 1: the client's. How many of them lie before the
+ * end of the last frame that ends among them; 0: none does. */
+static size_t flow_scan(struct flow *f, unsigned masked, const unsigned char *p, size_t len);
+
+/* Whether a frame of our own may stand behind what went by. */
+static int flow_between(const struct flow *f);
 
 /* ---- backends ---- */
 

@@ -58,6 +58,13 @@ static const int check_accept = 1;
 static const unsigned max_per_ip = 12;
 static const unsigned source_bits6 = 62;
 #define head_max 8192
+#define frames 1
+#ifndef PING_MS
+#define PING_MS 0
+#define MAX_AGE_MS 0
+#endif
+static const unsigned ping_ms = PING_MS;
+static const unsigned max_age_ms = MAX_AGE_MS;
 
 static const unsigned handshake_ms = 10000;
 static const unsigned head_ms      = 9000;

@@ -14,6 +14,7 @@
 #include "unit.h"
 #include "unit-request.h"
 #include "unit-response.h"
+#include "unit-frames.h"
 #include "unit-backend.h"
 #include "unit-pem.h"
 #include "unit-files.h"
@@ -49,6 +50,9 @@ static const struct test tests[] = {
 	TEST(response_render_interim),
 	TEST(chunked),
 	TEST(chunked_large),
+	TEST(frames),
+	TEST(frames_long),
+	TEST(frames_random),
 	TEST(accept_key),
 	TEST(round_robin),
 	TEST(round_robin_subset),
