@@ -8,10 +8,14 @@
  *   far as the request's length or a verified 101 allow, and nothing else;
  * - a client gets the rendering of its backend's answer and what came behind, as far as the answer
  *   goes, or an answer of the proxy's own, and nothing else;
+ * - but frames of the proxy's own in tunnels: Pings, and one Close, between frames;
  * - while no time passes and no one goes, all of that arrives;
  * - nobody is told of what is there and then leaves it alone: none sleeps while what it waits for is there;
  * - when its peers are gone, or time passes, every session ends, and gives back all it had. */
+#define PING_MS         20000
+#define MAX_AGE_MS      200000
 #include "peers.h"
+#include "../frames.h"
 
 #ifndef TLS
 #define TLS 0
@@ -111,6 +115,55 @@ static struct peer *backend_of(const struct peer *c)
 	return found;
 }
 
+/* The length of a frame of the proxy's own, as far as it is there; 0: it is none. */
+static size_t own_length(const unsigned char *p, size_t len, int up)
+{
+	static const unsigned char ping[] = { 0x89, 0 };
+	unsigned char close[8] = { 0x88, up ? 0x82 : 2 };
+	const size_t size = up ? 8 : 4, got = len < size ? len : size;
+	unsigned code;
+
+	if (!up && memcmp(p, ping, len < 2 ? len : 2) == 0)
+		return 2;
+	memcpy(close + 2, p + 2, got > 2 ? got - 2 : 0);
+	code = up ? (unsigned)((close[6] ^ close[2]) << 8 | (close[7] ^ close[3])) :
+		(unsigned)(close[2] << 8 | close[3]);
+	return memcmp(p, close, got) != 0 || (len >= size && code != 1001 && code != 1012) ? 0 : size;
+}
+
+/* What one side of a tunnel got is what the other sent, and frames of the proxy's own where one may
+ * stand. How much of the other's it is. */
+static size_t tunnel_must(const char *got, size_t len, const char *sent, size_t sent_len, int up)
+{
+	const unsigned char *g = (const unsigned char *)got, *p = (const unsigned char *)sent;
+	size_t i = 0, own;
+	int64_t n;
+	int fragmented = 0, over = 0;
+
+	while (len > sent_len - i || memcmp(g, p + i, len) != 0) {
+		MUST(!over && len > 0);
+		own = own_length(g, len, up);
+		if (own > 0 && (own != 2 || i == sent_len || memcmp(g, p + i, 2) != 0)) {
+			if (own != 2 || len < 2) {
+				MUST(len <= own);       /* nothing behind a Close */
+				return i;
+			}
+			g += own;
+			len -= own;
+			continue;
+		}
+		n = frame_length(p + i, sent_len - i, (unsigned)up, fragmented);
+		MUST(n > 0 && (size_t)n <= len && memcmp(g, p + i, (size_t)n) == 0);
+		over = (p[i] & 15) == 8;
+		if ((p[i] & 15) < 8)
+			fragmented = !(p[i] & 0x80);
+		g += n;
+		len -= (size_t)n;
+		i += (size_t)n;
+	}
+	return i + len;
+}
+
 static void up_must(const struct peer *b, const struct asked *a, const struct answer *n,
 	const struct peer *c)
 {
@@ -125,6 +178,11 @@ static void up_must(const struct peer *b, const struct asked *a, const struct an
 	behind = c->sent.len - a->r.head.size;
 	most = a->r.upgrade ? (n->whole && n->r.status == 101 ? behind : 0) :
 		behind < a->r.length ? behind : (size_t)a->r.length;
+	if (a->r.upgrade && n->whole && n->r.status == 101) {
+		tunnel_must(b->got.data + a->len, b->got.len - a->len,
+			c->sent.data + a->r.head.size, behind, 1);
+		return;
+	}
 	MUST(b->got.len - a->len <= most);
 	MUST(memcmp(b->got.data + a->len, c->sent.data + a->r.head.size, b->got.len - a->len) == 0);
 }
@@ -184,6 +242,8 @@ static size_t down_must(const struct peer *c, const struct asked *a, const struc
 	}
 	got = len - size;
 	MUST(size == n->len || balance == STICKY_COOKIE);
+	if (n->r.status == 101)
+		return n->len + tunnel_must(p + size, got, b->sent.data + n->body, n->body_len, 0);
 	MUST(got <= n->body_len);
 	MUST(memcmp(p + size, b->sent.data + n->body, got) == 0);
 	return n->len + got;
@@ -271,6 +331,11 @@ static const struct { const char *text; size_t len; } requests[] = {
 	{ LIT("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n") },
 	{ LIT("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: x\r\n\r\n") },
 	{ LIT("GET http://b:80?x HTTP/1.1\r\nHost: a:80\r\n\r\n") },
+	{ LIT("\x81\x82\1\2\3\4ab\x8a\x80\1\2\3\4") },
+	{ LIT("\1\x81\1\2\3\4a") },
+	{ LIT("\x80\x80\1\2\3\4") },
+	{ LIT("\x82\xfe\1\0\1\2\3\4half") },
+	{ LIT("\x88\x82\1\2\3\4\2\xea") },
 };
 
 #define GOOD_101 "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" \
@@ -293,6 +358,12 @@ static const struct { const char *text; size_t len; } responses[] = {
 	{ LIT("HTTP/1.1 200 OK\r\nX: ") },
 	{ LIT(A1000) },
 	{ LIT("\r\n\r\n") },
+	{ LIT("\x81\2ab\x89\0") },
+	{ LIT("\1\1a") },
+	{ LIT("\x80\0") },
+	{ LIT("\x82\x7e\1\0half") },
+	{ LIT("\x88\2\3\xe8") },
+	{ LIT(GOOD_101 "\x82\1a") },
 };
 
 /* Bytes that differ from one place of a stream to the next. */
