@@ -117,13 +117,20 @@ def test_closing_by_the_page_is_orderly(browser, page):
 def test_page_learns_that_the_backend_is_gone_and_connects_again(browser, page, demo):
     until(browser, lambda: text(browser, "count") == "1")
     demo.close()
-    until(browser, lambda: "closed, code 1006" in text(browser, "log"))
+    until(browser, lambda: "closed, code 1012" in text(browser, "log"))
     again = Demo(demo.place)
     try:
         browser.find_element(By.ID, "connect").click()
         until(browser, lambda: text(browser, "state").endswith("connected"))
     finally:
         again.close()
+
+
+def test_page_learns_that_it_was_idle(browser, proxy, demo):
+    p = proxy(demo, http=FORWARD, head_ms=1000, idle_ms=2000)
+    browser.get("https://127.0.0.1:%d/" % p.address()[1])
+    until(browser, lambda: "closed, code 1001" in text(browser, "log"))
+    p.log.wait("close", why="idle", code="1001")
 
 
 def test_resumed_sessions_are_what_a_browser_uses(browser, page):

@@ -1,4 +1,6 @@
-"""How sessions end: what was sent arrives first, and each end sees the ending that it should."""
+"""How sessions end: what was sent arrives first, and each end sees the ending that it should. What
+goes through these tunnels is no frames, and the proxy puts none of its own there: test_frames.py has
+tunnels that end with a Close."""
 
 import os
 import re
@@ -21,7 +23,7 @@ KINDS = pytest.mark.parametrize("kind", [WSS, WS])
 def tunnel(proxy, scripted):
     def start(kind=WSS, **config):
         backend = scripted()
-        p = proxy(backend, listeners=[("127.0.0.1", "0", kind)], **config)
+        p = proxy(backend, listeners=[("127.0.0.1", "0", kind)], frames=0, **config)
         return p, *open_tunnel(p, backend)
     return start
 

@@ -363,7 +363,7 @@ def half_a_record(client):
 def test_records_in_pieces_are_not_felt(proxy, scripted, max_busy):
     """More tunnels than buffers, each amid a record, and ends that come there."""
     backend = scripted()
-    p = proxy(backend, max_busy=max_busy, stall_ms=60000)
+    p = proxy(backend, max_busy=max_busy, stall_ms=60000, frames=0)
     tunnels = [open_tunnel(p, backend) for _ in range(3 * max_busy + 1)]
     records = [client.records(pattern(16000, n)) for n, (client, _) in enumerate(tunnels)]
     for cut in 3, 5, 8000:

@@ -338,7 +338,7 @@ def test_urgent_data_holds_nothing_back(proxy, scripted):
 
 def test_session_at_rest_sees_the_end(proxy, scripted):
     backend = scripted()
-    p = proxy(backend)
+    p = proxy(backend, frames=0)
     client, server = open_tunnel(p, backend)
     eventually(lambda: p.totals()["records"] == "0")
     server.close()

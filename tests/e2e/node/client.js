@@ -1,6 +1,7 @@
 // A client by Node's ws. Reads its orders from stdin as JSON:
 //   url, host (to connect to), ca (file), patience (seconds),
-//   protocols, deflate, sizes (of messages to send, each awaits its echo), close: [code, reason]
+//   protocols, deflate, sizes (of messages to send, each awaits its echo), close: [code, reason],
+//   wait: 1, for the other side to close
 // Prints what it saw as JSON: protocol, extensions, echoed, pong, code, reason.
 'use strict';
 const crypto = require('crypto');
@@ -36,7 +37,7 @@ async function main() {
 	}
 	if (orders.close)
 		ws.close(...orders.close);
-	else if (!orders.url.includes('/close/'))
+	else if (!orders.wait && !orders.url.includes('/close/'))
 		ws.close(1000);
 	const [code, reason] = await closed;
 	console.log(JSON.stringify({ ...seen, code, reason: reason.toString() }));
