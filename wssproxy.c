@@ -199,7 +199,7 @@ struct timer {
 
 struct queue {
 	struct link list;
-	uint64_t ms;            /* 0: never due */
+	uint64_t ms;            /* 0: never due, but in order all the same */
 };
 
 /* Of AF_UNIX there is the family alone; the port is at the same place in both others. */
@@ -488,6 +488,8 @@ static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
 static uint64_t accept_after;   /* listeners rest until then, */
 static uint64_t knock_after;    /* and while there is no place until then */
 static uint64_t drain_until;    /* 0: not draining */
+static unsigned tunnels;        /* sessions in RELAY, */
+static unsigned tunnels_first;  /* and when the drain began */
 static uint32_t last_id;
 static struct {
 	unsigned long long opened, rejected, probes, rx, tx, log_lost, full;
@@ -841,11 +843,8 @@ static void clock_read(void)
 /* Starts or restarts a timer. All of a queue run equally long, so appending keeps its order. */
 static void timer_start(struct queue *q, struct timer *t)
 {
-	t->due = now + q->ms;
-	if (q->ms == 0)
-		link_drop(&t->link);
-	else
-		link_append(&q->list, &t->link);
+	t->due = q->ms == 0 ? UINT64_MAX : now + q->ms;
+	link_append(&q->list, &t->link);
 }
 
 /* The first timer of a queue if it is due, else NULL. */
@@ -5553,6 +5552,7 @@ static int is_watched(const struct session *s)
 
 static void session_enter(struct session *s, enum state state)
 {
+	tunnels += (state == RELAY) - (unsigned)(s->state == RELAY);
 	s->state = (uint8_t)state;
 	place_start(s);
 	state_timer_start(s);
@@ -5588,6 +5588,7 @@ static void session_close(struct session *s)
 	link_drop(&s->timer.link);
 	link_drop(&s->stall.link);
 	link_drop(&s->place.link);
+	tunnels -= s->state == RELAY;
 	s->state = FREE;
 	pool_return(&session_pool, s);
 }
@@ -5712,6 +5713,12 @@ static void session_drop(struct session *s, enum why why)
 {
 	session_end(s, BY_PROXY, why);
 	session_close(s);
+}
+
+/* Ends a tunnel for a reason of ours. */
+static void tunnel_leave(struct session *s, enum why why)
+{
+	session_drop(s, why);
 }
 
 static void session_open(int fd, const struct address *peer, unsigned listener)
@@ -5896,6 +5903,19 @@ static void listeners_watch(void)
 		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
 }
 
+/* When the next tunnel is to leave, UINT64_MAX: none is. They do one by one, evenly over nine
+ * tenths of drain_ms: of n, one when that begins, the next when an nth of it is over, and so on. In
+ * the last tenth those that were last have time to end. Who ends by itself slows that down, and who
+ * becomes a tunnel meanwhile makes it faster. */
+static uint64_t leave_next(void)
+{
+	const unsigned most = tunnels > tunnels_first ? tunnels : tunnels_first;
+	const unsigned room = drain_ms / 10;
+
+	return !drain_until || tunnels == 0 ? UINT64_MAX :
+		drain_until - room - (uint64_t)(drain_ms - room) * tunnels / most;
+}
+
 static int buffers_wanted(void)
 {
 	return pool_wanted(&records_pool) || pool_wanted(&shelf_pool);
@@ -5906,7 +5926,7 @@ static int timers_next(void)
 {
 	const uint64_t also[] = { accept_after, knock_after, drain_until,
 		!full_said && pool_empty(&session_pool) ? full_after : 0 };
-	uint64_t due = UINT64_MAX;
+	uint64_t due = leave_next();
 	unsigned i;
 
 	for (i = 0; i < QUEUES; i++) {
@@ -5964,6 +5984,9 @@ static void timers_run(void)
 	}
 	if (timer_due(&queues[Q_REJECTS]))
 		rejects_over();
+	/* those that have been silent longest first */
+	while (leave_next() <= now)
+		tunnel_leave(OWNER(queues[RELAY].list.next, struct session, timer), WHY_DRAIN);
 	while ((t = timer_due(&queues[Q_ASKED])) != NULL)
 		place_look(OWNER(t, struct session, place));
 	while ((t = timer_due(&queues[Q_REDIAL])) != NULL) {
@@ -6091,6 +6114,7 @@ static void drain_start(const char *name)
 		fds[FD_LISTEN + i].fd = -1;
 	}
 	drain_until = now + drain_ms;
+	tunnels_first = tunnels;
 }
 
 /* The loop has ended: whoever is left is told why. */

@@ -391,10 +391,11 @@ static void test_timers(void)
 	CHECK(timer_due(&q) == NULL);
 	now = 1200;
 	CHECK(timer_due(&q) == &t[1]);
-	timer_start(&never, &t[1]);             /* moves to another queue, where it is never due */
+	timer_start(&never, &t[1]);             /* moves to another queue, where it is never due, */
+	timer_start(&never, &t[0]);             /* but in order */
 	CHECK(timer_due(&q) == NULL);
 	now = UINT64_MAX / 2;
-	CHECK(timer_due(&never) == NULL && link_alone(&never.list));
+	CHECK(timer_due(&never) == NULL && never.list.next == &t[1].link);
 }
 
 /* A million starts and ends later the queue is still in order, and holds whom it should. */
@@ -467,6 +468,25 @@ static void test_timers_next(void)
 	drain_until = now + 200;
 	CHECK_INT(timers_next(), 200);
 	drain_until = now;                              /* the loop is over */
+}
+
+/* Of n tunnels one leaves at once, and each next one an nth of nine tenths of drain_ms later. */
+static void test_leave_next(void)
+{
+	now = 1000000;
+	drain_until = now + drain_ms;
+	CHECK(leave_next() == UINT64_MAX);
+	for (tunnels_first = 1; tunnels_first <= 100000; tunnels_first = tunnels_first * 3 + 1)
+		for (tunnels = tunnels_first; tunnels > 0; tunnels--)
+			CHECK_INT(leave_next(), now + ((uint64_t)drain_ms * 9 / 10 *
+				(tunnels_first - tunnels) + tunnels_first - 1) / tunnels_first);
+	tunnels_first = 3;
+	tunnels = 5;                    /* two more came about: the first goes now */
+	CHECK_INT(leave_next(), now);
+	tunnels_first = 0;
+	CHECK_INT(leave_next(), now);
+	tunnels = 0;
+	drain_until = 0;
 }
 
 /* ---- pools ---- */

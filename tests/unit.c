@@ -99,6 +99,7 @@ static const struct test tests[] = {
 	TEST(timers),
 	TEST(timers_order),
 	TEST(timers_next),
+	TEST(leave_next),
 	TEST(pool),
 	TEST(pool_waiters),
 	TEST(shelf_rob),
