@@ -129,6 +129,7 @@ enum {
 	FULL_PAUSE_MS = 10000,  /* between two lines `full` */
 	DOWN_PAUSE_MS = 60000,  /* and two `down` of a backend that stays so */
 	REDIAL_MS = 20,         /* until sessions that could not dial yet look again */
+	WAY_MS = 5000,          /* until who makes way closes listeners that nobody took over */
 	LOG_LINE = 1024,
 	LISTENERS = LENGTH(listeners),
 	CERTS = LENGTH(certs),
@@ -450,9 +451,10 @@ struct server {
 	struct timer retry, check;
 };
 
-/* poll()'s array: signals, resolver, epoll set of the sessions, listeners, checks of backends. */
-enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_CHECK = FD_LISTEN + LISTENERS,
-	FD_COUNT = FD_CHECK + BACKENDS };
+/* poll()'s array: signals, resolver, epoll set of the sessions, listeners and their doors (see
+ * 'making way'), checks of backends. */
+enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_DOOR = FD_LISTEN + LISTENERS,
+	FD_CHECK = FD_DOOR + (make_way ? LISTENERS : 0), FD_COUNT = FD_CHECK + BACKENDS };
 
 static struct session sessions[max_sessions];
 static struct records records[max_busy];
@@ -487,6 +489,7 @@ static int log_syslog;          /* which has this one's other end: 1, or 0: it i
 static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
 static uint64_t accept_after;   /* listeners rest until then, */
 static uint64_t knock_after;    /* and while there is no place until then */
+static uint64_t way_until;      /* 0: not waiting for who takes over the listeners */
 static uint64_t drain_until;    /* 0: not draining */
 static unsigned tunnels;        /* sessions in RELAY, */
 static unsigned tunnels_first;  /* and when the drain began */
@@ -507,6 +510,7 @@ static char checked[32];        /* "backends[3]" while that is looked at, else "
 static char fault[LOG_LINE / 2]; /* what was found to be wrong with config.h, or a file of it, */
 static unsigned faults_found;   /* so many times */
 static int stops;               /* SIGTERM and SIGINT so far */
+static int copied;              /* 1: it is the copy that SIGUSR2 made */
 
 static const struct {
 	const char *text;       /* for the log */
@@ -697,10 +701,14 @@ static struct text log_begin(int priority)
 
 	if (log_syslog || log_connect()) {
 		text_format(&t, "<%d>wssproxy[%d]: ", LOG_DAEMON | priority, (int)getpid());
-	} else if (log_time) {
+		return t;
+	}
+	if (log_time) {
 		clock_gettime(CLOCK_REALTIME, &ts);
 		text_time(&t, &ts);
 	}
+	if (make_way && copied)
+		text_format(&t, "[%d] ", (int)getpid());
 	return t;
 }
 
@@ -1439,6 +1447,94 @@ static int listener_bind(const struct address *a, int dual)
 	return -1;
 }
 
+/* ---- making way ----
+ *
+ * Who is started while another makes way takes over that one's listening sockets themselves, with
+ * the connections in their queues, half-open ones as well: none is lost, whatever the kernel. (Its
+ * own beside them, by SO_REUSEPORT, would lack those; and from then on any program of that user
+ * could bind there: since Linux 4.11 the kernel remembers that the port was shared.) So each
+ * listener has a door, a unix: socket of an abstract name, which chroot does not hide: who finds
+ * the address in use knocks there. Who serves turns it away; the copy that makes way hands it the
+ * listener, and the door. Each looks whether the other is, or was at its start, the same user. */
+
+/* Sends a listener and its door, or receives them. Whether it could. */
+static int handover(int fd, int pair[2], int receive)
+{
+	_Alignas(struct cmsghdr) char room[CMSG_SPACE(2 * sizeof(int))] = { 0 };
+	struct iovec byte = { &(char){ 0 }, 1 };        /* there must be one */
+	struct msghdr m = { .msg_iov = &byte, .msg_iovlen = 1,
+		.msg_control = room, .msg_controllen = sizeof room };
+	struct cmsghdr *c = CMSG_FIRSTHDR(&m);
+
+	c->cmsg_len = CMSG_LEN(2 * sizeof(int));
+	c->cmsg_level = SOL_SOCKET;
+	c->cmsg_type = SCM_RIGHTS;
+	memcpy(CMSG_DATA(c), pair, 2 * sizeof(int));
+	if (!receive)
+		return sendmsg(fd, &m, MSG_NOSIGNAL) == 1;
+	if (recvmsg(fd, &m, MSG_CMSG_CLOEXEC) != 1 || m.msg_controllen < CMSG_LEN(0) ||
+	    c->cmsg_len != CMSG_LEN(2 * sizeof(int)))
+		return 0;
+	memcpy(pair, CMSG_DATA(c), 2 * sizeof(int));
+	return 1;
+}
+
+/* Who the other end of a unix: socket was when it connected, or a listening one when that began. */
+static uid_t socket_user(int fd)
+{
+	struct ucred who = { .uid = (uid_t)-1 };
+	socklen_t len = sizeof who;
+
+	getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &len);
+	return who.uid;
+}
+
+/* A unix: socket, and the name of the door of an address. */
+static int door_socket(const struct address *a, struct sockaddr_un *sun, socklen_t *len)
+{
+	char text[ADDRESS_TEXT];
+
+	*sun = (struct sockaddr_un){ .sun_family = AF_UNIX };
+	*len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 +
+		string_format(sun->sun_path + 1, sizeof sun->sun_path - 1, "wssproxy %s",
+			address_format(a, 1, text)));
+	return socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+}
+
+/* The listener of an address that is in use, and its door, if who has them makes way; else -1 and
+ * EADDRINUSE. */
+static int door_knock(const struct address *a, int *door)
+{
+	struct sockaddr_un sun;
+	socklen_t len;
+	const int fd = door_socket(a, &sun, &len);
+	struct pollfd p = { .fd = fd, .events = POLLIN };
+	int pair[2] = { -1, -1 };
+
+	if (connect(fd, (struct sockaddr *)&sun, len) == 0 && socket_user(fd) == geteuid() &&
+	    poll(&p, 1, WAY_MS) == 1 && handover(fd, pair, 1))
+		socket_tune(pair[0]);   /* as this config.h has it */
+	close(fd);
+	errno = EADDRINUSE;
+	*door = pair[1];
+	return pair[0];
+}
+
+/* A door for a listener; -1: there is none. */
+static int door_open(const struct address *a)
+{
+	struct sockaddr_un sun;
+	socklen_t len;
+	const int fd = door_socket(a, &sun, &len);
+
+	if (bind(fd, (struct sockaddr *)&sun, len) == 0 && listen(fd, SOMAXCONN) == 0)
+		return fd;
+	log_line(LOG_WARNING, "warning make_way: unix: socket \"@%s\": %s: nobody can take over "
+		"this listener", sun.sun_path + 1, strerror(errno));
+	close(fd);
+	return -1;
+}
+
 static const char *const kinds[] = { "WSS", "WS", "REDIRECT" };
 
 static void listener_open(unsigned i)
@@ -1448,7 +1544,7 @@ static void listener_open(unsigned i)
 	struct address a;
 	char text[ADDRESS_TEXT];
 	socklen_t len = sizeof a;
-	int fd;
+	int fd, door = -1;
 
 	address_parse(&a, l->address, l->port);
 	fd = listener_bind(&a, dual);
@@ -1456,12 +1552,16 @@ static void listener_open(unsigned i)
 		a.any.sa_family = AF_INET;      /* a kernel without IPv6 */
 		fd = listener_bind(&a, dual);
 	}
+	if (make_way && fd < 0 && errno == EADDRINUSE)
+		fd = door_knock(&a, &door);
 	if (fd < 0)
 		die("config.h: listeners[%u]: %s port %s: %s", i, l->address, l->port,
 			strerror(errno));
 	getsockname(fd, &a.any, &len);
 	address_unmap(&a);
 	fds[FD_LISTEN + i].fd = fd;
+	if (make_way)
+		fds[FD_DOOR + i].fd = door >= 0 ? door : door_open(&a);
 	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1, text),
 		kinds[l->kind]);
 }
@@ -1652,6 +1752,10 @@ static struct filter_op loop_calls[] = {
 #ifdef __i386__
 	ON(socketcall, LET),            /* all of the above; its arguments are out of reach */
 #endif
+#if make_way
+	LET_IF(clone, 0, -1, SIGCHLD),  /* a copy that shares nothing, */
+	ON(sendmsg, LET),               /* which hands over the listeners */
+#endif
 	/* certificates, at SIGHUP; and the end */
 	LET_IF(openat, 2, ~READING, 0),
 	LET_IF(fcntl, 1, -1, F_SETFD),  /* musl's open, for O_CLOEXEC */
@@ -1718,7 +1822,7 @@ static int filter_loop(void)
 /* Every session needs two descriptors. */
 static void descriptors_raise(void)
 {
-	const rlim_t need = 2 * max_sessions + LISTENERS + BACKENDS + 16;
+	const rlim_t need = 2 * max_sessions + FD_COUNT + 16;
 	struct rlimit r;
 
 	if (prlimit(0, RLIMIT_NOFILE, NULL, &r) < 0)
@@ -2820,13 +2924,11 @@ static void resolver_answer(const struct resolved *r)
 	}
 }
 
-/* It has died, and what another takes, /etc and fork, was given up: what is known must do. */
+/* There is none any more, nor another, for /etc was given up: what is known must do. */
 static void resolver_end(void)
 {
 	struct resolved r = { .count = 0 };
 
-	log_line(LOG_ERR, "resolver died: backends keep the addresses they have, those without one "
-		"stay down; start again");
 	close(fds[FD_RESOLVER].fd);
 	fds[FD_RESOLVER].fd = -1;
 	for (; r.index < BACKENDS; r.index++)
@@ -2853,10 +2955,13 @@ static void resolver_event(void)
 	struct resolved r;
 	ssize_t n = recv(fds[FD_RESOLVER].fd, &r, sizeof r, 0);
 
-	if (n == sizeof r && resolved_valid(&r))
+	if (n == sizeof r && resolved_valid(&r)) {
 		resolver_answer(&r);
-	else if (n >= 0 || !would_block(errno))
+	} else if (n >= 0 || !would_block(errno)) {
+		log_line(LOG_ERR, "resolver died: backends keep the addresses they have, those "
+			"without one stay down; start again");
 		resolver_end();
+	}
 }
 
 /* The name to send and to verify; NULL for an address. */
@@ -5924,7 +6029,7 @@ static int buffers_wanted(void)
 /* Milliseconds until the next timer, -1: none. */
 static int timers_next(void)
 {
-	const uint64_t also[] = { accept_after, knock_after, drain_until,
+	const uint64_t also[] = { accept_after, knock_after, way_until, drain_until,
 		!full_said && pool_empty(&session_pool) ? full_after : 0 };
 	uint64_t due = leave_next();
 	unsigned i;
@@ -6049,6 +6154,8 @@ static void signals_init(void)
 	sigaddset(&set, SIGTERM);
 	sigaddset(&set, SIGINT);
 	sigaddset(&set, SIGUSR1);
+	if (make_way)
+		sigaddset(&set, SIGUSR2);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGXFSZ, SIG_IGN);       /* a log that is as long as it may get */
 	signal(SIGCHLD, SIG_IGN);       /* the resolver's end is seen on its socket */
@@ -6103,18 +6210,89 @@ static void stats(void)
 	}
 }
 
-/* SIGTERM, SIGINT: no new connections; sessions have drain_ms. */
+static void listener_close(unsigned i)
+{
+	close(fds[FD_LISTEN + i].fd);
+	fds[FD_LISTEN + i].fd = -1;
+	if (make_way) {
+		close(fds[FD_DOOR + i].fd);
+		fds[FD_DOOR + i].fd = -1;
+	}
+}
+
+/* SIGTERM, SIGINT, or way was made: no new connections; sessions have drain_ms. */
 static void drain_start(const char *name)
 {
 	unsigned i;
 
 	log_line(LOG_NOTICE, "stop signal=%s sessions=%u", name, session_pool.lent);
-	for (i = 0; i < LISTENERS; i++) {
-		close(fds[FD_LISTEN + i].fd);
-		fds[FD_LISTEN + i].fd = -1;
-	}
+	for (i = 0; i < LISTENERS; i++)
+		listener_close(i);
+	way_until = 0;
 	drain_until = now + drain_ms;
 	tunnels_first = tunnels;
+}
+
+/* SIGUSR2: the process that the supervisor knows ends, so that it starts the next one, while a copy
+ * goes on where that was, with all that it had: open files, which is what the epoll set knows, stay
+ * open; it reads its own signals by the same signalfd. Newcomers are served here until the next one
+ * has the listeners. */
+static void way_start(void)
+{
+	long pid;
+
+	if (way_until || drain_until)
+		return;
+	errno = EPERM;
+	pid = getpid() == 1 ? -1 : syscall(SYS_clone, (long)SIGCHLD, 0L, 0L, 0L, 0L);
+	if (pid > 0)
+		_exit(0);
+	if (pid < 0) {
+		log_line(LOG_ERR, "way failed why=\"%s\"", getpid() == 1 ?
+			"process 1 can't end before others" : strerror(errno));
+		return;
+	}
+	copied = stops = 1;             /* the next signal to end is the second */
+	way_until = now + WAY_MS;
+	log_line(LOG_NOTICE, "way pid=%d sessions=%u", (int)getpid(), session_pool.lent);
+	if (fds[FD_RESOLVER].fd >= 0)
+		resolver_end();         /* it ends with its parent */
+}
+
+/* Somebody knocks at a door: gets in if way is made for that user. */
+static void door_event(unsigned i)
+{
+	int pair[2] = { fds[FD_LISTEN + i].fd, fds[FD_DOOR + i].fd };
+	const int fd = accept4(pair[1], NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+
+	if (way_until && socket_user(fd) == socket_user(pair[1]) && handover(fd, pair, 0))
+		listener_close(i);
+	close(fd);
+}
+
+/* When all listeners have been handed over, the drain begins. */
+static void doors_poll(void)
+{
+	unsigned i, left = 0;
+
+	for (i = 0; i < LISTENERS; i++) {
+		if (fds[FD_DOOR + i].revents & POLLIN)
+			door_event(i);
+		left += fds[FD_LISTEN + i].fd >= 0;
+	}
+	if (way_until && left == 0)
+		drain_start("SIGUSR2");
+}
+
+/* Nobody has come for the listeners: what is in their queues is the last that they take. */
+static void way_over(void)
+{
+	unsigned i;
+
+	for (i = 0; i < LISTENERS; i++)
+		if (fds[FD_LISTEN + i].fd >= 0)
+			listener_event(i);
+	drain_start("SIGUSR2");
 }
 
 /* The loop has ended: whoever is left is told why. */
@@ -6137,6 +6315,8 @@ static void signals_take(void)
 			reload_due = 1;
 		else if (info.ssi_signo == SIGUSR1)
 			stats();
+		else if (make_way && info.ssi_signo == SIGUSR2)
+			way_start();
 		else if (stops++ == 0)
 			drain_start(info.ssi_signo == SIGINT ? "SIGINT" : "SIGTERM");
 	}
@@ -6168,7 +6348,11 @@ static void loop(void)
 			if (fds[FD_RESOLVER].revents)
 				resolver_event();
 			checks_poll();
+			if (make_way)
+				doors_poll();
 		}
+		if (make_way && way_until && way_until <= now)
+			way_over();
 		timers_run();
 		sessions_turn();
 		if (reload_due)
@@ -6246,7 +6430,8 @@ static const struct {
 	NUMBER(config_version, 1, UINT_MAX), NUMBER(ciphers_by_cpu, 0, 1),
 	NUMBER(hash_bits4, 1, 32), NUMBER(hash_bits6, 1, 128),
 	NUMBER(session_cache, 0, UINT_MAX), NUMBER(check_accept, 0, 1),
-	NUMBER(tls_backends, 0, 1), NUMBER(resolve_names, 0, 1), NUMBER(max_sessions, 1, 100000),
+	NUMBER(tls_backends, 0, 1), NUMBER(resolve_names, 0, 1), NUMBER(make_way, 0, 1),
+	NUMBER(max_sessions, 1, 100000),
 	NUMBER(max_busy, 1, max_sessions), NUMBER(max_per_ip, 0, UINT_MAX),
 	NUMBER(head_max, 1024, 16000), NUMBER(handshake_ms, 1, INT_MAX),
 	NUMBER(head_ms, 1, INT_MAX), NUMBER(connect_ms, 1, INT_MAX),

@@ -44,6 +44,7 @@ static const uint16_t ciphers[] = {
 	BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 };
 #define resolve_names 1
+#define make_way 1
 #define tls_backends 1
 #define session_cache 8
 static const char *const client_ca = NULL;

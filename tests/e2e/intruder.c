@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <netdb.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,6 +37,12 @@ static long foreign(void)
 #define CALLS(CALL) \
 	CALL("execve", syscall(SYS_execve, "/bin/true", NULL, NULL)) \
 	CALL("fork", syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL)) \
+	CALL("fork-of-threads", syscall(SYS_clone, CLONE_VM | CLONE_THREAD | CLONE_SIGHAND, NULL, NULL, NULL, NULL)) \
+	CALL("fork-and-share", syscall(SYS_clone, CLONE_FILES | SIGCHLD, NULL, NULL, NULL, NULL)) \
+	CALL("fork-into-user", syscall(SYS_clone, CLONE_NEWUSER | SIGCHLD, NULL, NULL, NULL, NULL)) \
+	CALL("fork-into-pids", syscall(SYS_clone, CLONE_NEWPID | SIGCHLD, NULL, NULL, NULL, NULL)) \
+	CALL("vfork", syscall(SYS_clone, CLONE_VM | CLONE_VFORK | SIGCHLD, NULL, NULL, NULL, NULL)) \
+	CALL("clone3", syscall(SYS_clone3, NULL, 0)) \
 	CALL("ptrace", syscall(SYS_ptrace, PTRACE_TRACEME, 0, NULL, NULL)) \
 	CALL("kill", syscall(SYS_kill, getppid(), 0)) \
 	CALL("tkill", syscall(SYS_tkill, getppid(), 0)) \
