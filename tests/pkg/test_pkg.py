@@ -243,10 +243,16 @@ def test_systemd_tries_for_ever():
     assert "\nRestart=always\n" in sections["Service"]
 
 
+def test_systemd_leaves_the_copy_alone_and_is_quick():
+    """By reading: what makes way has five seconds until nobody listens."""
+    unit = recipe("wssproxy.service")
+    assert "\nKillMode=process\n" in unit
+    assert int(re.search(r"^RestartSec=(\d+)$", unit, re.M)[1]) < 5
+
+
 # ---- a root with busybox, and the scripts in it ----
 
-@pytest.fixture(scope="module")
-def program():
+def build_static(**config):
     """wssproxy as a static program that logs to syslog, on a port that the kernel chooses."""
     pki.make_all()
     kept = os.environ.get("LDFLAGS")
@@ -255,9 +261,22 @@ def program():
         return build(config_text({
             "listeners": [("127.0.0.1", "0", WSS)], "resolve_names": 0, "log_to": SYSLOG,
             "certs": [(None, "/etc/wssproxy/cert.pem", "/etc/wssproxy/key.pem")],
-            "backends": [{"host": "127.0.0.1", "port": "1"}]}))
+            "backends": [{"host": "127.0.0.1", "port": "1"}], **config}))
     finally:
         os.environ.pop("LDFLAGS") if kept is None else os.environ.update(LDFLAGS=kept)
+
+
+@pytest.fixture(scope="module")
+def program():
+    return build_static()
+
+
+@pytest.fixture(scope="module")
+def way_program():
+    """One that makes way, on a port that is free."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    return build_static(make_way=1, listeners=[("127.0.0.1", str(port), WSS)])
 
 
 class Root:
@@ -269,8 +288,8 @@ class Root:
         for folder in ("bin", "dev", "etc/init.d", "etc/wssproxy", "proc", "tmp", "var/run", at):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
         shutil.copy("/bin/busybox", self.path / "bin/busybox")
-        for name in ("sh", "start-stop-daemon", "sleep", "rm", "kill", "basename", "logger",
-                     "init"):
+        for name in ("sh", "start-stop-daemon", "sleep", "rm", "kill", "killall", "basename", "grep",
+                     "logger", "init"):
             (self.path / "bin" / name).symlink_to("busybox")
         shutil.copy(program, self.path / at / "wssproxy")
         self.console = self.path / "tmp/console"
@@ -344,6 +363,37 @@ class Root:
                 context.wrap_socket(plain, server_hostname="localhost") as client:
             assert client.getpeercert()
 
+    def first(self):
+        """The first process in there."""
+        child = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return child.read_text().split()[0]
+
+    def nobody_notices(self, restart):
+        """Newcomers come all the time meanwhile, and a client stays."""
+        port = int(self.log.wait("listen")["address"].rpartition(":")[2])
+        came, faults, over = [], [], threading.Event()
+
+        def come():
+            while not over.is_set():
+                try:
+                    self.serves()
+                    came.append(1)
+                except OSError as error:
+                    faults.append(error)
+        thread = threading.Thread(target=come)
+        with socket.create_connection(("127.0.0.1", port), PATIENCE):
+            thread.start()
+            restart()
+            self.log.wait("listen", nth=2)
+            seen = len(came)
+            eventually(lambda: faults or len(came) > seen + 5)
+            assert len(self.pids()) == 2
+        over.set()
+        thread.join()
+        assert not faults
+        eventually(lambda: len(self.pids()) == 1)
+        self.log.wait("stop", signal="SIGUSR2")
+
     def close(self):
         if self.process:
             self.process.kill()         # and with it all that is in there
@@ -357,7 +407,7 @@ class Root:
 def root(program):
     made = []
 
-    def make(*args):
+    def make(*args, program=program):
         made.append(Root(program, *args))
         return made[-1]
     yield make
@@ -406,10 +456,36 @@ def test_s50_as_a_whole(root):
 
 
 @as_root
-def test_inittab_line_of_the_readme(root):
+def test_s50_restarts_and_nobody_notices(root, way_program):
+    r = with_s50(root(program=way_program))
+    r.certificate()
+    r.boot()
+    r.ok(f"{S50} start")
+    r.serves()
+    r.nobody_notices(lambda: r.ok(f"{S50} restart"))
+    r.ok(f"{S50} stop")
+    assert r.pids() == []
+
+
+def with_inittab(r):
     line, = re.findall(r"^ +(::respawn:\S*wssproxy)$", (REPO / "README").read_text(), re.M)
-    r = root("usr/local/sbin")
     (r.path / "etc/inittab").write_text(f"{line}\n")
+    return r
+
+
+@as_root
+def test_init_starts_the_next_one_and_nobody_notices(root, way_program):
+    line, = re.findall(r"^ +(killall -USR2 wssproxy)$", (REPO / "README").read_text(), re.M)
+    r = with_inittab(root("usr/local/sbin", program=way_program))
+    r.certificate()
+    r.boot("/bin/init")
+    r.serves()
+    r.nobody_notices(lambda: run("nsenter", "-t", str(r.first()), "-p", "-m", "chroot", r.path, *line.split()))
+
+
+@as_root
+def test_inittab_line_of_the_readme(root):
+    r = with_inittab(root("usr/local/sbin"))
     r.boot("/bin/init")
     eventually(lambda: "cert.pem" in r.console.read_text())
     r.certificate()
@@ -438,11 +514,13 @@ class Procd:
             if event == "trigger":
                 self.triggers[words[0]] = words[2:]
             elif event == "signal":
-                assert words == ["wssproxy", "*", "HUP"]
+                assert words[:2] == ["wssproxy", "*"]
                 for pid in self.root.pids():
-                    os.kill(pid, signal.SIGHUP)
+                    os.kill(pid, signal.Signals["SIG" + words[2]])
             elif event == "set":
                 assert self.instance["close"], "no instance: nothing would ever be started"
+                if self.thread:
+                    continue            # nothing has changed
                 self.thread = threading.Thread(target=self.keep, daemon=True)
                 self.thread.start()
             else:
@@ -461,14 +539,9 @@ class Procd:
         command = self.instance["command"]
         while not self.ended.is_set():
             with self.stderr.open("a") as stderr:
-                subprocess.run(["nsenter", "-t", self.first(), "-p", "-m", "chroot", self.root.path,
+                subprocess.run(["nsenter", "-t", self.root.first(), "-p", "-m", "chroot", self.root.path,
                                 *command], stderr=stderr)
             self.ended.wait(seconds)
-
-    def first(self):
-        """The shell in there."""
-        child = Path(f"/proc/{self.root.process.pid}/task/{self.root.process.pid}/children")
-        return child.read_text().split()[0]
 
     def close(self):
         self.ended.set()
@@ -496,5 +569,22 @@ def test_procd_without_a_certificate_waits_for_it_and_acme_renews_it(root):
         r.serves()
         procd.event("acme.renew")
         r.log.wait("reload", ok=True)
+    finally:
+        procd.close()
+
+
+@as_root
+def test_procd_restarts_and_nobody_notices(root, way_program):
+    r = root(program=way_program)
+    r.install(PKG / "openwrt/files/wssproxy.init", "etc/init.d/wssproxy")
+    r.install(PKG / "stubs/rc.common", "etc/rc.common")
+    r.certificate()
+    r.boot()
+    r.ok("true")
+    procd = Procd(r)
+    try:
+        procd.script("start")
+        r.serves()
+        r.nobody_notices(lambda: procd.script("restart"))
     finally:
         procd.close()
