@@ -23,6 +23,8 @@ Environment:
     STORM           how many clients come at once in the storm measures, and
     PATIENCE        how many seconds each of them waits before it gives up and comes again; 0: a
                     sixth of what all their handshakes take one after the other, but at least 2
+    TUNNELS         how many are open at a restart, and
+    DRAIN           seconds that their proxy has to end them
     PRESSURE        how many clients stop in the middle of things in the pressure measures
     QUOTA           per cent of a CPU that the proxy has in storms and beside bulk, by a cgroup
     BEARSSL         source trees of BearSSL, each for a peer of its own, built at -O3:
@@ -36,6 +38,11 @@ one who gave up costs any server 50 us (accept, epoll_ctl, close), a sixth of a 
 2000 who wait for 2 s and come again do so too often for the goal. Newcomers of the pressure
 measures come one after the other from an address of their own, the others from one address; who has
 not got in at the end counts with its time so far.
+
+A restart is what each does for a new configuration: wssproxy gets SIGUSR2 and is started again when
+it has ended, nginx and haproxy are told to reload, with DRAIN as what their old process has
+(worker_shutdown_timeout, hard-stop-after; without these it has for ever). Tunnels talk five times a
+second and come again at once, newcomers come every 10 ms: see restart.py.
 
 With EMULATE the proxies are programs of that machine under qemu-user, and only they: wssproxy as
 README builds it with musl, static, beside Debian's haproxy and nginx with their libraries. Kernel,
@@ -60,6 +67,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import restart
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
@@ -103,6 +112,8 @@ SESSIONS = option("SESSIONS", [500, 1000, 2000], [100, 200])
 SUITE = option("SUITE", "CHACHA20" if EMULATE else "AES128-GCM")
 STORM = option("STORM", [300], [100])
 PATIENCE = option("PATIENCE", [0.0])
+TUNNELS = option("TUNNELS", 200, 50)
+DRAIN = option("DRAIN", 10, 3)
 PRESSURE = option("PRESSURE", 100)
 QUOTA = option("QUOTA", 5.0)
 BEARSSL = {f"wssproxy-{Path(tree).name}": tree for tree in option("BEARSSL", "").split()}
@@ -261,7 +272,8 @@ def config_write(path, port, backend, changes):
     table("certs", f'{{ NULL, "{OUT}/cert.pem", "{OUT}/key.pem" }}')
     table("backends", f'{{ .host = "127.0.0.1", .port = "{backend}" }}')
     table("ciphers", SUITES[SUITE][1])
-    values = {"max_sessions": MAX_SESSIONS, "max_per_ip": 0, "log_sessions": "NONE"}
+    values = {"max_sessions": MAX_SESSIONS, "max_per_ip": 0, "log_sessions": "NONE", "make_way": 1,
+              "drain_ms": DRAIN * 1000}
     for name, value in {**values, **changes}.items():
         change(rf"^(#define {name}\s+|static const [\w ]+ {name}\s+= )\w+(.*?$)", str(value))
     path.write_text(text)
@@ -313,19 +325,30 @@ def free_port():
 class Proxy:
     """A running peer."""
 
-    def __init__(self, name):
+    def __init__(self, name, change=lambda argv, files: (argv, files)):
         self.port = ports[name]
         self.group = None       # the cgroup of slow()
         self.dir = OUT / name
         self.dir.mkdir(exist_ok=True)
         argv, files = ([self.dir / "wssproxy"], {}) if name in BUILDS else \
-            OTHERS[name](self.dir, self.port, backend_port)
+            change(*OTHERS[name](self.dir, self.port, backend_port))
         for file, text in files.items():
             (self.dir / file).write_text(re.sub(r"^ {8}", "", text, flags=re.M).lstrip())
         if EMULATE:     # of wssproxy the path stays, for it is absolute
             argv = [*MACHINES[EMULATE][1], "-L", ROOT, ROOT / "usr/sbin" / argv[0], *argv[1:]]
+        self.argv, self.ended = argv, []
+        self.start()
+
+    def start(self):
         with open(self.dir / "log", "wb") as log:
-            self.process = start(cpus()[0], argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = start(cpus()[0], self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def way(self):
+        """Makes way, as a supervisor sees it."""
+        self.process.send_signal(signal.SIGUSR2)
+        self.process.wait()
+        self.ended.append(self.process)         # its group has the copy
+        self.start()
 
     def __enter__(self):
         deadline = time.monotonic() + 10
@@ -340,7 +363,8 @@ class Proxy:
         raise Failure(f"it did not start; {self.last_words()}")
 
     def __exit__(self, *_):
-        kill(self.process)
+        for process in [self.process, *self.ended]:
+            kill(process)
         if self.group:
             self.group.rmdir()
 
@@ -544,6 +568,30 @@ def connect(name, *args):
     return measure
 
 
+def nginx_of_two(argv, files):
+    """With a master process, which reloads, and an end of the old worker."""
+    text = files["nginx.conf"].replace("master_process off;", f"worker_shutdown_timeout {DRAIN}s;")
+    return argv, {"nginx.conf": text}
+
+
+def haproxy_of_two(argv, files):
+    text = files["haproxy.cfg"].replace("global", f"global\n            hard-stop-after {DRAIN}s", 1)
+    return [argv[0], "-W", *argv[1:]], {"haproxy.cfg": text}
+
+
+RESTARTED = {"nginx": nginx_of_two, "haproxy": haproxy_of_two}
+RELOAD = {"nginx": signal.SIGHUP, "haproxy": signal.SIGUSR2}
+
+
+def restarted(proxy):
+    peer = proxy.dir.name
+    reload = (lambda: proxy.process.send_signal(RELOAD[peer])) if peer in RELOAD else proxy.way
+    found = restart.measure(proxy.port, TUNNELS, reload, DRAIN + 4)
+    if found["again"] < TUNNELS:
+        failures.append(f"restart of {peer}: only {found['again']} tunnels of {TUNNELS} ended")
+    return {f"restart-{key}": x for key, x in found.items()}
+
+
 ALL_MEASURES = {
     "idle": idle,
     "memory": memory,
@@ -558,8 +606,9 @@ ALL_MEASURES = {
     "beside-full": beside_full,
     **{name: storm(name, *args) for name, (_, args) in STORMS.items()},
     **{name: pressure(name, *args) for name, (_, *args) in PRESSURES.items()},
+    "restart": restarted,
 }
-ONCE = ["idle", "memory"]       # they do not vary
+ONCE = ["idle", "memory", "restart"]    # they do not vary
 MEASURES = option("MEASURES", ["echo-64", "echo-16384", "full", "resumed", *STORMS, *PRESSURES]
                   if EMULATE else list(ALL_MEASURES))
 
@@ -595,6 +644,10 @@ ROWS = [
         (f"{key}-p50", f"newcomer, ms: {text}", 1, True, None),
         (f"{key}-worst", "  the worst", 0, True, None),
         (f"{key}-cut", "  of the others, cut off", 0, True, None)]],
+    ("restart-refused", "restart: newcomers refused", 0, True, (0, MAX)),
+    ("restart-cut", f"  of {TUNNELS} tunnels, cut without a Close", 0, True, (0, MAX)),
+    ("restart-lost", "  messages lost", 0, True, None),
+    ("restart-herd", "  who came again in the worst 100 ms", 0, True, None),
 ]
 
 
@@ -636,7 +689,7 @@ def compare(key, less):
     if not them:
         return "", None
     best = (min if less else max)(them, key=them.get)
-    return best, us / them[best] if us is not None else None
+    return best, us / them[best] if us is not None and them[best] else None
 
 
 def judge(key, less, ratio, goal):
@@ -856,7 +909,8 @@ def build(name):
 def measure(name, peer):
     """Makes one measure. Returns the values, or None."""
     try:
-        with Proxy(peer) as proxy:
+        change = [RESTARTED[peer]] if name == "restart" and peer in RESTARTED else []
+        with Proxy(peer, *change) as proxy:
             if EMULATE:     # its start is over once this came through, and its code translated
                 proxy.load("-t", 1, "-c", 8, "echo")
             return ALL_MEASURES[name](proxy)
@@ -872,7 +926,8 @@ def measure_all(lines, backend):
             print(f"round {turn + 1} of {ROUNDS}, {name}:", end="", file=sys.stderr, flush=True)
             shift = turn % len(PEERS)
             for peer in PEERS[shift:] + PEERS[:shift]:
-                if name not in ONLY.get(peer, MEASURES):
+                if name not in ONLY.get(peer, MEASURES) or \
+                        (name == "restart" and peer not in BUILDS and peer not in RELOAD):
                     continue
                 found = measure(name, peer)
                 if backend.poll() is not None:
