@@ -157,7 +157,7 @@ static const unsigned max_age_ms   = 0;
 static const unsigned stall_ms     = 5000;
 
 /* SIGTERM, SIGUSR2: how long sessions may go on before they are closed. Tunnels leave one by one in
- * that time, those silent longest first, and their clients come again, with a full handshake each:
+ * that time, those that rest first, and their clients come again, with a full handshake each:
  * at 60000, 512 of them are 9 a second. */
 static const unsigned drain_ms     = 10000;
 

@@ -129,6 +129,8 @@ enum {
 	FULL_PAUSE_MS = 10000,  /* between two lines `full` */
 	DOWN_PAUSE_MS = 60000,  /* and two `down` of a backend that stays so */
 	REDIAL_MS = 20,         /* until sessions that could not dial yet look again */
+	REST_MS = 1000,         /* of silence make a tunnel one that rests, */
+	LEAVE_LOOK = 32,        /* others looked at to find one that leaves at a drain */
 	WAY_MS = 5000,          /* until who makes way closes listeners that nobody took over */
 	LOG_LINE = 1024,
 	LISTENERS = LENGTH(listeners),
@@ -400,7 +402,8 @@ struct session {
 	uint16_t say;           /* what it is to be told: a Close of that code, SAY_PING; 0 */
 	uint16_t code;          /* of the first Close that went by, 0: none did, */
 	uint8_t code_by;        /* and whose it was, enum party */
-	uint8_t said, pinged;   /* 1: its client was sent a Close of ours, a Ping */
+	uint8_t said, pinged;   /* 1: its client was sent a Close of ours, a Ping; */
+	uint8_t answered;       /* its backend was the last to send something */
 	uint64_t rx, tx;        /* application bytes from and for the client */
 	uint64_t stall_from;    /* their sum when the timer `stall` was started */
 	uint64_t born;          /* ms */
@@ -4692,6 +4695,7 @@ static int relay_up(struct session *s)
 	s->rx += len;
 	if (s->up_left != UINT64_MAX)
 		s->up_left -= len;
+	s->answered = 0;
 	s->moved = 1;
 	s->fed |= !asked;       /* what only our Ping has brought makes no tunnel less idle */
 	return 1;
@@ -4787,7 +4791,7 @@ static int relay_down(struct session *s)
 	if (len == 0)
 		return 0;
 	to->started = 1;
-	s->moved = s->fed = 1;
+	s->answered = s->moved = s->fed = 1;
 	to->more = s->backend.eng ? leg_has_more(&s->backend) :
 		s->backend.at < s->backend.end || (len == size && leg_in(&s->backend));
 	len = answer_take(s, (char *)room, len);
@@ -5820,12 +5824,6 @@ static void session_drop(struct session *s, enum why why)
 	session_close(s);
 }
 
-/* Ends a tunnel for a reason of ours. */
-static void tunnel_leave(struct session *s, enum why why)
-{
-	session_drop(s, why);
-}
-
 static void session_open(int fd, const struct address *peer, unsigned listener)
 {
 	struct session *s = pool_lend(&session_pool);
@@ -6021,6 +6019,25 @@ static uint64_t leave_next(void)
 		drain_until - room - (uint64_t)(drain_ms - room) * tunnels / most;
 }
 
+/* Which one that is: that has been silent longest, if it rests; of those that talk, one whose
+ * backend has just had the last word, for the longest silent is the next to say something, which
+ * would cross the Close (a restart under load lost 33 answers of 200 so). */
+static struct session *leave_choose(void)
+{
+	const struct link *list = &queues[RELAY].list, *l = list->prev;
+	struct session *s, *first = OWNER(list->next, struct session, timer);
+	unsigned looked;
+
+	if ((uint32_t)now - first->active >= REST_MS)
+		return first;
+	for (looked = 0; l != list && looked < LEAVE_LOOK; looked++, l = l->prev) {
+		s = OWNER(l, struct session, timer);
+		if (s->answered)
+			return s;
+	}
+	return first;
+}
+
 static int buffers_wanted(void)
 {
 	return pool_wanted(&records_pool) || pool_wanted(&shelf_pool);
@@ -6089,9 +6106,12 @@ static void timers_run(void)
 	}
 	if (timer_due(&queues[Q_REJECTS]))
 		rejects_over();
-	/* those that have been silent longest first */
-	while (leave_next() <= now)
-		tunnel_leave(OWNER(queues[RELAY].list.next, struct session, timer), WHY_DRAIN);
+	while (leave_next() <= now) {
+		struct session *s = leave_choose();
+
+		tunnel_leave(s, WHY_DRAIN);
+		session_run(s, 0);
+	}
 	while ((t = timer_due(&queues[Q_ASKED])) != NULL)
 		place_look(OWNER(t, struct session, place));
 	while ((t = timer_due(&queues[Q_REDIAL])) != NULL) {

@@ -152,7 +152,7 @@ enum log_sessions {
 	WHY(FLOOD, 0, "flood")                     /* FLOOD_RECORDS without application data */ \
 	WHY(DONE, 0, "done")                       /* an answer was relayed whole */ \
 	WHY(SHORT, 0, "short")                     /* the backend ended inside its answer */ \
-	WHY(DRAIN, 0, "drain")                     /* SIGTERM, and drain_ms are over */
+	WHY(DRAIN, 0, "drain")                     /* the program ends, and it was its turn */
 
 enum why {
 #define WHY(name, status, text) WHY_##name,

@@ -489,6 +489,29 @@ static void test_leave_next(void)
 	drain_until = 0;
 }
 
+/* Who rests leaves first; of those that talk, one that was answered, and that last. */
+static void test_leave_choose(void)
+{
+	unsigned i;
+
+	tables_init();
+	now = 1000000;
+	for (i = 0; i < 4; i++) {
+		sessions[i].active = (uint32_t)now + i;
+		timer_start(&queues[RELAY], &sessions[i].timer);
+	}
+	now += 3;
+	CHECK(leave_choose() == &sessions[0]);          /* none was */
+	sessions[1].answered = sessions[2].answered = 1;
+	CHECK(leave_choose() == &sessions[2]);
+	now += REST_MS - 4;
+	CHECK(leave_choose() == &sessions[2]);
+	now++;
+	CHECK(leave_choose() == &sessions[0]);
+	for (i = 0; i < 4; i++)
+		link_drop(&sessions[i].timer.link);
+}
+
 /* ---- pools ---- */
 
 static void test_pool(void)

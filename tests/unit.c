@@ -100,6 +100,7 @@ static const struct test tests[] = {
 	TEST(timers_order),
 	TEST(timers_next),
 	TEST(leave_next),
+	TEST(leave_choose),
 	TEST(pool),
 	TEST(pool_waiters),
 	TEST(shelf_rob),

@@ -518,6 +518,7 @@ class Load:
                 pass
         self.codes[ws.close_code] += not self.stopping.is_set()
         heard = self.heard[f"/{name}"]
+        assert self.stopping.is_set() or ws.close_code == 1001
         assert heard == sent[:len(heard)] and back == heard[:len(back)]
         assert len(sent) - len(back) <= 1       # the one under way, of which it is told
         return not self.stopping.is_set()
