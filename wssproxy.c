@@ -393,9 +393,10 @@ struct session {
 	const char *fault;      /* why an address of this backend failed; NULL: none yet */
 	uint64_t tried;         /* backends */
 	uint64_t group;         /* backends that its path allows */
-	uint64_t up_left;       /* bytes that may still go to the backend */
+	uint64_t up_left;       /* bytes that may still go to the backend, UINT64_MAX: no limit, */
+	struct chunked body;    /* or, of a request that is no upgrade, the end of these chunks */
 	union {
-		struct chunked chunked; /* of BODY_LENGTH as well: what is left */
+		struct chunked chunked; /* of the answer; of BODY_LENGTH as well: what is left */
 		struct flow flow[2];    /* of a tunnel */
 	};
 	uint32_t heard, active; /* of a tunnel: when its client, and when either side sent last */
@@ -2255,8 +2256,8 @@ static enum why request_check(struct request *r, const char *buf)
 		return upgrade_check(r, buf, &f);
 	if (f.count[NAME_CODING] == 0)
 		return WHY_NONE;
-	return f.count[NAME_CODING] == 1 && span_is(buf, f.value[NAME_CODING], "chunked") ?
-		WHY_LENGTH : WHY_CODING;
+	r->chunked = f.count[NAME_CODING] == 1 && span_is(buf, f.value[NAME_CODING], "chunked");
+	return r->chunked ? WHY_NONE : WHY_CODING;
 }
 
 static enum why response_check(struct response *r, const char *buf, int upgrade, int head,
@@ -2369,6 +2370,7 @@ static size_t request_render(const struct request *r, const char *buf, const str
 	if (f->subject && *f->subject)
 		text_format(&t, "X-SSL-Client-CN: %s\r\n", f->subject);
 	text_string(&t, r->upgrade ? "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" :
+		r->chunked ? "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" :
 		"Connection: close\r\n\r\n");
 	return t.full ? 0 : t.len;
 }
@@ -2419,9 +2421,10 @@ static void accept_key(const char *key, char out[29])
 }
 
 /* A chunked body's grammar, a byte at a time but for data (RFC 9112 7.1). Servers pad sizes. */
-enum { CHUNK_SIZE, CHUNK_BLANK, CHUNK_EXT, CHUNK_DATA, CHUNK_DATA_END, CHUNK_TRAILER,
-	CHUNK_TRAILER_LINE, CHUNK_END,
-	CHUNK_LF = 8 };         /* and one of these: which is next behind the line feed */
+enum { CHUNK_SIZE, CHUNK_DATA, CHUNK_DATA_END, CHUNK_TRAILER, CHUNK_END,
+	/* behind what is not passed on of a request */
+	CHUNK_BLANK, CHUNK_EXT, CHUNK_TRAILER_LINE, CHUNK_TRAILERS,
+	CHUNK_LF = 16 };        /* and one of these: which is next behind the line feed */
 
 /* One byte outside of a chunk's data. Returns the next state, -1: not the grammar. */
 static int chunked_byte(struct chunked *c, char b)
@@ -2435,10 +2438,11 @@ static int chunked_byte(struct chunked *c, char b)
 		c->digits = 0;
 		return ends ? CHUNK_LF + CHUNK_SIZE : -1;
 	case CHUNK_TRAILER:
+	case CHUNK_TRAILERS:
 		return ends ? CHUNK_LF + CHUNK_END :
 			word_end(&b, 0, 1, in_token) ? CHUNK_TRAILER_LINE : -1;
 	case CHUNK_TRAILER_LINE:
-		return ends ? CHUNK_LF + CHUNK_TRAILER : bad ? -1 : CHUNK_TRAILER_LINE;
+		return ends ? CHUNK_LF + CHUNK_TRAILERS : bad ? -1 : CHUNK_TRAILER_LINE;
 	}
 	/* the size line: its digits, then blanks, then an extension */
 	if (c->state == CHUNK_SIZE && isxdigit((unsigned char)b) && c->digits < 15) {
@@ -2455,27 +2459,26 @@ static int chunked_byte(struct chunked *c, char b)
 	return b == ';' ? CHUNK_EXT : b == ' ' || b == '\t' ? CHUNK_BLANK : -1;
 }
 
-static size_t chunked_scan(struct chunked *c, const char *buf, size_t len)
+static size_t chunked_scan(struct chunked *c, const char *buf, size_t len, int *kept)
 {
-	size_t i = 0;
+	size_t i, n;
 
-	while (i < len && !c->done && !c->bad) {
-		int next;
+	for (i = 0; i < len && !c->done && !c->bad; i += n) {
+		const int data = c->state == CHUNK_DATA;
+		const int next = data ? CHUNK_DATA : chunked_byte(c, buf[i]);
+		const int keep = (next & (CHUNK_LF - 1)) < CHUNK_BLANK;
 
-		if (c->state == CHUNK_DATA) {
-			size_t n = c->left < len - i ? (size_t)c->left : len - i;
-
-			i += n;
-			c->left -= n;
-			if (c->left == 0)
-				c->state = CHUNK_DATA_END;
-			continue;
-		}
-		next = chunked_byte(c, buf[i]);
-		c->bad = next < 0;
+		n = !data ? 1 : c->left < len - i ? (size_t)c->left : len - i;
+		if (kept && i == 0)
+			*kept = keep;
+		if (kept && keep != *kept)
+			break;
+		c->left -= data ? n : 0;
+		c->dropped += !keep;
+		c->bad = next < 0 || (kept && c->dropped > head_max);
 		c->done = next == CHUNK_END;
-		c->state = (uint8_t)next;
-		i += !c->bad;
+		c->state = (uint8_t)(data && c->left == 0 ? CHUNK_DATA_END : next);
+		n = c->bad ? 0 : n;
 	}
 	return i;
 }
@@ -4664,6 +4667,26 @@ static int leg_has_more(const struct leg *l)
 	return l->eng && len >= 5 && p[0] == 23 && len >= 5 + (size_t)(p[3] << 8 | p[4]);
 }
 
+/* To the backend, what is its of what a client sent: bytes of a tunnel, or of a body of known
+ * length; of chunks one piece, without extensions and trailers. Bytes taken. What was not taken is
+ * judged anew the next time; body.bad: it is no chunk. */
+static size_t body_write(struct session *s, const unsigned char *p, size_t len)
+{
+	struct chunked ahead = s->body;
+	int kept = 1;
+	size_t n;
+
+	if (s->upgrade || s->up_left != UINT64_MAX)
+		return backend_write(s, p, len < s->up_left ? len : (size_t)s->up_left);
+	len = chunked_scan(&ahead, (const char *)p, len, &kept);
+	n = kept && len > 0 ? backend_write(s, p, len) : len;
+	if (n == len)
+		s->body = ahead;
+	else
+		chunked_scan(&s->body, (const char *)p, n, &kept);
+	return n;
+}
+
 /* Client to backend, as far as the request may go. */
 static int relay_up(struct session *s)
 {
@@ -4680,9 +4703,8 @@ static int relay_up(struct session *s)
 	}
 	if (!p || s->up_left == 0 || to->fin)
 		return 0;
-	len = len < s->up_left ? len : (size_t)s->up_left;
 	to->more = leg_has_more(&s->client);
-	len = backend_write(s, p, len);
+	len = body_write(s, p, len);
 	if (len == 0)
 		return 0;
 	if (frames && is_tunnel(s)) {
@@ -4693,7 +4715,9 @@ static int relay_up(struct session *s)
 	}
 	leg_consume(&s->client, len);
 	s->rx += len;
-	if (s->up_left != UINT64_MAX)
+	if (s->body.done)
+		s->up_left = 0;
+	else if (s->up_left != UINT64_MAX)
 		s->up_left -= len;
 	s->answered = 0;
 	s->moved = 1;
@@ -4751,7 +4775,7 @@ static size_t answer_take(struct session *s, const char *p, size_t len)
 			return len;
 		break;
 	case BODY_CHUNKED:
-		len = chunked_scan(&s->chunked, p, len);
+		len = chunked_scan(&s->chunked, p, len, NULL);
 		if (!s->chunked.done && !s->chunked.bad)
 			return len;
 		break;
@@ -4828,7 +4852,7 @@ static const char *status_text(unsigned status)
 	static const struct { unsigned status; const char *text; } texts[] = {
 		{ 308, "Permanent Redirect" }, { 400, "Bad Request" }, { 403, "Forbidden" },
 		{ 404, "Not Found" }, { 405, "Method Not Allowed" }, { 408, "Request Timeout" },
-		{ 411, "Length Required" }, { 414, "URI Too Long" }, { 426, "Upgrade Required" },
+		{ 414, "URI Too Long" }, { 426, "Upgrade Required" },
 		{ 431, "Request Header Fields Too Large" }, { 501, "Not Implemented" },
 		{ 502, "Bad Gateway" }, { 503, "Service Unavailable" },
 		{ 504, "Gateway Timeout" }, { 505, "HTTP Version Not Supported" },
@@ -5233,7 +5257,7 @@ static enum state head_done(struct session *s, enum why why)
 	if (balance == STICKY_COOKIE)
 		s->sticky = cookie_find(&r->head, hd->bytes);
 	s->upgrade = (uint8_t)r->upgrade;
-	s->up_left = r->length;
+	s->up_left = r->chunked ? UINT64_MAX : r->length;
 	if (r->upgrade)
 		accept_key(hd->bytes + r->key.at, s->note->accept);
 	f.client = address_format(&s->peer, 0, client);
@@ -5525,6 +5549,8 @@ static enum state response_step(struct session *s)
 		return RESPONSE;
 	do {
 		relay_pump(s);
+		if (s->body.bad)
+			return session_fail(s, WHY_CHUNKS);
 		if (s->broken || (s->client.eof && s->up_left > 0 &&
 		    !leg_readable(&s->client, &len))) {
 			session_end(s, BY_CLIENT, WHY_EOF);     /* amid the request's body */
@@ -5601,6 +5627,8 @@ static enum state relay_step(struct session *s)
 		if (head_len(s) > 0)
 			head_load(s);
 		relay_pump(s);
+		if (s->body.bad)
+			session_broke(s, c, WHY_CHUNKS);
 		if (s->broken && !tunnel_survives(s))
 			return FREE;
 		if (!s->broken && s->state == EXCHANGE && b->eof && b->fd >= 0) {

@@ -106,6 +106,7 @@ enum log_sessions {
 	WHY(HOST, 400, "host")                     /* none, several or a malformed Host */ \
 	WHY(CONNECTION, 400, "connection")         /* lists more than 32 options */ \
 	WHY(FRAMING, 400, "framing")               /* Content-Length no number, twofold, or TE */ \
+	WHY(CHUNKS, 400, "chunks")                 /* a body that breaks RFC 9112 7.1 */ \
 	WHY(UPGRADE_BODY, 400, "upgrade-body")     /* an upgrade request that announces a body */ \
 	WHY(KEY, 400, "bad-key")                   /* not once 16 bytes in base64 */ \
 	WHY(PLAIN_HTTP, 400, "plain-http")         /* HTTP in the clear on a TLS port */ \
@@ -113,7 +114,6 @@ enum log_sessions {
 	WHY(NO_PATH, 404, "no-path")               /* under no backend's .path */ \
 	WHY(METHOD, 405, "method")                 /* CONNECT */ \
 	WHY(HEAD_TIMEOUT, 408, "head-timeout")     /* head not complete within head_ms */ \
-	WHY(LENGTH, 411, "length-required")        /* Transfer-Encoding: chunked request */ \
 	WHY(LONG_TARGET, 414, "long-target")       /* the request line alone exceeds head_max */ \
 	WHY(NOT_WEBSOCKET, 426, "not-websocket")   /* no WebSocket upgrade, and http = REFUSE */ \
 	WHY(WS_VERSION, 426, "ws-version")         /* Sec-WebSocket-Version is not 13 */ \
@@ -191,7 +191,8 @@ struct request {
 	struct span origin;         /* Origin, the last one; empty: none */
 	struct span key;            /* Sec-WebSocket-Key, of an upgrade */
 	int upgrade;                /* 1: a well-formed WebSocket upgrade */
-	uint64_t length;            /* bytes of body that follow */
+	uint64_t length;            /* bytes of body that follow, */
+	int chunked;                /* or 1: chunks */
 };
 
 enum framing {
@@ -237,12 +238,15 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 static void accept_key(const char *key, char out[29]);
 
 /* The end of a chunked body (RFC 9112 7.1): takes up to `len` bytes of it and returns how many
- * belong to it; c->done is set behind its last one, c->bad where it breaks the grammar. */
+ * belong to it; c->done is set behind its last one, c->bad where it breaks the grammar. `kept` not
+ * NULL: those that it takes are either all to be passed on, *kept 1, or none, 0 (extensions and
+ * trailers, which are bad above head_max bytes in all). */
 struct chunked {
 	uint64_t left;              /* of the chunk's data, or the size read so far */
+	uint32_t dropped;           /* bytes of extensions and trailers */
 	uint8_t state, digits, done, bad;
 };
-static size_t chunked_scan(struct chunked *c, const char *buf, size_t len);
+static size_t chunked_scan(struct chunked *c, const char *buf, size_t len, int *kept);
 
 /* Where one direction of a tunnel stands among its frames (RFC 6455 5.2). Zeroed: at the start of
  * the first one. Payload is counted, not read, but for the code of a Close. */

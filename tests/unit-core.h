@@ -1405,7 +1405,7 @@ static void test_rendezvous_fixed(void)
 
 /* ---- answers of our own ---- */
 
-static const unsigned statuses[] = { 308, 400, 403, 404, 405, 408, 411, 414, 426, 431, 501, 502, 503,
+static const unsigned statuses[] = { 308, 400, 403, 404, 405, 408, 414, 426, 431, 501, 502, 503,
 	504, 505 };
 
 /* The reasons have the statuses of the design, all of them, and each its own word in the log. */
@@ -1826,6 +1826,7 @@ static struct session *tunnel_open(int *backend)
 	CHECK(leg_watch(s, &s->backend));
 	*backend = pair[1];
 	s->framing = BODY_TUNNEL;
+	s->upgrade = 1;
 	s->up_left = UINT64_MAX;
 	session_enter(s, RELAY);
 	session_run(s, 0);

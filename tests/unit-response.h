@@ -576,7 +576,7 @@ static const struct chunked_case chunked_cases[] = {
 /* Feeds the rest from `from` on; what was taken in all. */
 static size_t chunked_feed(struct chunked *c, const struct chunked_case *t, size_t from, size_t to)
 {
-	size_t n = chunked_scan(c, guard_copy(&input, t->in + from, to - from), to - from);
+	size_t n = chunked_scan(c, guard_copy(&input, t->in + from, to - from), to - from, NULL);
 
 	CHECK(n <= to - from);
 	if (!c->done && !c->bad)
@@ -605,7 +605,7 @@ static void chunked_case_run(const struct chunked_case *t)
 	bad = t->either ? c.bad != 0 : t->bad;
 	chunked_check(t, &c, taken, bad);
 	if (c.done)
-		CHECK_INT(chunked_scan(&c, "0\r\n\r\n", 5), 0);
+		CHECK_INT(chunked_scan(&c, "0\r\n\r\n", 5, NULL), 0);
 
 	for (cut = 0; cut <= t->len && failures == before; cut++) {
 		with("a cut at %zu", cut);
@@ -641,16 +641,71 @@ static void test_chunked_large(void)
 	size_t n;
 
 	memset(data, '\n', sizeof data);
-	CHECK_INT(chunked_scan(&c, LIT("123456789\r\n")), 11);
+	CHECK_INT(chunked_scan(&c, LIT("123456789\r\n"), NULL), 11);
 	while (left != 0 && failures == 0) {
 		n = left < sizeof data ? (size_t)left : sizeof data;
-		CHECK_INT(chunked_scan(&c, data, n), n);
+		CHECK_INT(chunked_scan(&c, data, n, NULL), n);
 		CHECK_INT(c.done || c.bad, 0);
 		left -= n;
 	}
-	CHECK_INT(chunked_scan(&c, LIT("\r\n0\r\n\r\nrest")), 7);
+	CHECK_INT(chunked_scan(&c, LIT("\r\n0\r\n\r\nrest"), NULL), 7);
 	CHECK_INT(c.done, 1);
 	CHECK_INT(c.bad, 0);
+}
+
+/* What of a request's body is passed on, however it comes. */
+static void test_chunked_clean(void)
+{
+	static const struct { int line; const char *in, *out; } cases[] = {
+		{ __LINE__, "0\r\n\r\n", "0\r\n\r\n" },
+		{ __LINE__, "5\r\nhello\r\n0\r\n\r\nGET", "5\r\nhello\r\n0\r\n\r\n" },
+		{ __LINE__, "5;a=b;c\r\nhello\r\n0;d\r\n\r\n", "5\r\nhello\r\n0\r\n\r\n" },
+		{ __LINE__, "5 \t\r\n;a\r\n;\r\n0 ;x\r\n\r\n", "5\r\n;a\r\n;\r\n0\r\n\r\n" },
+		{ __LINE__, "1\r\nx\r\n0\r\nA: b\r\nHost: c\r\n\r\n0", "1\r\nx\r\n0\r\n\r\n" },
+		{ __LINE__, "0\r\nA: 0\r\nB:\r\n\r\n", "0\r\n\r\n" },
+	};
+	struct chunked c;
+	size_t i, step, at, n, len;
+	char out[64];
+	int kept;
+
+	for (i = 0; i < COUNT(cases); i++) {
+		for (step = 1, len = strlen(cases[i].in); step <= len; step++) {
+			at_input(cases[i].line, cases[i].in, len);
+			memset(&c, 0, sizeof c);
+			for (at = n = 0; at < len && !c.done && !c.bad; at += step) {
+				size_t end = at + step < len ? at + step : len, took;
+
+				for (; at < end && !c.done && !c.bad; at += took) {
+					took = chunked_scan(&c, cases[i].in + at, end - at, &kept);
+					memcpy(out + n, cases[i].in + at, kept ? took : 0);
+					n += kept ? took : 0;
+				}
+				at = end - step;
+			}
+			CHECK_BYTES(out, n, cases[i].out, strlen(cases[i].out));
+			CHECK_INT(c.done, 1);
+		}
+	}
+}
+
+/* Extensions and trailers of a request are bounded, in all; data is not. */
+static void test_chunked_bounded(void)
+{
+	static const char *const starts[] = { "5;", "5 ", "0\r\na:" };
+	struct chunked c;
+	size_t i, n, took;
+	int kept;
+
+	for (i = 0; i < COUNT(starts); i++) {
+		memset(&c, 0, sizeof c);
+		for (n = 0; n < strlen(starts[i]); n += took)
+			took = chunked_scan(&c, starts[i] + n, strlen(starts[i]) - n, &kept);
+		for (n = 0; n < 2 * head_max && !c.bad; n++)
+			chunked_scan(&c, " ", 1, &kept);
+		CHECK_INT(c.bad, 1);
+		CHECK(n <= head_max && n >= head_max - 3);
+	}
 }
 
 /* ---- accept_key ---- */

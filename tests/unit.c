@@ -50,6 +50,8 @@ static const struct test tests[] = {
 	TEST(response_render_interim),
 	TEST(chunked),
 	TEST(chunked_large),
+	TEST(chunked_clean),
+	TEST(chunked_bounded),
 	TEST(frames),
 	TEST(frames_long),
 	TEST(frames_random),

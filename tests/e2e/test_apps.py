@@ -87,6 +87,28 @@ def test_express_upload_of_a_form(site, tmp_path, size):
     assert seen["type"].startswith("multipart/form-data")
 
 
+def test_express_upload_of_a_stream(site, tmp_path):
+    """curl does not know how long its input is, and sends chunks."""
+    (tmp_path / "file").write_bytes(pattern(3_000_000))
+    with open(tmp_path / "file", "rb") as file:
+        result = curl(site, "/upload", "-X", "POST", "-T", "-", stdin=file)
+    assert json.loads(result.stdout)["size"] == 3_000_000, result.stderr
+
+
+def test_express_upload_by_a_node_client(site):
+    """Node's http sends chunks wherever it is not told a length."""
+    script = """
+        const request = require('https').request({ host: '127.0.0.1', port: process.argv[1],
+            path: '/upload', method: 'POST', rejectUnauthorized: false, agent: false }, (response) =>
+            response.pipe(process.stdout));
+        for (let n = 0; n < 100; n++)
+            request.write('x'.repeat(1000));
+        request.end();"""
+    result = subprocess.run([need("node"), "-e", script, str(site.address()[1])], text=True,
+                            capture_output=True, timeout=4 * PATIENCE, env=NODE)
+    assert json.loads(result.stdout)["size"] == 100_000, result.stderr
+
+
 def test_express_events_come_as_they_happen(site, app):
     """The stream has no end, so whoever collects it first would deliver nothing."""
     client = connect(site)

@@ -1,5 +1,6 @@
 """http = FORWARD: requests that are no WebSocket upgrade, one a connection."""
 
+import re
 import signal
 import threading
 import time
@@ -168,7 +169,6 @@ def test_bytes_behind_the_body_go_nowhere(forwarding, backend):
 
 
 @pytest.mark.parametrize("framing, status", [
-    (["Transfer-Encoding: chunked"], 411),
     (["Transfer-Encoding: gzip"], 501),
     (["Transfer-Encoding: gzip, chunked"], 501),
     (["Content-Length: 5", "Transfer-Encoding: chunked"], 400),
@@ -181,6 +181,85 @@ def test_unclear_body_is_refused(forwarding, backend, framing, status):
     p = forwarding()
     assert ask(p, request(method="POST", extra=framing))[0].status == status
     assert backend.untouched()
+
+
+@pytest.mark.parametrize("kind", [WSS, WS])
+@pytest.mark.parametrize("sent, passed", [
+    (b"0\r\n\r\n", None), (b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n", None),
+    (b"0005\r\nhello\r\n00\r\n\r\n", None), (b"9\r\n0\r\n\r\n0\r\n\r\r\n0\r\n\r\n", None),
+    (b"5;name=value\r\nhello\r\n0;last\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\n"),
+    (b"5 \r\nhello\r\n0\t;a=\"b\"\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\n"),
+    (b"1\r\n1\r\n0\r\nHost: evil\r\nContent-Length: 5\r\n\r\n", b"1\r\n1\r\n0\r\n\r\n")])
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_chunks_are_passed_on_without_extensions_and_trailers(forwarding, backend, kind, sent,
+                                                              passed, piece):
+    p = forwarding()
+    client = connect(p, kind)
+    client.send(request(method="POST", Transfer_Encoding="Chunked"))
+    server = backend.accept()
+    got = server.read_head()
+    assert got.get("Transfer-Encoding") == "chunked"
+    assert got.all("Content-Length") == []
+    for at in range(0, len(sent), piece):
+        client.send(sent[at:at + piece])
+    passed = passed or sent
+    assert server.read(len(passed)) == passed
+    server.send(answer(body=b"thanks"))
+    assert client.read_head().status == 200
+    assert server.read_to_end() == b""
+    assert not p.log.all("reject")
+
+
+@pytest.mark.parametrize("kind", [WSS, WS])
+def test_large_chunked_body_arrives_byte_for_byte(forwarding, backend, kind):
+    """A backend that takes nothing for a while, too: what it did not take is not judged twice."""
+    p = forwarding()
+    client = connect(p, kind)
+    data = pattern(6_000_000)
+    body = b"".join(b"%x;n=%d\r\n%b\r\n" % (len(data[at:at + 5000]), at, data[at:at + 5000])
+                    for at in range(0, 1000000, 5000))
+    body += b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
+    sender = threading.Thread(target=client.send, daemon=True, args=(
+        request(method="POST", Transfer_Encoding="chunked") + body,))
+    sender.start()
+    server = backend.accept()
+    server.read_head()
+    clean = re.sub(rb";n=[0-9]+\r", b"\r", body[:1010000]) + body[1010000:]
+    assert server.read(len(clean)) == clean
+    sender.join(PATIENCE)
+    server.send(answer(body=b"thanks"))
+    assert client.read_head().status == 200
+
+
+def test_client_that_leaves_in_the_middle_of_its_chunks(forwarding, backend):
+    p = forwarding()
+    client = connect(p)
+    client.send(request(method="POST", Transfer_Encoding="chunked") + b"5\r\nhello\r\n")
+    server = backend.accept()
+    server.read_head()
+    assert server.read(10) == b"5\r\nhello\r\n"
+    client.close()
+    try:
+        assert server.read_to_end() == b""
+    except ConnectionResetError:
+        pass
+    p.log.wait("reject", why="eof")
+
+
+def test_chunks_that_go_bad_during_the_answer(forwarding, backend):
+    """It can't be told any more, but it must not look as if all were well."""
+    p = forwarding()
+    client = connect(p)
+    client.send(request(method="POST", Transfer_Encoding="chunked") + b"5\r\nhello\r\n")
+    server = backend.accept()
+    server.read_head()
+    server.read(10)
+    server.send(answer(Content_Length="100"))
+    assert client.read_head().status == 200
+    client.send(b"x\r\n")
+    with pytest.raises(ConnectionResetError):
+        server.read_to_end()
+    p.log.wait("close", by="client", why="chunks")
 
 
 def test_same_length_twice_is_said_once(forwarding, backend):

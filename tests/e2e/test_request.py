@@ -91,7 +91,7 @@ REFUSED = {
     "connect": (head("CONNECT example.test:443 HTTP/1.1", {"Host": "example.test:443"}),
                 405, "method"),
     "chunked-request": (get(method="POST", Transfer_Encoding="chunked") + b"0\r\n\r\n",
-                        411, "length-required"),
+                        426, "not-websocket"),
     "long-target": (upgrade("/" + "a" * 9000), 414, "long-target"),
 
     "plain-get": (get(), 426, "not-websocket"),

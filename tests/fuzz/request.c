@@ -39,7 +39,9 @@ static void rendered_must(const struct request *r, const char *out, size_t len)
 
 	MUST(fields_of(out, len, "Host") == 1);
 	MUST(fields_of(out, len, "Content-Length") <= 1);
-	MUST(fields_of(out, len, "Transfer-Encoding") == 0);
+	MUST(r->chunked ? field_is(out, len, "Transfer-Encoding", "chunked") &&
+		fields_of(out, len, "Content-Length") == 0 :
+		fields_of(out, len, "Transfer-Encoding") == 0);
 	MUST(fields_of(out, len, "TE") == 0);
 	MUST(fields_of(out, len, "Keep-Alive") == 0);
 	MUST(field_is(out, len, "Connection", r->upgrade ? "Upgrade" : "close"));
@@ -70,7 +72,7 @@ static void again_must(const struct request *r, const char *buf, const char *out
 		return;                 /* by what was added */
 	MUST(why == WHY_NONE && q.head.size == len);
 	MUST(request_check(&q, out) == WHY_NONE);
-	MUST(q.upgrade == r->upgrade && q.length == r->length);
+	MUST(q.upgrade == r->upgrade && q.length == r->length && q.chunked == r->chunked);
 	MUST(q.host.len == r->host.len);
 	MUST(memcmp(out + q.host.at, buf + r->host.at, q.host.len) == 0);
 	if (r->target.len > 0 && buf[r->target.at] == '/')

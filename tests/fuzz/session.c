@@ -44,7 +44,7 @@ enum { END_CLOSE, END_HALF, END_SLOW, END_STOP, ENDINGS };
 struct asked {                  /* a client's request */
 	int taken;
 	struct request r;
-	int is_head;
+	int is_head, bad;       /* bad: its body is, so that no answer need come, or go on */
 	char accept[29];
 	char head[HEAD_ROOM];
 	size_t len;             /* of head, as backends get it */
@@ -58,6 +58,25 @@ struct answer {                 /* a backend's */
 	size_t body, body_len;  /* where it begins in what was sent, how much of that is its */
 };
 
+/* What of a request's body is passed on, as far as it is there and good. */
+static struct text body_clean(const struct request *r, const char *p, size_t len, int *bad)
+{
+	static char clean[STREAM];
+	struct text t = { .p = clean, .size = sizeof clean };
+	struct chunked c = { 0 };
+	size_t took;
+	int kept = 0;
+
+	if (!r->chunked)
+		text_add(&t, p, r->length < len ? (size_t)r->length : len);
+	for (; r->chunked && len > 0 && !c.done && !c.bad; p += took, len -= took) {
+		took = chunked_scan(&c, p, len, &kept);
+		text_add(&t, p, kept ? took : 0);
+	}
+	*bad = c.bad;
+	return t;
+}
+
 static void asked_read(const struct peer *c, struct asked *a)
 {
 	char text[ADDRESS_TEXT];
@@ -65,7 +84,7 @@ static void asked_read(const struct peer *c, struct asked *a)
 		c->kind == WSS ? "https" : "http", "" };
 
 	memset(&a->r, 0, sizeof a->r);
-	a->taken = a->is_head = 0;
+	a->taken = a->is_head = a->bad = 0;
 	if (request_parse(&a->r, c->sent.data, c->sent.len) != WHY_NONE)
 		return;
 	a->is_head = span_is(c->sent.data, a->r.head.part[0], "head");
@@ -76,6 +95,7 @@ static void asked_read(const struct peer *c, struct asked *a)
 		accept_key(c->sent.data + a->r.key.at, a->accept);
 	a->len = request_render(&a->r, c->sent.data, &f, a->head, sizeof a->head);
 	a->taken = a->len > 0;
+	body_clean(&a->r, c->sent.data + a->r.head.size, c->sent.len - a->r.head.size, &a->bad);
 }
 
 static void answer_read(const struct peer *b, const struct asked *a, struct answer *n)
@@ -100,7 +120,7 @@ static void answer_read(const struct peer *b, const struct asked *a, struct answ
 	n->whole = n->len > 0;
 	n->body = (size_t)(p - b->sent.data);
 	n->body_len = n->r.framing == BODY_LENGTH && n->r.length < len ? (size_t)n->r.length :
-		n->r.framing == BODY_CHUNKED ? chunked_scan(&c, p, len) : len;
+		n->r.framing == BODY_CHUNKED ? chunked_scan(&c, p, len, NULL) : len;
 }
 
 /* The backend that has the client's request, NULL: none. Dials that came to nothing sent nothing. */
@@ -167,7 +187,8 @@ static size_t tunnel_must(const char *got, size_t len, const char *sent, size_t 
 static void up_must(const struct peer *b, const struct asked *a, const struct answer *n,
 	const struct peer *c)
 {
-	size_t behind, most;
+	struct text body;
+	int bad;
 
 	if (b->got.len == 0)
 		return;
@@ -175,23 +196,24 @@ static void up_must(const struct peer *b, const struct asked *a, const struct an
 	MUST(memcmp(b->got.data, a->head, b->got.len < a->len ? b->got.len : a->len) == 0);
 	if (b->got.len <= a->len)
 		return;
-	behind = c->sent.len - a->r.head.size;
-	most = a->r.upgrade ? (n->whole && n->r.status == 101 ? behind : 0) :
-		behind < a->r.length ? behind : (size_t)a->r.length;
+	body = (struct text){ .p = c->sent.data + a->r.head.size, .len = c->sent.len - a->r.head.size };
 	if (a->r.upgrade && n->whole && n->r.status == 101) {
-		tunnel_must(b->got.data + a->len, b->got.len - a->len,
-			c->sent.data + a->r.head.size, behind, 1);
+		tunnel_must(b->got.data + a->len, b->got.len - a->len, body.p, body.len, 1);
 		return;
 	}
-	MUST(b->got.len - a->len <= most);
-	MUST(memcmp(b->got.data + a->len, c->sent.data + a->r.head.size, b->got.len - a->len) == 0);
+	if (!a->r.upgrade)
+		body = body_clean(&a->r, body.p, body.len, &bad);
+	else
+		body.len = 0;
+	MUST(b->got.len - a->len <= body.len);
+	MUST(memcmp(b->got.data + a->len, body.p, b->got.len - a->len) == 0);
 }
 
 /* An answer of the proxy's own: a line of text, and nothing behind. One that comes before the request
  * was read has it even for HEAD. */
 static void own_must(const struct response *r, const char *p, size_t len)
 {
-	static const unsigned own[] = { 308, 400, 403, 405, 408, 411, 414, 426, 431, 501, 502, 503,
+	static const unsigned own[] = { 308, 400, 403, 405, 408, 414, 426, 431, 501, 502, 503,
 		504, 505 };
 	char text[8];
 	unsigned i;
@@ -253,7 +275,7 @@ static size_t down_must(const struct peer *c, const struct asked *a, const struc
 static void arrived_must(const struct peer *c, const struct asked *a, const struct peer *b,
 	const struct answer *n, size_t down)
 {
-	if (!a->taken || !b || b->server < 0 || c->wild || b->wild || c->shut || b->shut ||
+	if (!a->taken || a->bad || !b || b->server < 0 || c->wild || b->wild || c->shut || b->shut ||
 	    c->far < 0 || b->far < 0 || clients_len > max_busy - max_busy / 4)
 		return;
 	if (b->eng && !(br_ssl_engine_current_state(b->eng) & (BR_SSL_SENDAPP | BR_SSL_RECVAPP)))
@@ -336,6 +358,10 @@ static const struct { const char *text; size_t len; } requests[] = {
 	{ LIT("\x80\x80\1\2\3\4") },
 	{ LIT("\x82\xfe\1\0\1\2\3\4half") },
 	{ LIT("\x88\x82\1\2\3\4\2\xea") },
+	{ LIT("5;a=b\r\nhello\r\n") },
+	{ LIT("2000 \r\n") },
+	{ LIT("\r\n") },
+	{ LIT("0\r\nA: b\r\n\r\n") },
 };
 
 #define GOOD_101 "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" \
