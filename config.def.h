@@ -92,8 +92,11 @@ static const uint16_t ciphers[] = {
  * are asked for, no session is resumed. */
 static const char *const client_ca = NULL;
 
-/* Requests that are no WebSocket upgrade: FORWARD (one a connection) or REFUSE (426). */
+/* Requests that are no WebSocket upgrade: FORWARD or REFUSE (426). A connection whose request was
+ * answered is kept for the next one for so long; 0: one request a connection. One that waits so
+ * costs 6 KB, and is the first to go when there is no place for a newcomer. */
 static const enum http http = FORWARD;
+static const unsigned http_idle_ms = 5000;
 
 /* Origins that may open a WebSocket, like "https://a.example"; "same": that of the Host asked for;
  * "none": programs, which send no Origin, as browsers always do. Empty (NULL): any. Others get 403

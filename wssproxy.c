@@ -26,6 +26,7 @@
  *
  *     FREE > HANDSHAKE > HEAD > CONNECT > (BACKEND_HANDSHAKE >) REQUEST > RESPONSE >
  *            RELAY or EXCHANGE, or after any of these REPLY, > DRAIN > FREE
+ *                      EXCHANGE > BETWEEN > HEAD, for the next request of a connection
  *
  * A step moves what it can without blocking and returns the state to be in; FREE ends the session.
  * session_run alone changes states; no step closes its own session. The set tells each thing once,
@@ -166,6 +167,7 @@ enum { TO_BACKEND, TO_CLIENT, SAY_PING = 1, GOING_AWAY = 1001, SERVICE_RESTART =
 enum state {
 	FREE,           /* no session; from a step: close it */
 	HANDSHAKE,      /* TLS with the client */
+	BETWEEN,        /* between two requests */
 	HEAD,           /* the request head is being read */
 	CONNECT,        /* a backend is being dialled */
 	BACKEND_HANDSHAKE, /* TLS with the backend */
@@ -372,15 +374,18 @@ struct leg {
 struct session {
 	struct source *source;  /* while it is FREE, this place is the pool's */
 	struct address peer;
-	uint32_t id;
-	uint8_t state, why, by; /* enum state, why, party */
+	uint32_t id, request;   /* of the connection, and of its requests, from 1 */
+	uint8_t state;          /* enum state */
 	uint8_t listener;       /* index of the one that it came to */
 	uint8_t plain;          /* 1: no TLS with the client */
+	uint8_t asked;          /* 1: TCP asks whether its client is there, see place_look */
+	/* From here up to the client's leg all is of the request: see request_begin. */
+	uint8_t why, by;        /* enum why, party */
 	uint8_t opened;         /* 1: has its line `open` in the log */
 	uint8_t rejected;       /* 1: has its line `reject` */
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
 	uint8_t framing;        /* enum framing, of the answer */
-	uint8_t asked;          /* 1: TCP asks whether its client is there, see place_look */
+	uint8_t keep;           /* 1: the client's connection outlives it */
 	uint8_t broken;         /* enum party: whose side was reset, or its TLS failed: no order any
 				 * more; 0: none */
 	uint8_t expired;        /* in this run: the state's time is over; */
@@ -408,7 +413,8 @@ struct session {
 	uint64_t rx, tx;        /* application bytes from and for the client */
 	uint64_t stall_from;    /* their sum when the timer `stall` was started */
 	uint64_t born;          /* ms */
-	struct leg client, backend;
+	struct leg backend;
+	struct leg client;
 	struct records *rec;
 	struct head_buffer *hd; /* while it runs, if it has to do with a head */
 	struct shelf *shelf;
@@ -2079,7 +2085,7 @@ static enum why response_parse(struct response *r, const char *buf, size_t len)
 struct facts {
 	struct span value[LENGTH(field_names)]; /* the last one's */
 	unsigned count[LENGTH(field_names)];
-	int upgrade;            /* Connection has it, */
+	int upgrade, close;     /* Connection has it, */
 	unsigned options;       /* and so many in all, the empty ones among them */
 	int websocket;          /* Upgrade has it */
 	int bad_framing;        /* Content-Length is no number, or two differ, or with a coding */
@@ -2098,6 +2104,7 @@ static void facts_read(struct facts *f, const struct head *h, const char *buf)
 
 		if (is == NAME_CONNECTION) {
 			f->upgrade |= list_has(buf, value, "upgrade", 7);
+			f->close |= list_has(buf, value, "close", 5);
 			for (f->options++, k = 0; k < value.len; k++)
 				f->options += buf[value.at + k] == ',';
 		} else if (is == NAME_UPGRADE) {
@@ -2252,6 +2259,7 @@ static enum why request_check(struct request *r, const char *buf)
 	if (f.bad_framing)
 		return WHY_FRAMING;
 	r->length = f.length;
+	r->close = f.close;
 	if (f.upgrade && f.websocket && h->part[0].len == 3 && memcmp(buf, "GET", 3) == 0)
 		return upgrade_check(r, buf, &f);
 	if (f.count[NAME_CODING] == 0)
@@ -2397,7 +2405,7 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 	}
 	if (r->framing == BODY_TUNNEL)
 		text_string(&t, "Connection: Upgrade\r\nUpgrade: websocket\r\n");
-	else if (r->status >= 200)
+	else if (r->status >= 200 && !r->keep)
 		text_string(&t, "Connection: close\r\n");
 	text_string(&t, "\r\n");
 	return t.full ? 0 : t.len;
@@ -4213,6 +4221,13 @@ static void leg_sent(struct leg *l, size_t len)
 		l->buf->out_at = l->buf->out_end = 0;
 }
 
+/* What is left of the request's body goes nowhere; so what comes behind is no request. */
+static void body_drop(struct session *s)
+{
+	s->keep = s->keep && s->up_left == 0;
+	s->up_left = 0;
+}
+
 /* A send has failed. A backend that takes no more may have sent something before that is still
  * there to read; if it was reset, that call took the error, and behind those bytes recv tells of an
  * end in order. (EPIPE: it was one.) */
@@ -4226,7 +4241,7 @@ static void leg_unsent(struct session *s, struct leg *l)
 	if (s->state == RELAY)
 		session_end(s, BY_BACKEND, l->reset ? WHY_RESET : WHY_EOF);
 	if (s->state > REQUEST)
-		s->up_left = 0;         /* before, another backend may get it */
+		body_drop(s);           /* before, another backend may get it */
 	l->fin = l->in = l->last = 1;
 }
 
@@ -4696,8 +4711,8 @@ static int relay_up(struct session *s)
 	int asked = 0;
 
 	if (leg_over(to))
-		s->up_left = 0;
-	if (p && s->up_left == 0 && s->state == EXCHANGE) {
+		body_drop(s);
+	if (p && s->up_left == 0 && s->state == EXCHANGE && !s->keep) {
 		leg_consume(&s->client, len);   /* nobody's; its end is awaited */
 		return 1;
 	}
@@ -4827,14 +4842,15 @@ static int relay_down(struct session *s)
 	return 1;
 }
 
-/* Both ways; before an answer that is the request's body, and what its backend sends. */
+/* Both ways; before an answer that is the request's body, and what its backend sends. What a client
+ * whose connection is kept sends behind its request waits in the socket, if it came alone. */
 static void relay_pump(struct session *s)
 {
 	const int answered = s->state != RESPONSE;
 	int moved;
 
 	do {
-		moved = (answered || s->up_left > 0) && leg_fill(s, &s->client);
+		moved = (s->up_left > 0 || (answered && !s->keep)) && leg_fill(s, &s->client);
 		moved |= relay_up(s);
 		if (s->backend.eng) {
 			moved |= leg_send(s, &s->backend);
@@ -4969,8 +4985,10 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 	if (event != REJECT && log_sessions != ALL && !(log_sessions == TUNNELS && s->upgrade))
 		return;
 	t = log_begin(event == REJECT ? LOG_NOTICE : LOG_INFO);
-	text_format(&t, event == CLOSE ? "%s id=%u by=%s" : "%s id=%u client=%s", words[event],
-		(unsigned)s->id, event == CLOSE ? parties[s->by] :
+	text_format(&t, "%s id=%u", words[event], (unsigned)s->id);
+	if (s->request > 1)
+		text_format(&t, ".%u", (unsigned)s->request);
+	text_format(&t, event == CLOSE ? " by=%s" : " client=%s", event == CLOSE ? parties[s->by] :
 		address_format(&s->peer, 1, client));
 	if (event == OPEN)
 		text_tls(&t, s);
@@ -5030,6 +5048,8 @@ static void session_reject(const struct session *s, unsigned status, enum why wh
 
 	for (i = 0; i < BACKENDS && s->state == CONNECT; i++)
 		servers[i].lost += servers[i].down && (s->group >> i & 1);
+	if (probe && s->request > 1)
+		return;         /* it has asked before, and nothing since */
 	totals.probes += (unsigned)probe;
 	if ((!probe || log_probes) && reject_counts())
 		log_session(s, REJECT, status, why);
@@ -5067,7 +5087,7 @@ static void server_leave(struct session *s)
 static void backend_leave(struct session *s)
 {
 	server_leave(s);
-	s->up_left = 0;
+	body_drop(s);
 	s->broken = 0;
 	s->backend.eof = s->backend.fin = 1;
 }
@@ -5080,6 +5100,7 @@ static enum state session_fail(struct session *s, enum why why)
 		return FREE;
 	session_reject(s, whys[why].status, why);
 	s->rejected = 1;
+	s->keep = 0;
 	reply_compose(s, why);
 	backend_leave(s);
 	return REPLY;
@@ -5257,6 +5278,7 @@ static enum state head_done(struct session *s, enum why why)
 	if (balance == STICKY_COOKIE)
 		s->sticky = cookie_find(&r->head, hd->bytes);
 	s->upgrade = (uint8_t)r->upgrade;
+	s->keep = http_idle_ms > 0 && !r->close;
 	s->up_left = r->chunked ? UINT64_MAX : r->length;
 	if (r->upgrade)
 		accept_key(hd->bytes + r->key.at, s->note->accept);
@@ -5523,6 +5545,10 @@ static enum state response_done(struct session *s)
 		return interim_done(s);
 	s->framing = (uint8_t)r->framing;
 	s->chunked.left = r->framing == BODY_LENGTH ? r->length : 0;
+	/* what follows an upgrade, or a body that was not taken, may be no request */
+	s->keep = s->keep && !s->upgrade && s->up_left == 0 && r->framing != BODY_EOF &&
+		!drain_until;
+	r->keep = s->keep;
 	if (!answer_place(s, r))
 		return session_fail(s, WHY_LARGE_RESPONSE);
 	totals.opened++;
@@ -5603,12 +5629,76 @@ static void state_timer_start(struct session *s)
 		s->unsent = socket_unsent(s->client.fd) + socket_unsent(s->backend.fd);
 }
 
+/* The session's next request: nothing is known of it, nor left of the one before. */
+static void request_begin(struct session *s)
+{
+	memset((char *)s + offsetof(struct session, why), 0,
+		offsetof(struct session, client) - offsetof(struct session, why));
+	s->backend.fd = s->server = s->sticky = -1;
+	s->born = now;
+	s->request++;
+}
+
+/* A request is over, and its connection kept. The note stays, for the name of the client. */
+static enum state request_over(struct session *s)
+{
+	log_session(s, CLOSE, 0, s->why);
+	totals.rx += s->rx;
+	totals.tx += s->tx;
+	s->note->interim = 0;
+	s->note->path[0] = '\0';
+	request_begin(s);
+	return BETWEEN;
+}
+
+/* Whether a plain answer is over, and its client's connection kept. */
+static int exchange_over(struct session *s)
+{
+	struct leg *b = &s->backend;
+
+	if (s->body.bad) {
+		session_broke(s, &s->client, WHY_CHUNKS);
+	} else if (b->eof && b->fd >= 0) {
+		leg_finish(s, b);
+		backend_leave(s);       /* whatever its client takes its time for */
+	}
+	return !s->broken && s->keep && s->why == WHY_DONE && relay_down_over(s);
+}
+
+/* Between two requests: owns nothing but its slot and its note. What has come is HEAD's to read,
+ * which has head_ms for it from now on; when its time is over, the client is told if that needs no
+ * waiting. */
+static enum state between_step(struct session *s)
+{
+	struct leg *c = &s->client;
+	unsigned char byte;
+	ssize_t n;
+
+	if (s->expired && c->eng && records_borrow(s))
+		leg_finish(s, c);
+	if (s->expired)
+		return FREE;
+	if (c->at == c->end && (!c->eng || !c->buf || leg_between(c))) {
+		if (!leg_in(c))
+			return BETWEEN;
+		n = recv(c->fd, &byte, 1, MSG_PEEK);
+		leg_took(c, n, 1);
+		if (n < 0)
+			leg_error(s, c);
+		if (n <= 0)
+			return n == 0 || s->broken ? FREE : BETWEEN;
+	}
+	s->born = now;
+	return HEAD;
+}
+
 /* Tunnels, plain answers, our own, and their endings. */
 static enum state relay_step(struct session *s)
 {
 	struct leg *c = &s->client, *b = &s->backend;
 	const int unsent = s->unsent;
 
+	s->keep = s->keep && !c->gone && !drain_until;
 	if (s->expired) {
 		state_timer_start(s);
 		s->expired = s->unsent >= unsent;
@@ -5627,14 +5717,10 @@ static enum state relay_step(struct session *s)
 		if (head_len(s) > 0)
 			head_load(s);
 		relay_pump(s);
-		if (s->body.bad)
-			session_broke(s, c, WHY_CHUNKS);
 		if (s->broken && !tunnel_survives(s))
 			return FREE;
-		if (!s->broken && s->state == EXCHANGE && b->eof && b->fd >= 0) {
-			leg_finish(s, b);
-			backend_leave(s);       /* whatever its client takes its time for */
-		}
+		if (!s->broken && s->state == EXCHANGE && exchange_over(s))
+			return request_over(s);
 		if (!s->broken && c->eof && !b->fin && relay_up_over(s)) {
 			/* an engine that was closed takes nothing more: the answer would be cut */
 			if (s->state == EXCHANGE && b->eng && !b->eof && !leg_closed(c))
@@ -5664,6 +5750,7 @@ static const struct {
 	enum why expired;
 } states[STATES] = {
 	[HANDSHAKE] = { handshake_step, WHY_HANDSHAKE_TIMEOUT },
+	[BETWEEN]   = { between_step, WHY_NONE },
 	[HEAD]      = { head_step, WHY_HEAD_TIMEOUT },
 	[CONNECT]   = { connect_step, WHY_NONE },
 	[BACKEND_HANDSHAKE] = { tls_backends ? backend_handshake_step : NULL, WHY_NONE },
@@ -5704,7 +5791,7 @@ static void session_close(struct session *s)
 	s->tx -= unsent < s->tx ? unsent : s->tx;
 	if (s->opened)
 		log_session(s, CLOSE, 0, s->why);
-	else if (!s->rejected)
+	else if (!s->rejected && s->state != BETWEEN)
 		session_reject(s, 0, s->why);
 	totals.rx += s->rx;
 	totals.tx += s->tx;
@@ -5775,7 +5862,7 @@ static void session_settle(struct session *s)
 		records_return(s);
 	if (s->shelf && shelf_rests(s))
 		shelf_return(s);
-	if (s->state >= RELAY && head_len(s) == 0)
+	if (s->state >= RELAY && !s->keep && head_len(s) == 0)
 		note_return(s);
 	if (!s->rec && !s->shelf && !redial)
 		link_drop(&s->stall.link);
@@ -5861,10 +5948,9 @@ static void session_open(int fd, const struct address *peer, unsigned listener)
 	s->listener = (uint8_t)listener;
 	s->plain = listeners[listener].kind != WSS;
 	s->client.fd = fd;
-	s->backend.fd = s->server = s->sticky = -1;
-	s->born = now;
 	s->peer = *peer;
 	s->source = source_take(peer);
+	request_begin(s);
 	session_enter(s, s->plain ? HEAD : HANDSHAKE);
 	if (!leg_watch(s, &s->client))
 		session_drop(s, WHY_NO_RESOURCES);
@@ -5906,8 +5992,17 @@ static int leg_told(struct leg *l, unsigned events)
 
 /* ---- the loop ---- */
 
-/* Who gives its place to a newcomer when the table is full: of those that have yet to ask, and wait
- * for nothing of ours, who has kept us waiting longest; NULL: nobody, for long enough. DISPLACE_MS
+/* Who has waited longest between two requests, NULL: nobody does. */
+static struct session *between_first(void)
+{
+	struct link *l = queues[BETWEEN].list.next;
+
+	return link_alone(l) ? NULL : OWNER(OWNER(l, struct timer, link), struct session, timer);
+}
+
+/* Who gives its place to a newcomer when the table is full: who has waited longest between two
+ * requests; else, of those that have yet to ask, and wait for nothing of ours, who has kept us
+ * waiting longest; NULL: nobody, for long enough. DISPLACE_MS
  * are for a ClientHello, then for the rest of TLS, then for the request's head: each takes one
  * round trip, and with one of 300 ms it can lose a segment, too. Without that time those accepted
  * in one turn would displace each other, and of 50 newcomers at the last place none would finish.
@@ -5919,6 +6014,8 @@ static struct session *displace_find(void)
 	const struct link *list = &queues[Q_YOUNG].list, *l = list->next;
 	unsigned looked;
 
+	if (between_first())
+		return between_first();
 	for (looked = 0; l != list && looked < DISPLACE_LOOK; looked++, l = l->next) {
 		struct session *s = OWNER(l, struct session, place.link);
 
@@ -6020,7 +6117,7 @@ static void listener_event(unsigned i)
 static void listeners_watch(void)
 {
 	const int can = accept_after <= now && (knock_after <= now || place_find());
-	const int full = pool_empty(&session_pool);
+	const int full = pool_empty(&session_pool) && !between_first();
 	unsigned i;
 
 	if (full != full_said && (!full || full_after <= now)) {
@@ -6271,6 +6368,7 @@ static void listener_close(unsigned i)
 /* SIGTERM, SIGINT, or way was made: no new connections; sessions have drain_ms. */
 static void drain_start(const char *name)
 {
+	struct session *s;
 	unsigned i;
 
 	log_line(LOG_NOTICE, "stop signal=%s sessions=%u", name, session_pool.lent);
@@ -6279,6 +6377,8 @@ static void drain_start(const char *name)
 	way_until = 0;
 	drain_until = now + drain_ms;
 	tunnels_first = tunnels;
+	while ((s = between_first()) != NULL)
+		session_run(s, 1);
 }
 
 /* SIGUSR2: the process that the supervisor knows ends, so that it starts the next one, while a copy
@@ -6427,9 +6527,9 @@ static uint64_t look_ms(void)
 static void tables_init(void)
 {
 	static const struct { unsigned queue; uint64_t ms; } times[] = {
-		{ HANDSHAKE, handshake_ms }, { HEAD, head_ms }, { CONNECT, connect_ms },
-		{ BACKEND_HANDSHAKE, handshake_ms }, { REQUEST, response_ms },
-		{ RESPONSE, response_ms }, { EXCHANGE, idle_ms },
+		{ HANDSHAKE, handshake_ms }, { BETWEEN, http_idle_ms }, { HEAD, head_ms },
+		{ CONNECT, connect_ms }, { BACKEND_HANDSHAKE, handshake_ms },
+		{ REQUEST, response_ms }, { RESPONSE, response_ms }, { EXCHANGE, idle_ms },
 		{ REPLY, linger_ms }, { DRAIN, linger_ms }, { Q_STALL, stall_ms },
 		{ Q_RESOLVE, resolve_ms }, { Q_CHECK, check_ms }, { Q_REJECTS, 1000 },
 		{ Q_REDIAL, REDIAL_MS }, { Q_YOUNG, DISPLACE_MS }, { Q_GROWN, SILENT_MS },
@@ -6482,7 +6582,8 @@ static const struct {
 	NUMBER(max_sessions, 1, 100000),
 	NUMBER(max_busy, 1, max_sessions), NUMBER(max_per_ip, 0, UINT_MAX),
 	NUMBER(head_max, 1024, 16000), NUMBER(handshake_ms, 1, INT_MAX),
-	NUMBER(head_ms, 1, INT_MAX), NUMBER(connect_ms, 1, INT_MAX),
+	NUMBER(http_idle_ms, 0, INT_MAX), NUMBER(head_ms, 1, INT_MAX),
+	NUMBER(connect_ms, 1, INT_MAX),
 	NUMBER(response_ms, 1, INT_MAX), NUMBER(idle_ms, 0, INT_MAX),
 	NUMBER(linger_ms, 1, INT_MAX), NUMBER(stall_ms, 1, INT_MAX),
 	NUMBER(drain_ms, 1, INT_MAX), NUMBER(max_fails, 0, UINT_MAX), NUMBER(fail_ms, 0, INT_MAX),

@@ -73,7 +73,7 @@ enum balance {
 };
 
 enum http {
-	FORWARD,        /* requests that are no WebSocket upgrade: forward, one a connection */
+	FORWARD,        /* requests that are no WebSocket upgrade: forward */
 	REFUSE,         /* answer them with 426 */
 };
 
@@ -191,6 +191,7 @@ struct request {
 	struct span origin;         /* Origin, the last one; empty: none */
 	struct span key;            /* Sec-WebSocket-Key, of an upgrade */
 	int upgrade;                /* 1: a well-formed WebSocket upgrade */
+	int close;                  /* 1: the client's last on its connection */
 	uint64_t length;            /* bytes of body that follow, */
 	int chunked;                /* or 1: chunks */
 };
@@ -207,6 +208,7 @@ struct response {
 	unsigned status;            /* 100 to 599 */
 	enum framing framing;
 	uint64_t length;            /* of BODY_LENGTH */
+	int keep;                   /* for response_render: 0: the connection ends behind it */
 };
 
 /* What request_render adds. */

@@ -49,6 +49,7 @@ static const uint16_t ciphers[] = {
 #define session_cache 8
 static const char *const client_ca = NULL;
 static enum http http = REFUSE;
+static const unsigned http_idle_ms = 5000;
 static const char *origins[4];
 static enum x_forwarded_for x_forwarded_for = APPEND;
 static const int check_accept = 1;

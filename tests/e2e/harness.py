@@ -215,6 +215,7 @@ class Proxy:
                                        daemon=True)
         self.reader.start()
         self.ports = []
+        self.before = None      # what each client asks first, see more.asks_before
 
     @property
     def pid(self):

@@ -321,8 +321,9 @@ def idle_cpu(p, seconds=0.5):
 # ---- requests that are no upgrade ----
 
 def request(target="/", method="GET", body=None, version="HTTP/1.1", extra=(), **fields):
-    """A request with Host; Some_Field=value adds a field or replaces one, None takes it away."""
-    named = {"Host": "example.test"}
+    """A request with Host, the last of its connection; Some_Field=value adds a field or replaces
+    one, None takes it away."""
+    named = {"Host": "example.test", "Connection": "close"}
     if body is not None:
         named["Content-Length"] = str(len(body))
     named.update((k.replace("_", "-"), v) for k, v in fields.items())
@@ -333,6 +334,20 @@ def answer(status="200 OK", body=None, extra=(), **fields):
     named = {} if body is None else {"Content-Length": str(len(body))}
     named.update((k.replace("_", "-"), v) for k, v in fields.items())
     return head(f"HTTP/1.1 {status}", named, extra) + (body or b"")
+
+
+def asks_before(backend):
+    """Has a client ask for a page first, which that scripted backend serves."""
+    def ask_before(client):
+        client.send(request("/before", Connection=None))
+        server = backend.accept()
+        assert server.read_head().first == "GET /before HTTP/1.1"
+        server.send(answer(body=b"before"))
+        assert client.read_head().status == 200
+        assert client.read(6) == b"before"
+        assert server.read_to_end() == b""
+        server.close()
+    return ask_before
 
 
 def exchange(p, backend, sent, answered, kind=None):

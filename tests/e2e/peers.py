@@ -259,11 +259,14 @@ def tcp(proxy, kind=None, source=None):
 
 
 def connect(proxy, kind=None, source=None, context=None, **tls):
-    """A client of the first listener (of that kind): TLS when it is a WSS one."""
+    """A client of the first listener (of that kind): TLS when it is a WSS one; with proxy.before, it
+    has asked already."""
     stream = tcp(proxy, kind, source)
-    if proxy.kind(kind) != WSS:
-        return stream
-    return TlsStream(stream.sock, context or client_context(), **tls)
+    if proxy.kind(kind) == WSS:
+        stream = TlsStream(stream.sock, context or client_context(), **tls)
+    if proxy.before:
+        proxy.before(stream)
+    return stream
 
 
 def ask(proxy, request, kind=None):

@@ -1,8 +1,10 @@
 """Applications that others wrote, whole: pages, assets, a login, streams, polling and WebSockets
 through one port."""
 
+import http.client
 import json
 import os
+import socket
 import subprocess
 import threading
 from http import HTTPStatus
@@ -13,7 +15,7 @@ import websockets
 import pki
 from harness import FORWARD, IP_HASH, PATIENCE, ROUND_ROBIN, WSS
 from more import JS, STICKY_COOKIE, Server, curl, need, npm_modules, request
-from peers import NODE, PythonServer, ask, connect, pattern, play, upgrade, ws
+from peers import NODE, PythonServer, ask, client_context, connect, pattern, play, upgrade, ws
 
 CONFIG = {"http": FORWARD, "listeners": [("127.0.0.1", "0", WSS)]}
 
@@ -107,6 +109,69 @@ def test_express_upload_by_a_node_client(site):
     result = subprocess.run([need("node"), "-e", script, str(site.address()[1])], text=True,
                             capture_output=True, timeout=4 * PATIENCE, env=NODE)
     assert json.loads(result.stdout)["size"] == 100_000, result.stderr
+
+
+# ---- clients that ask again on the same connection ----
+
+def connections(site):
+    """Which of them have asked, by the ids in the log."""
+    return {line["id"].partition(".")[0] for line in site.log.all("open")}
+
+
+def test_curl_asks_again(site):
+    other = f"https://localhost:{site.address()[1]}/info"
+    result = curl(site, "/", "-w", "\n%{num_connects} ", other, other, "-o", "/dev/null",
+                  "-o", "/dev/null", "-o", "/dev/null")
+    assert result.stdout.split() == ["1", "0", "0"], result.stderr
+    assert site.log.wait("open", id="1.3")["path"] == "/"
+
+
+def test_python_asks_again(site):
+    host, port = site.address()
+    client = http.client.HTTPSConnection("localhost", port, timeout=PATIENCE,
+                                         context=client_context())
+    client._create_connection = lambda address, *rest: socket.create_connection((host, port))
+    for n in range(5):
+        client.request("GET", "/static/app.js")
+        assert client.getresponse().read() == b'"use strict";'
+        client.request("POST", "/upload", iter([b"x" * 100] * n), encode_chunked=True,
+                       headers={"Transfer-Encoding": "chunked"})
+        assert json.loads(client.getresponse().read())["size"] == 100 * n
+        client.request("HEAD", "/static/app.js")
+        assert client.getresponse().read() == b""
+    assert site.log.wait("open", id="1.15")
+    assert connections(site) == {"1"}
+
+
+def test_node_asks_again(site):
+    """By an agent with keepAlive. (Of the body of a DELETE Node says nothing unless it is told.)"""
+    script = """
+        const https = require('https');
+        const agent = new https.Agent({ keepAlive: true, maxSockets: 1 });
+        const port = process.argv[1];
+        const ask = (method, path, body) => new Promise((done, failed) => {
+            const request = https.request({ host: '127.0.0.1', port, path, method, agent,
+                rejectUnauthorized: false,
+                headers: body ? { 'Transfer-Encoding': 'chunked' } : {} }, (response) => response.on('data', () => {})
+                .on('end', () => done([response.statusCode, request.reusedSocket])));
+            request.on('error', failed);
+            if (body) request.write(body);
+            request.end();
+        });
+        (async () => {
+            const seen = [];
+            for (const [method, path, body] of [['GET', '/'], ['POST', '/upload', 'x'],
+                    ['GET', '/nowhere'], ['DELETE', '/', 'x'], ['GET', '/info']])
+                seen.push(await ask(method, path, body));
+            console.log(JSON.stringify(seen));
+            agent.destroy();
+        })();"""
+    result = subprocess.run([need("node"), "-e", script, str(site.address()[1])], text=True,
+                            capture_output=True, timeout=4 * PATIENCE, env=NODE)
+    assert json.loads(result.stdout) == [[200, False], [200, True], [404, True], [404, True],
+                                         [200, True]], result.stderr
+    site.log.wait("open", id="1.5")
+    assert connections(site) == {"1"}
 
 
 def test_express_events_come_as_they_happen(site, app):

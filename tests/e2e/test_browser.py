@@ -8,6 +8,7 @@ import pytest
 
 from harness import BUILD, FORWARD, PATIENCE, REPO, WSS
 from more import Server, need
+from test_apps import NodeApp
 
 pytest.importorskip("selenium", reason="needs python3-selenium, see PACKAGES.more")
 from selenium import webdriver                                      # noqa: E402
@@ -131,6 +132,17 @@ def test_page_learns_that_it_was_idle(browser, proxy, demo):
     browser.get("https://127.0.0.1:%d/" % p.address()[1])
     until(browser, lambda: "closed, code 1001" in text(browser, "log"))
     p.log.wait("close", why="idle", code="1001")
+
+
+def test_page_of_40_parts_takes_6_connections(proxy, place, keeper, browser):
+    """As many as a browser opens at a time. What it opens ahead of need asks nothing."""
+    app = keeper(NodeApp("app.js", place()))
+    p = proxy(app, http=FORWARD, listeners=[("127.0.0.1", "0", WSS)])
+    browser.get("https://127.0.0.1:%d/parts" % p.address()[1])
+    until(browser, lambda: browser.title == "40")
+    asked = p.log.all("open")
+    assert len([line for line in asked if line["path"].startswith("/part/")]) == 40
+    assert len({line["id"].partition(".")[0] for line in asked}) <= 6
 
 
 def test_resumed_sessions_are_what_a_browser_uses(browser, page):

@@ -190,7 +190,7 @@ def test_config_of_another_version_does_not_compile(tmp_path, compiler, old):
     result = make(tmp_path, text, f"CC={compiler}", "CFLAGS=-O0")
     assert result.returncode != 0
     first = re.search(r".*error: .*", result.stderr)[0]
-    assert f"{tmp_path}/config.h is of config_version 0, config.def.h of 1: diff the two" in first
+    assert f"{tmp_path}/config.h is of config_version 0, config.def.h of 2: diff the two" in first
     assert "stall_ms" in result.stderr
 
 

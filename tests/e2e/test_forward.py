@@ -1,4 +1,5 @@
-"""http = FORWARD: requests that are no WebSocket upgrade, one a connection."""
+"""http = FORWARD: requests that are no WebSocket upgrade, as the first and as the second of their
+connection."""
 
 import re
 import signal
@@ -8,7 +9,7 @@ import time
 import pytest
 
 from harness import FORWARD, PATIENCE, WS, WSS, eventually
-from more import answer, curl, exchange, request
+from more import answer, asks_before, curl, exchange, request
 from peers import KEY, accept_of, ask, connect, open_tunnel, pattern, play, upgrade, ws
 
 BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
@@ -19,11 +20,15 @@ def backend(scripted):
     return scripted()
 
 
-@pytest.fixture
-def forwarding(proxy, backend):
+@pytest.fixture(params=[1, 2], ids=["first", "second"])
+def forwarding(proxy, backend, request):
     """A proxy that forwards to `backend`; all tests that need no more share one binary."""
-    return lambda *backends, **config: proxy(*(backends or [backend]), http=FORWARD,
-                                             listeners=BOTH, **config)
+    def start(*backends, **config):
+        p = proxy(*(backends or [backend]), http=FORWARD, listeners=BOTH, **config)
+        if request.param == 2 and not backends:
+            p.before = asks_before(backend)
+        return p
+    return start
 
 
 # ---- the request ----
@@ -405,7 +410,7 @@ def test_fields_of_the_answer_pass_in_order(forwarding, backend):
 
 def test_keep_alive_of_the_backend_is_not_the_clients(forwarding, backend):
     p = forwarding()
-    _, (head, _) = exchange(p, backend, request(Connection="keep-alive"),
+    _, (head, _) = exchange(p, backend, request(Connection="keep-alive, close"),
                             answer(body=b"x", Connection="keep-alive, X-Private",
                                    Keep_Alive="timeout=5", X_Private="1"))
     assert head.get("Connection") == "close"

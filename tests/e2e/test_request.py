@@ -5,7 +5,8 @@ import base64
 
 import pytest
 
-from harness import REDIRECT, WS, WSS
+from harness import FORWARD, REDIRECT, WS, WSS
+from more import asks_before
 from peers import KEY, UPGRADE, ask, connect, head, switching, upgrade
 
 PLAIN = {"Host": "example.test"}
@@ -117,6 +118,18 @@ REFUSED = {
     "http-20": (upgrade(version="HTTP/2.0"), 505, "http-version"),
     "http2-preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "http-version"),
 }
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if REFUSED[name][2] != "not-websocket"])
+def test_refused_as_a_second_request(proxy, scripted, name):
+    request_, status, why = REFUSED[name]
+    backend = scripted()
+    p = proxy(backend, http=FORWARD)
+    p.before = asks_before(backend)
+    answer, body = ask(p, request_)
+    assert answer.status == status and body.startswith(b"%d " % status)
+    p.log.wait("reject", id="1.2", why=why, status=str(status))
+    assert backend.untouched()
 
 
 @pytest.mark.parametrize("request_, status, why", REFUSED.values(), ids=REFUSED.keys())

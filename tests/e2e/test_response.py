@@ -2,18 +2,20 @@
 
 import pytest
 
-from harness import WS, WSS
+from harness import FORWARD, WS, WSS
+from more import asks_before
 from peers import accept_of, connect, head, pattern, switching, upgrade
 
 
-@pytest.fixture
-def asked(proxy, scripted):
-    """A client that has asked, and the backend that has the request."""
-    def start(request=None, **config):
+@pytest.fixture(params=[1, 2], ids=["first", "second"])
+def asked(proxy, scripted, request):
+    """A client that has asked, once or twice, and the backend that has the request."""
+    def start(sent=None, **config):
         backend = scripted()
-        p = proxy(backend, **config)
+        p = proxy(backend, http=FORWARD, **config)
+        p.before = request.param == 2 and asks_before(backend)
         client = connect(p)
-        client.send(request or upgrade())
+        client.send(sent or upgrade())
         server = backend.accept()
         server.read_head()
         return p, client, server

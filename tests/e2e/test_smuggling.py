@@ -12,6 +12,7 @@ from more import answer, request
 from peers import UPGRADE, Scripted, connect, head, open_tunnel, switching, upgrade
 
 BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
+BEFORE = request("/before", Connection=None)
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: evil.test\r\n\r\n"
 
 
@@ -44,7 +45,8 @@ class Witness(Scripted):
                 self.got[mine] += data
                 if b"\r\n\r\n" in self.got[mine] and not answered:
                     answered = True
-                    stream.send(self.reply)
+                    before = self.got[mine].startswith(b"GET /before ")
+                    stream.send(answer(body=b"before") if before else self.reply)
         except OSError:
             pass
         stream.close()
@@ -54,16 +56,20 @@ class Witness(Scripted):
         self.listener.shutdown(socket.SHUT_RDWR)
         for thread in self.threads:
             thread.join(PATIENCE)
-        return b"".join(self.got)
+        return b"".join(got for got in self.got if not got.startswith(b"GET /before "))
 
 
-@pytest.fixture
-def attack(proxy, place, keeper):
-    """Sends bytes, reads all that is answered; the answer, and all that the backend was sent."""
+@pytest.fixture(params=[1, 2], ids=["first", "second"])
+def attack(proxy, place, keeper, request):
+    """Sends bytes, as the first or second request of a connection, reads all that is answered; the
+    answer, and all that the backend was sent."""
     def run(data, kind=WSS, reply=answer(body=b"answered"), http=FORWARD, **config):
         witness = keeper(Witness(place(), reply))
         p = proxy(witness, http=http, listeners=BOTH, **config)
         client = connect(p, kind)
+        if request.param == 2 and http is FORWARD:
+            client.send(BEFORE)
+            client.read_until(b"before")
         client.send(data)
         try:
             answered = client.read_to_end()
@@ -191,7 +197,7 @@ def test_odd_ends_of_a_head(attack, ending):
 @KINDS
 @pytest.mark.parametrize("first", [
     request("/first"), request("/first", "HEAD"), request("/first", "POST", body=b"body"),
-    request("/first", "POST", body=b""), request("/first", Connection="keep-alive"),
+    request("/first", "POST", body=b""), request("/first", Connection="keep-alive, close"),
     request("/first", "OPTIONS"), request("/first", "DELETE")])
 def test_pipelined_second_request_goes_nowhere(attack, kind, first):
     answered, seen = attack(first + SMUGGLED, kind)
@@ -311,7 +317,7 @@ def test_upgrade_that_the_backend_would_refuse_is_refused_here(attack, change):
     {"Upgrade": "h2c"}, {"Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"},
     {"Upgrade": "TLS/1.2"}, {"Upgrade": "websocket2"}, {"Connection": "keep-alive"}])
 def test_other_upgrades_are_plain_requests_without_upgrade(attack, fields):
-    sent = head("GET /first HTTP/1.1", {**UPGRADE, **fields}) + SMUGGLED
+    sent = head("GET /first HTTP/1.1", {**UPGRADE, **fields}, ["Connection: close"]) + SMUGGLED
     answered, seen = attack(sent)
     assert status(answered) == 200
     assert b"upgrade" not in seen.lower()

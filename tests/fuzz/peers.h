@@ -97,7 +97,8 @@ struct stream {                 /* application bytes, from the first on */
 struct peer {
 	int near, far;          /* the proxy's descriptor and ours, -1: closed */
 	int is_backend;
-	int owner;              /* of a backend: the client that it serves, -1 */
+	int owner;              /* of a backend: the client that it serves, -1; and which of its */
+	unsigned request;       /* requests, from 1 */
 	int server;             /* of a backend: which, -1 */
 	enum { UP, PENDING, FAILED } dial;
 	int error;              /* of a dial that failed */
@@ -657,6 +658,7 @@ static void owners_note(void)
 				continue;
 			p->owner = ntohs(sessions[k].peer.in.sin_port) - 1;
 			p->server = sessions[k].server;
+			p->request = sessions[k].request;
 			if (backends[p->server].tls != TLS_OFF)
 				far_server_tls(p);
 		}

@@ -5,9 +5,10 @@
  *
  * What must hold, whatever they do:
  * - a backend gets the rendering of a request that was accepted, what the client sent behind it as
- *   far as the request's length or a verified 101 allow, and nothing else;
+ *   far as the request's length or chunks or a verified 101 allow, and nothing else; behind an answer
+ *   that has an end and does not say that it is the last, another backend gets the next request;
  * - a client gets the rendering of its backend's answer and what came behind, as far as the answer
- *   goes, or an answer of the proxy's own, and nothing else;
+ *   goes, or an answer of the proxy's own, and nothing else, but for the answer to its next request;
  * - but frames of the proxy's own in tunnels: Pings, and one Close, between frames;
  * - while no time passes and no one goes, all of that arrives;
  * - nobody is told of what is there and then leaves it alone: none sleeps while what it waits for is there;
@@ -42,6 +43,8 @@ enum { END_CLOSE, END_HALF, END_SLOW, END_STOP, ENDINGS };
 /* ---- what the sessions should have come to ---- */
 
 struct asked {                  /* a client's request */
+	const char *p;          /* in what it sent, */
+	size_t size;            /* so many bytes; 0: they are not all there */
 	int taken;
 	struct request r;
 	int is_head, bad;       /* bad: its body is, so that no answer need come, or go on */
@@ -55,47 +58,58 @@ struct answer {                 /* a backend's */
 	struct response r;
 	char head[HEAD_ROOM];
 	size_t len;
-	size_t body, body_len;  /* where it begins in what was sent, how much of that is its */
+	size_t body, body_len;  /* where it begins in what was sent, how much of that is its, */
+	int ended;              /* up to its end */
 };
 
 /* What of a request's body is passed on, as far as it is there and good. */
-static struct text body_clean(const struct request *r, const char *p, size_t len, int *bad)
+static struct text body_clean(const struct request *r, const char *p, size_t len, struct chunked *c)
 {
 	static char clean[STREAM];
 	struct text t = { .p = clean, .size = sizeof clean };
-	struct chunked c = { 0 };
 	size_t took;
 	int kept = 0;
 
-	if (!r->chunked)
-		text_add(&t, p, r->length < len ? (size_t)r->length : len);
-	for (; r->chunked && len > 0 && !c.done && !c.bad; p += took, len -= took) {
-		took = chunked_scan(&c, p, len, &kept);
+	memset(c, 0, sizeof *c);
+	if (!r->chunked) {
+		c->done = r->length <= len;
+		text_add(&t, p, c->done ? (size_t)r->length : len);
+	}
+	for (; r->chunked && len > 0 && !c->done && !c->bad; p += took, len -= took) {
+		took = chunked_scan(c, p, len, &kept);
 		text_add(&t, p, kept ? took : 0);
 	}
-	*bad = c.bad;
 	return t;
 }
 
-static void asked_read(const struct peer *c, struct asked *a)
+/* The request that begins at p. */
+static void asked_read(const struct peer *c, const char *p, struct asked *a)
 {
+	size_t left = (size_t)(c->sent.data + c->sent.len - p);
+	struct chunked end;
+	struct text body;
 	char text[ADDRESS_TEXT];
 	struct forwarded f = { address_format(&c->address, 0, text),
 		c->kind == WSS ? "https" : "http", "" };
 
 	memset(&a->r, 0, sizeof a->r);
+	a->p = p;
+	a->size = 0;
 	a->taken = a->is_head = a->bad = 0;
-	if (request_parse(&a->r, c->sent.data, c->sent.len) != WHY_NONE)
+	if (request_parse(&a->r, p, left) != WHY_NONE)
 		return;
-	a->is_head = span_is(c->sent.data, a->r.head.part[0], "head");
-	if (request_check(&a->r, c->sent.data) != WHY_NONE || c->kind == REDIRECT ||
+	a->is_head = span_is(p, a->r.head.part[0], "head");
+	if (request_check(&a->r, p) != WHY_NONE || c->kind == REDIRECT ||
 	    (http == REFUSE && !a->r.upgrade))
 		return;
 	if (a->r.upgrade)
-		accept_key(c->sent.data + a->r.key.at, a->accept);
-	a->len = request_render(&a->r, c->sent.data, &f, a->head, sizeof a->head);
+		accept_key(p + a->r.key.at, a->accept);
+	a->len = request_render(&a->r, p, &f, a->head, sizeof a->head);
 	a->taken = a->len > 0;
-	body_clean(&a->r, c->sent.data + a->r.head.size, c->sent.len - a->r.head.size, &a->bad);
+	body = body_clean(&a->r, p + a->r.head.size, left - a->r.head.size, &end);
+	a->bad = end.bad;
+	if (end.done)
+		a->size = a->r.head.size + body.len + end.dropped;
 }
 
 static void answer_read(const struct peer *b, const struct asked *a, struct answer *n)
@@ -121,16 +135,34 @@ static void answer_read(const struct peer *b, const struct asked *a, struct answ
 	n->body = (size_t)(p - b->sent.data);
 	n->body_len = n->r.framing == BODY_LENGTH && n->r.length < len ? (size_t)n->r.length :
 		n->r.framing == BODY_CHUNKED ? chunked_scan(&c, p, len, NULL) : len;
+	n->ended = n->whole && (n->r.framing == BODY_LENGTH ? n->body_len == n->r.length : c.done);
 }
 
-/* The backend that has the client's request, NULL: none. Dials that came to nothing sent nothing. */
-static struct peer *backend_of(const struct peer *c)
+/* The head of an answer as it is if its client's connection is kept. */
+static void answer_keep(const struct peer *b, struct answer *n)
+{
+	const char *p = b->sent.data + n->body - n->r.head.size;
+
+	n->r.keep = 1;
+	n->len = response_render(&n->r, p, n->head, sizeof n->head);
+}
+
+/* Whether a connection may go on behind it. */
+static int may_keep(const struct asked *a, const struct answer *n)
+{
+	return a->taken && a->size > 0 && !a->r.close && !a->r.upgrade && n->whole &&
+		n->r.framing != BODY_EOF && n->r.framing != BODY_TUNNEL;
+}
+
+/* The backend that has that request of a client, NULL: none. Dials that came to nothing sent nothing. */
+static struct peer *backend_of(const struct peer *c, unsigned request)
 {
 	struct peer *found = NULL;
 	unsigned i;
 
 	for (i = 0; i < peers_len; i++)
-		if (peers[i].is_backend && peers[i].owner == (int)(c - peers) && peers[i].dial == UP)
+		if (peers[i].is_backend && peers[i].owner == (int)(c - peers) &&
+		    peers[i].request == request && peers[i].dial == UP)
 			found = &peers[i];
 	return found;
 }
@@ -187,8 +219,8 @@ static size_t tunnel_must(const char *got, size_t len, const char *sent, size_t 
 static void up_must(const struct peer *b, const struct asked *a, const struct answer *n,
 	const struct peer *c)
 {
+	struct chunked end;
 	struct text body;
-	int bad;
 
 	if (b->got.len == 0)
 		return;
@@ -196,13 +228,14 @@ static void up_must(const struct peer *b, const struct asked *a, const struct an
 	MUST(memcmp(b->got.data, a->head, b->got.len < a->len ? b->got.len : a->len) == 0);
 	if (b->got.len <= a->len)
 		return;
-	body = (struct text){ .p = c->sent.data + a->r.head.size, .len = c->sent.len - a->r.head.size };
+	body.p = c->sent.data + (a->p - c->sent.data) + a->r.head.size;
+	body.len = (size_t)(c->sent.data + c->sent.len - body.p);
 	if (a->r.upgrade && n->whole && n->r.status == 101) {
 		tunnel_must(b->got.data + a->len, b->got.len - a->len, body.p, body.len, 1);
 		return;
 	}
 	if (!a->r.upgrade)
-		body = body_clean(&a->r, body.p, body.len, &bad);
+		body = body_clean(&a->r, body.p, body.len, &end);
 	else
 		body.len = 0;
 	MUST(b->got.len - a->len <= body.len);
@@ -227,16 +260,26 @@ static void own_must(const struct response *r, const char *p, size_t len)
 	MUST(memcmp(p + r->head.size, text, len < 4 ? len : 4) == 0);
 }
 
-/* How much of the answer's head and body the client has, 0: another answer, or not even the head. */
-static size_t down_must(const struct peer *c, const struct asked *a, const struct peer *b,
-	const struct answer *n)
+/* Whether the head at p is that of the answer: but for a cookie, it is. */
+static int head_is(const char *p, size_t size, const struct answer *n)
 {
 	static const char cookie[] = "Set-Cookie: wssproxy=";
-	const char *p = c->got.data, *end;
-	size_t len = c->got.len, size, got;
+
+	return size >= n->len && memcmp(p, n->head, n->len - 2) == 0 && (size == n->len ||
+		(balance == STICKY_COOKIE && memcmp(p + n->len - 2, cookie, sizeof cookie - 1) == 0));
+}
+
+/* How much of the answer's head and body the client has, 0: another answer, or not even the head. *next:
+ * behind its end, if another may follow; NULL. */
+static size_t down_must(const struct peer *c, const char *p, const struct asked *a,
+	const struct peer *b, struct answer *n, const char **next)
+{
+	const char *end;
+	size_t len = (size_t)(c->got.data + c->got.len - p), size, got;
 	struct response r;
 	enum why why;
 
+	*next = NULL;
 	do {
 		memset(&r, 0, sizeof r);
 		why = response_parse(&r, p, len);
@@ -257,13 +300,19 @@ static size_t down_must(const struct peer *c, const struct asked *a, const struc
 		p += size;
 		len -= size;
 	} while (1);
-	if (!b || !n->whole || size < n->len || memcmp(p, n->head, n->len - 2) != 0 ||
-	    (size > n->len && memcmp(p + n->len - 2, cookie, sizeof cookie - 1) != 0)) {
+	got = len - size;
+	if (b && may_keep(a, n) && !head_is(p, size, n)) {
+		answer_keep(b, n);
+		if (n->ended && got > n->body_len)
+			got = n->body_len;
+		if (n->ended && got == n->body_len)
+			*next = p + size + got;
+	}
+	if (!b || !n->whole || !head_is(p, size, n)) {
 		own_must(&r, p, len);
+		*next = NULL;
 		return 0;
 	}
-	got = len - size;
-	MUST(size == n->len || balance == STICKY_COOKIE);
 	if (n->r.status == 101)
 		return n->len + tunnel_must(p + size, got, b->sent.data + n->body, n->body_len, 0);
 	MUST(got <= n->body_len);
@@ -285,39 +334,71 @@ static void arrived_must(const struct peer *c, const struct asked *a, const stru
 	if (n->whole)
 		MUST(down == n->len + n->body_len);
 	if (n->whole && n->r.status == 101)
-		MUST(b->got.len == a->len + c->sent.len - a->r.head.size);
+		MUST(b->got.len == a->len + c->sent.len - (size_t)(a->p - c->sent.data) -
+			a->r.head.size);
+}
+
+/* What the backends of a client's requests got. A later one has one only where the answer to the one
+ * before has an end. */
+static void backends_must(const struct peer *c)
+{
+	static struct asked a;
+	static struct answer n;
+	const char *p = c->sent.data;
+	unsigned request, i;
+	int may = 1;
+
+	for (request = 1; may; request++, p += a.size) {
+		asked_read(c, p, &a);
+		may = 0;
+		for (i = 0; i < peers_len; i++) {
+			if (!peers[i].is_backend || peers[i].owner != (int)(c - peers) ||
+			    peers[i].request != request)
+				continue;
+			answer_read(&peers[i], &a, &n);
+			up_must(&peers[i], &a, &n, c);
+			may |= may_keep(&a, &n) && n.ended;
+		}
+	}
+	for (i = 0; i < peers_len; i++)
+		MUST(!peers[i].is_backend || peers[i].owner != (int)(c - peers) ||
+			peers[i].request < request);
+}
+
+/* What a client got, and whether it is all there. */
+static void client_must(const struct peer *c, int arrived)
+{
+	static struct asked a;
+	static struct answer n;
+	const char *p = c->sent.data, *got = c->got.data;
+	const struct peer *b;
+	unsigned request;
+	size_t down;
+
+	for (request = 1; got; request++, p += a.size) {
+		asked_read(c, p, &a);
+		b = backend_of(c, request);
+		n.whole = 0;
+		if (b)
+			answer_read(b, &a, &n);
+		down = down_must(c, got, &a, b, &n, &got);
+		if (arrived)
+			arrived_must(c, &a, b, &n, down);
+	}
 }
 
 static void peers_must(int arrived)
 {
-	static struct asked a;
-	static struct answer n;
-	unsigned i, k;
+	unsigned i;
 
 	for (i = 0; i < peers_len; i++) {
-		const struct peer *c = &peers[i], *b;
-		size_t down;
-
-		if (c->is_backend) {
-			MUST(c->owner >= 0 || c->got.len == 0);
+		if (peers[i].is_backend) {
+			MUST(peers[i].owner >= 0 || peers[i].got.len == 0);
 			continue;
 		}
-		asked_read(c, &a);
-		for (k = 0; k < peers_len; k++) {
-			if (!peers[k].is_backend || peers[k].owner != (int)i)
-				continue;
-			answer_read(&peers[k], &a, &n);
-			up_must(&peers[k], &a, &n, c);
-		}
-		b = backend_of(c);
-		n.whole = 0;
-		if (b)
-			answer_read(b, &a, &n);
-		if (c->kind == WSS && !c->eng)
-			continue;       /* records that nobody reads */
-		down = down_must(c, &a, b, &n);
-		if (arrived && !timed)
-			arrived_must(c, &a, b, &n, down);
+		backends_must(&peers[i]);
+		if (peers[i].kind != WSS || peers[i].eng)       /* or records that nobody reads */
+			client_must(&peers[i], arrived && !timed);
 	}
 }
 
@@ -361,6 +442,8 @@ static const struct { const char *text; size_t len; } requests[] = {
 	{ LIT("5;a=b\r\nhello\r\n") },
 	{ LIT("2000 \r\n") },
 	{ LIT("\r\n") },
+	{ LIT("GET /1 HTTP/1.1\r\nHost: a\r\n\r\nPOST /2 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n123"
+		"GET /3 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\nGET /4 HTTP/1.1\r\n") },
 	{ LIT("0\r\nA: b\r\n\r\n") },
 };
 
@@ -653,7 +736,7 @@ static int leg_dammed(const struct session *s, const struct leg *l)
 static unsigned leg_wish(const struct session *s, const struct leg *l)
 {
 	unsigned state = l->eng ? br_ssl_engine_current_state(l->eng) : BR_SSL_RECVREC;
-	int in = !l->eof && !leg_dammed(s, l);
+	int in = !l->eof && !leg_dammed(s, l) && !(l == &s->client && s->state == EXCHANGE && s->keep);
 	size_t len;
 
 	if (l->buf)

@@ -1,5 +1,6 @@
 // An application by Express with ws beside it, as they are written every day. Arguments: HOST PORT.
 //   /            a page; /static/app.js an asset with an ETag; /info what Express knows of the client
+//   /parts       a page of 40 parts, /part/0 to /part/39
 //   /login       a form: sets a cookie and redirects to /home, which wants that cookie
 //   /upload      counts the bytes of what is posted
 //   /events      server-sent events: one at once, one for each request of /tick
@@ -22,6 +23,11 @@ app.get('/info', (request, response) => response.json({
 	ip: request.ip, ips: request.ips, secure: request.secure, protocol: request.protocol,
 	hostname: request.hostname,
 }));
+
+app.get('/parts', (request, response) => response.send('<!DOCTYPE html><title>0</title>' +
+	[...Array(40).keys()].map((n) => `<script src="/part/${n}"></script>`).join('')));
+app.get('/part/:n', (request, response) =>
+	response.type('js').send(`document.title = Number(document.title) + 1; // ${' '.repeat(5000)}`));
 
 const signedIn = (request) => /(^|; )session=42($|;)/.test(request.headers.cookie || '');
 
