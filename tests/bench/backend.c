@@ -9,6 +9,8 @@
  *     /echo       each frame, whole, comes back
  *     /sink       what comes is thrown away without a look
  *     /source     frames of SOURCE_FRAME bytes without end
+ *     /page       no WebSocket: a page of PARTS parts
+ *     /part/n     one of them, PART_SIZE bytes
  *
  * One epoll loop. All clients share one buffer; what one of them can't do yet is kept apart. */
 #include <arpa/inet.h>
@@ -31,6 +33,8 @@ enum {
 	FRAME_MAX = 1 << 20,            /* of an echo */
 	SOURCE_FRAME = 65536,
 	SOURCE_HEAD = 10,
+	PARTS = 40,
+	PART_SIZE = 10000,
 	SOURCE_ROUNDS = 4,              /* sends in a row, so that no client holds the loop */
 };
 
@@ -212,6 +216,26 @@ static int client_source(struct client *c)
 	return 0;
 }
 
+/* Answers a request for a page or a part of one. */
+static int client_page(struct client *c, int page)
+{
+	static char text[4096 + PART_SIZE], body[PART_SIZE];
+	size_t len = 0;
+	int i, n;
+
+	for (i = 0; i < PARTS && page; i++)
+		len += (size_t)snprintf(body + len, sizeof body - len,
+			"<script src=\"/part/%d\"></script>", i);
+	if (!page) {
+		memset(body, '/', len = sizeof body);
+		memcpy(body, "document.title += '.'; ", 23);
+	}
+	n = snprintf(text, sizeof text, "HTTP/1.1 200 OK\r\nContent-Type: text/%s\r\n"
+		"Content-Length: %zu\r\n\r\n", page ? "html" : "javascript", len);
+	memcpy(text + n, body, len);
+	return client_send(c, (unsigned char *)text, (size_t)n + len);
+}
+
 /* Answers an upgrade whose head is the buffer's first `len` bytes, a zero behind them. */
 static int client_upgrade(struct client *c, size_t len)
 {
@@ -227,6 +251,8 @@ static int client_upgrade(struct client *c, size_t len)
 		c->in_len = len;
 		return len < READ_MAX ? 0 : -1;
 	}
+	if (strncmp(head, "GET /pa", 7) == 0)
+		return client_page(c, head[7] == 'g');
 	if (!key)
 		return -1;
 	key += sizeof name - 1;

@@ -53,8 +53,11 @@ and CHACHA20, since such a CPU has no instructions for AES, nor has the emulated
 Results, in tests/build/bench (bench-mipsel, bench-armhf): table.txt, table.csv (medians), runs.csv
 (all values), plot.svg."""
 
+import contextlib
 import csv
 import gzip
+import http.client
+import itertools
 import os
 import re
 import resource
@@ -62,10 +65,14 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import restart
@@ -77,6 +84,7 @@ OUT = TOP / "tests" / "build" / f"bench{EMULATE and '-'}{EMULATE}"
 CROSS = TOP / "tests" / "build" / "cross"
 ROOT = CROSS / "packages" / EMULATE     # of the emulated peers
 MAX_SESSIONS = 5000
+PARTS = 40              # of a page, see backend.c
 FILES = 16384           # descriptors for each process
 SUITES = {
     "AES128-GCM": ("ECDHE-ECDSA-AES128-GCM-SHA256",
@@ -418,6 +426,11 @@ class Proxy:
             kb += int(re.search(r"^(?:Pss_Dirty|Private_Dirty): *(\d+) kB", rollup, re.M)[1])
         return kb
 
+    def cpu(self):
+        """Seconds of CPU so far, of its first threads."""
+        return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+                   for pid in self.pids()) / 1e9
+
     def load_start(self, *args):
         return start(cpus()[1], [OUT / "load", "-p", str(self.port), "-P", ",".join(self.pids()),
                                  "-C", SUITES[SUITE][0], *map(str, args)],
@@ -592,6 +605,87 @@ def restarted(proxy):
     return {f"restart-{key}": x for key, x in found.items()}
 
 
+class Browser:
+    """A page and its parts, as a browser without a past loads them: six connections at most, each
+    for one request at a time, and again while the server keeps it."""
+
+    def __init__(self, port):
+        self.port, self.parts, self.connections = port, itertools.count(), 0
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.context.check_hostname, self.context.verify_mode = False, ssl.CERT_NONE
+        self.context.maximum_version = ssl.TLSVersion.TLSv1_2
+        self.context.set_ciphers(SUITES[SUITE][0])
+
+    def fetch(self, client, path):
+        self.connections += client.sock is None
+        client.request("GET", path)
+        if len(client.getresponse().read()) < 1000:
+            raise Failure(f"{path} is too short")
+
+    def client(self):
+        return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=20, context=self.context)
+
+    def fetch_parts(self, client):
+        while (n := next(self.parts)) < PARTS:
+            self.fetch(client, f"/part/{n}")
+        client.close()
+
+    def load(self):
+        first = self.client()
+        self.fetch(first, "/page")
+        clients = [first, *(self.client() for _ in range(5))]
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(self.fetch_parts, clients))
+
+
+def page(proxy):
+    """Browsers that load a page, one after the other."""
+    loads, connections, began, cpu = 0, 0, time.monotonic(), proxy.cpu()
+    while loads < 3 or time.monotonic() - began < SECONDS:
+        browser = Browser(proxy.port)
+        browser.load()
+        loads += 1
+        connections += browser.connections
+    return {"page-cpu": (proxy.cpu() - cpu) / loads * 1e3, "page-connections": connections / loads,
+            "page-time": (time.monotonic() - began) / loads * 1e3}
+
+
+def page_chromium(proxy):
+    """Chromium without a past loads it, once; a relay counts its connections."""
+    chromium = shutil.which("chromium")
+    if not chromium:
+        raise Failure("chromium is not installed")
+    seen = []
+    with socket.create_server(("127.0.0.1", 0)) as relay, \
+            tempfile.TemporaryDirectory() as profile:
+        def pump(one, other):
+            with contextlib.suppress(OSError):
+                while data := one.recv(65536):
+                    other.sendall(data)
+            with contextlib.suppress(OSError):
+                other.shutdown(socket.SHUT_WR)
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    client = relay.accept()[0]
+                    server = socket.create_connection(("127.0.0.1", proxy.port))
+                    seen.append(client)
+                    for pair in ((client, server), (server, client)):
+                        threading.Thread(target=pump, args=pair, daemon=True).start()
+        threading.Thread(target=serve, daemon=True).start()
+        cpu = proxy.cpu()
+        result = subprocess.run(
+            ["taskset", "-c", str(cpus()[1]), chromium, "--headless", "--no-sandbox",
+             "--disable-gpu", "--disable-quic", "--disable-background-networking",
+             "--ignore-certificate-errors", f"--user-data-dir={profile}", "--dump-dom",
+             f"https://127.0.0.1:{relay.getsockname()[1]}/page"],
+            capture_output=True, text=True, timeout=100, check=False)
+        if "." * PARTS not in result.stdout:
+            raise Failure(f"chromium: {result.stderr[-200:]}")
+        return {"chromium-connections": len(seen), "chromium-cpu": (proxy.cpu() - cpu) * 1e3}
+
+
 ALL_MEASURES = {
     "idle": idle,
     "memory": memory,
@@ -604,11 +698,14 @@ ALL_MEASURES = {
     "full": connect("full"),
     "resumed": connect("resumed", "-R"),
     "beside-full": beside_full,
+    "page": page,
+    "page-chromium": page_chromium,
     **{name: storm(name, *args) for name, (_, args) in STORMS.items()},
     **{name: pressure(name, *args) for name, (_, *args) in PRESSURES.items()},
     "restart": restarted,
 }
-ONCE = ["idle", "memory", "restart"]    # they do not vary
+ONCE = ["idle", "memory", "restart", "page-chromium"]   # they do not vary
+NO_PAGES = ["hitch", "stunnel"]         # their backend would have to close its connections
 MEASURES = option("MEASURES", ["echo-64", "echo-16384", "full", "resumed", *STORMS, *PRESSURES]
                   if EMULATE else list(ALL_MEASURES))
 
@@ -626,6 +723,11 @@ ROWS = [
     ("up-cpu", "upload of 1 MB, CPU us", 0, True, None),
     ("down-cpu", "download of 1 MB, CPU us", 0, True, None),
     ("full-cpu", "full handshake, CPU us", 0, True, None),
+    ("page-cpu", "page of 40 parts, new browser, CPU ms", 1, True, (1, BEST)),
+    ("page-connections", "  its connections", 0, True, (1, BEST)),
+    ("page-time", "  its time, ms", 0, True, None),
+    ("chromium-cpu", "  by Chromium, CPU ms", 1, True, None),
+    ("chromium-connections", "  its connections", 0, True, (1, BEST)),
     ("resumed-cpu", "resumed handshake, CPU us", 0, True, (0.8, BEST)),
     ("echo-64-rate", "echoes of 64 B / s", 0, False, None),
     ("echo-1024-rate", "echoes of 1 KB / s", 0, False, None),
@@ -927,7 +1029,8 @@ def measure_all(lines, backend):
             shift = turn % len(PEERS)
             for peer in PEERS[shift:] + PEERS[:shift]:
                 if name not in ONLY.get(peer, MEASURES) or \
-                        (name == "restart" and peer not in BUILDS and peer not in RELOAD):
+                        (name == "restart" and peer not in BUILDS and peer not in RELOAD) or \
+                        (name.startswith("page") and peer in NO_PAGES):
                     continue
                 found = measure(name, peer)
                 if backend.poll() is not None:
