@@ -6359,7 +6359,7 @@ static void listener_close(unsigned i)
 {
 	close(fds[FD_LISTEN + i].fd);
 	fds[FD_LISTEN + i].fd = -1;
-	if (make_way) {
+	if (make_way && fds[FD_DOOR + i].fd >= 0) {
 		close(fds[FD_DOOR + i].fd);
 		fds[FD_DOOR + i].fd = -1;
 	}
