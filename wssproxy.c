@@ -563,14 +563,41 @@ static const char *text_or(const char *s)
 	return s ? s : "NULL";
 }
 
+/* Divides by up to 131072, in digits of 15 bits: what 32-bit compilers bring for 64 is 2 KB. The
+ * rest. */
+static unsigned divide(uint64_t *n, unsigned by)
+{
+	uint64_t quotient = 0;
+	unsigned rest = 0;
+	int i;
+
+	for (i = 60; i >= 0; i -= 15) {
+		rest = rest << 15 | (unsigned)(*n >> i & 0x7fff);
+		quotient = quotient << 15 | rest / by;
+		rest %= by;
+	}
+	*n = quotient;
+	return rest;
+}
+
+/* memmem(), of which musl has 1.4 KB. */
+static void *bytes_find(const void *in, size_t len, const char *what, size_t n)
+{
+	const char *p = in;
+
+	for (; len >= n; p++, len--)
+		if (memcmp(p, what, n) == 0)
+			return (void *)(uintptr_t)p;
+	return NULL;
+}
+
 /* At least so many digits, up to 9. */
-static void text_number(struct text *t, unsigned long long n, unsigned base, unsigned digits)
+static void text_number(struct text *t, uint64_t n, unsigned base, unsigned digits)
 {
 	char buf[20], *const end = buf + sizeof buf, *p = end;
 
 	do {
-		*--p = "0123456789abcdef"[n % base];
-		n /= base;
+		*--p = "0123456789abcdef"[divide(&n, base)];
 	} while (n > 0 || p > end - digits);
 	text_add(t, p, (size_t)(end - p));
 }
@@ -655,12 +682,12 @@ static const char *date_format(unsigned day, char out[16])
 /* The time by UTC (ISO 8601). */
 static void text_time(struct text *t, const struct timespec *ts)
 {
-	const unsigned s = (unsigned)(ts->tv_sec % 86400);
+	uint64_t day = (uint64_t)ts->tv_sec;
+	const unsigned s = divide(&day, 86400);
 	char date[16];
 
-	text_format(t, "%sT%02u:%02u:%02u.%03uZ ",
-		date_format((unsigned)(ts->tv_sec / 86400) + 719468, date), s / 3600, s / 60 % 60,
-		s % 60, (unsigned)(ts->tv_nsec / 1000000));
+	text_format(t, "%sT%02u:%02u:%02u.%03uZ ", date_format((unsigned)day + 719468, date),
+		s / 3600, s / 60 % 60, s % 60, (unsigned)ts->tv_nsec / 1000000);
 }
 
 /* ---- diagnostics ---- */
@@ -855,7 +882,7 @@ static void clock_read(void)
 	struct timespec t;
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
-	now = (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+	now = (uint64_t)t.tv_sec * 1000 + (unsigned)t.tv_nsec / 1000000;
 }
 
 /* Starts or restarts a timer. All of a queue run equally long, so appending keeps its order. */
@@ -1094,7 +1121,7 @@ static const struct pem chain_pem = { chain_add, "no certificate in it" };
 static const char *key_add(void *owner, const char *name, const unsigned char *der, size_t len)
 {
 	br_skey_decoder_context *key = &((struct identity *)owner)->key;
-	const char *kind = strstr(name, "PRIVATE KEY");
+	const char *kind = bytes_find(name, strlen(name), "PRIVATE KEY", 11);
 
 	if (strcmp(name, "ENCRYPTED PRIVATE KEY") == 0)
 		return "the key is encrypted: decrypt it (openssl pkey)";
@@ -2704,17 +2731,22 @@ static int server_pick(const struct session *s)
 /* A connection stands: the backend is no longer aside. */
 static void server_good(struct server *v)
 {
+	uint64_t s = now - v->down_since;
+
 	v->fails = 0;
 	v->aside_until = v->held_until = 0;
+	divide(&s, 1000);
 	if (v->down)
 		log_line(LOG_NOTICE, "backend name=%s up s=%llu requests=%u", v->name,
-			(now - v->down_since) / 1000ull, v->lost);
+			(unsigned long long)s, v->lost);
 	v->down = 0;
 }
 
 /* It is down: said at once, and again, if that is found again, once a minute. */
 static void server_down(struct server *v, const char *why)
 {
+	uint64_t s;
+
 	if (!v->down) {
 		v->down_since = v->down_after = now;
 		v->lost = 0;
@@ -2723,8 +2755,10 @@ static void server_down(struct server *v, const char *why)
 	if (now < v->down_after)
 		return;
 	v->down_after = now + DOWN_PAUSE_MS;
+	s = now - v->down_since;
+	divide(&s, 1000);
 	log_line(LOG_WARNING, "backend name=%s down why=%s s=%llu requests=%u", v->name, why,
-		(now - v->down_since) / 1000ull, v->lost);
+		(unsigned long long)s, v->lost);
 }
 
 static void resolver_ask(struct server *v);
@@ -3621,6 +3655,19 @@ static int client_asked(const struct session *s)
 	return clients_asked() && listener_ca(s->listener) != NULL;
 }
 
+/* br_ssl_engine_set_default_chapol() without the second Poly1305 that 64-bit machines have no use
+ * for, 2 KB. */
+static void chapol_set(br_ssl_engine_context *eng)
+{
+#if defined __SIZEOF_INT128__ && !defined __SSE2__
+	br_ssl_engine_set_chapol(eng, &br_sslrec_in_chapol_vtable, &br_sslrec_out_chapol_vtable);
+	br_ssl_engine_set_chacha20(eng, br_chacha20_ct_run);
+	br_ssl_engine_set_poly1305(eng, br_poly1305_ctmulq_get());
+#else
+	br_ssl_engine_set_default_chapol(eng);
+#endif
+}
+
 /* What engines of both sides have in common. */
 static int engine_make(br_ssl_engine_context *eng)
 {
@@ -3637,7 +3684,7 @@ static int engine_make(br_ssl_engine_context *eng)
 	br_ssl_engine_set_prf_sha256(eng, &br_tls12_sha256_prf);
 	br_ssl_engine_set_prf_sha384(eng, &br_tls12_sha384_prf);
 	br_ssl_engine_set_default_aes_gcm(eng);
-	br_ssl_engine_set_default_chapol(eng);
+	chapol_set(eng);
 	if (tls_min < BR_TLS12) {
 		br_ssl_engine_set_hash(eng, br_md5_ID, &br_md5_vtable);
 		br_ssl_engine_set_prf10(eng, &br_tls10_prf);
@@ -3722,7 +3769,8 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 {
 	static br_x509_class class;
 	br_x509_minimal_context *m = &v->u.minimal;
-	time_t t = clock_floor();
+	uint64_t day = (uint64_t)clock_floor();
+	const unsigned s = divide(&day, 86400);
 	int i;
 
 	br_x509_minimal_init(m, &br_sha256_vtable, ring->anchor + trust->first, trust->count);
@@ -3730,7 +3778,7 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	br_x509_minimal_set_ecdsa(m, br_ec_get_default(), br_ecdsa_vrfy_asn1_get_default());
 	for (i = br_sha224_ID; i < (int)LENGTH(hashes); i++)
 		br_x509_minimal_set_hash(m, i, hashes[i]);
-	br_x509_minimal_set_time(m, (uint32_t)(t / 86400 + 719528), (uint32_t)(t % 86400));
+	br_x509_minimal_set_time(m, (uint32_t)day + 719528, s);
 	class = br_x509_minimal_vtable;
 	class.start_chain = chain_start;
 	class.start_cert = chain_start_cert;
@@ -3960,7 +4008,7 @@ static int tls_start(struct session *s)
 
 	if (!s->tls_made && !tls_make(s))
 		return 0;
-	if (memmem(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
+	if (bytes_find(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
 		l->ahead[l->at + 9] = 2;
 	place_start(s);
 	s->ring = keyring;
@@ -4002,7 +4050,7 @@ static unsigned der_next(br_x500_name *from, br_x500_name *out)
 /* Names of hosts among the extensions, in the one subjectAltName, with commas between. */
 static void der_names(br_x500_name list, struct text *names)
 {
-	unsigned char *id = memmem(list.data, list.len, "\6\3\x55\x1d\x11", 5);
+	unsigned char *id = bytes_find(list.data, list.len, "\6\3\x55\x1d\x11", 5);
 	br_x500_name value = { id, id ? list.len - (size_t)(id - list.data) : 0 };
 	unsigned tag;
 
@@ -4021,12 +4069,14 @@ static void cert_say(const br_x509_certificate *c, const char *entry, unsigned i
 	const char *changed)
 {
 	const uint64_t t = (uint64_t)clock_floor() + 719528 * 86400ull; /* since the year 0 */
+	uint64_t day = t;
 	br_x500_name cert = { c->data, c->data_len }, part;
 	char raw[LOG_LINE / 4], names[LOG_LINE / 2] = "-", issuer[100] = "-", date[16];
 	struct text list = { .p = raw, .size = sizeof raw };
 	br_x509_decoder_context dc;
 	unsigned tag, n = 0;
 
+	divide(&day, 86400);
 	br_x509_decoder_init(&dc, NULL, NULL);
 	br_x509_decoder_push(&dc, c->data, c->data_len);
 	der_next(&cert, &cert);
@@ -4049,7 +4099,7 @@ static void cert_say(const br_x509_certificate *c, const char *entry, unsigned i
 		log_line(LOG_WARNING, "warning %s[%u]: %s has expired", entry, i, path);
 	log_line(LOG_NOTICE, "cert entry=%s[%u] names=%s issuer=%s until=%s days=%d%s", entry, i,
 		names, issuer, date_format(dc.notafter_days - 60, date),
-		(int)(dc.notafter_days - (unsigned)(t / 86400)), changed);
+		(int)(dc.notafter_days - (unsigned)day), changed);
 }
 
 /* What a keyring has, at its start or in place of another. How many are not what that had. */
@@ -4617,7 +4667,9 @@ static void tunnel_ask(struct session *s)
 /* How old a tunnel gets: a tenth more or less, for those who came together need not go together. */
 static uint64_t tunnel_age(const struct session *s)
 {
-	return max_age_ms * (922 + hash_mix(s->born << 32 ^ s->id) % 205) / 1024;
+	const uint64_t chance = hash_mix(s->born << 32 ^ s->id) >> 32;
+
+	return max_age_ms * (922 + (chance * 205 >> 32)) >> 10;
 }
 
 /* What the time that a tunnel has stood, or was silent, asks for. */
@@ -4977,7 +5029,9 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 {
 	static const char *const words[] = { "open", "close", "reject" };
 	static const char *const parties[] = { "proxy", "client", "backend" };
-	const unsigned long long ms = now - s->born;
+	const uint64_t ms = now - s->born;
+	uint64_t seconds = ms;
+	const unsigned tenths = divide(&seconds, 1000) / 100;
 	const int error = leg_fault(s, s->by == BY_BACKEND ? &s->backend : &s->client);
 	struct text t;
 	char client[ADDRESS_TEXT];
@@ -5003,7 +5057,7 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 	if (event != CLOSE)
 		text_asked(&t, s, why);
 	if (event == OPEN)
-		text_format(&t, " status=%u ms=%llu", status, ms);
+		text_format(&t, " status=%u ms=%llu", status, (unsigned long long)ms);
 	if (event == CLOSE && frames && is_tunnel(s))
 		text_format(&t, s->code ? " code=%u code-by=%s" : " code=-", s->code,
 			parties[s->code_by]);
@@ -5014,7 +5068,7 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 		text_format(&t, " rx-frames=%u tx-frames=%u", s->flow[TO_BACKEND].frames_of_data,
 			s->flow[TO_CLIENT].frames_of_data);
 	if (event == CLOSE)
-		text_format(&t, " s=%llu.%u", ms / 1000, (unsigned)(ms % 1000 / 100));
+		text_format(&t, " s=%llu.%u", (unsigned long long)seconds, tenths);
 	log_end(&t);
 }
 
@@ -6139,9 +6193,12 @@ static uint64_t leave_next(void)
 {
 	const unsigned most = tunnels > tunnels_first ? tunnels : tunnels_first;
 	const unsigned room = drain_ms / 10;
+	uint64_t left = (uint64_t)(drain_ms - room) * tunnels;
 
-	return !drain_until || tunnels == 0 ? UINT64_MAX :
-		drain_until - room - (uint64_t)(drain_ms - room) * tunnels / most;
+	if (!drain_until || tunnels == 0)
+		return UINT64_MAX;
+	divide(&left, most);
+	return drain_until - room - left;
 }
 
 /* Which one that is: that has been silent longest, if it rests; of those that talk, one whose
@@ -6612,7 +6669,7 @@ static int origin_valid(const char *o)
 
 static void backend_check(const struct backend *b)
 {
-	const char *host = b->host ? b->host : "", *url = strstr(host, "://");
+	const char *host = b->host ? b->host : "", *url = bytes_find(host, strlen(host), "://", 3);
 	const int local = strncmp(host, "unix:", 5) == 0;
 	struct address a;
 	const int name = !address_parse(&a, host, "1") && *host && !local;
@@ -6734,14 +6791,14 @@ static void config_check(void)
 /* What depends on the machine. */
 static void system_check(void)
 {
-	struct stat st;
 	const char *dir = text_or(chroot_dir);
-	const char *what = !chroot_dir ? NULL : stat(dir, &st) < 0 ? strerror(errno) :
-		!S_ISDIR(st.st_mode) ? "Not a directory" :
+	const int fd = chroot_dir ? open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
+	const char *what = !chroot_dir ? NULL : fd < 0 ? strerror(errno) :
 		dir[0] != '/' ? "not an absolute path" : NULL;
 
 	wrong(what != NULL, "chroot_dir \"%s\": %s: make that directory, or give NULL", dir,
 		text_or(what));
+	close(fd);
 	descriptors_raise();
 }
 
