@@ -3714,12 +3714,13 @@ static int tls_make(struct session *s)
 	return 1;
 }
 
-/* Gives a leg an engine, and that its buffers. */
-static void leg_start(struct leg *l, br_ssl_engine_context *eng)
+/* Gives a leg an engine, and that its buffers. Of the output buffer it knows as much as the largest
+ * record needs: to BearSSL, that is 512, 1024, 2048, 4096 or 16384 bytes, handshakes as well. */
+static void leg_start(struct leg *l, br_ssl_engine_context *eng, size_t largest)
 {
 	l->eng = eng;
 	br_ssl_engine_set_buffers_bidi(eng, l->buf->ibuf, sizeof l->buf->ibuf,
-		l->buf->obuf, sizeof l->buf->obuf);
+		l->buf->obuf, sizeof l->buf->obuf - 16384 + largest);
 }
 
 /* Who may resume has the cache. A resumed session shows no certificate, so none is kept or taken
@@ -3900,7 +3901,7 @@ static int tls_dial(struct session *s)
 	leg_attach(&s->backend, &s->rec->side[tls_backends]);
 	s->ring = keyring;
 	keyring->users++;
-	leg_start(&s->backend, eng);
+	leg_start(&s->backend, eng, 16384);
 	br_ssl_client_set_client_certificate(&u->tls, NULL);
 	if (id->chain_len > 0 && br_skey_decoder_get_rsa(&id->key))
 		br_ssl_client_set_single_rsa(&u->tls, id->chain, id->chain_len,
@@ -4013,7 +4014,7 @@ static int tls_start(struct session *s)
 	place_start(s);
 	s->ring = keyring;
 	keyring->users++;
-	leg_start(l, &s->tls.eng);
+	leg_start(l, &s->tls.eng, record_max);
 	cache_offer(s);
 	s->policy = &policy_class;
 	br_ssl_server_set_policy(&s->tls, &s->policy);
@@ -6617,7 +6618,7 @@ static void lending_test(void)
 
 	tls_make(s);
 	s->client.buf = &records[0].side[0];
-	leg_start(&s->client, eng);
+	leg_start(&s->client, eng, record_max);
 	if (!br_ssl_server_reset(&s->tls))
 		die("BearSSL: br_ssl_server_reset: error %d", br_ssl_engine_last_error(eng));
 	engine_lend(eng, no_records, no_records);
@@ -6636,7 +6637,7 @@ static const struct {
 	NUMBER(hash_bits4, 1, 32), NUMBER(hash_bits6, 1, 128),
 	NUMBER(session_cache, 0, UINT_MAX), NUMBER(check_accept, 0, 1),
 	NUMBER(tls_backends, 0, 1), NUMBER(resolve_names, 0, 1), NUMBER(make_way, 0, 1),
-	NUMBER(max_sessions, 1, 100000),
+	NUMBER(max_sessions, 1, 100000), NUMBER(record_max, 512, 16384),
 	NUMBER(max_busy, 1, max_sessions), NUMBER(max_per_ip, 0, UINT_MAX),
 	NUMBER(head_max, 1024, 16000), NUMBER(handshake_ms, 1, INT_MAX),
 	NUMBER(http_idle_ms, 0, INT_MAX), NUMBER(head_ms, 1, INT_MAX),

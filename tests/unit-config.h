@@ -47,6 +47,7 @@ static const uint16_t ciphers[] = {
 #define make_way 1
 #define tls_backends 1
 #define session_cache 8
+static const unsigned record_max = 16384;
 static const char *const client_ca = NULL;
 static enum http http = REFUSE;
 static const unsigned http_idle_ms = 5000;

@@ -98,6 +98,8 @@ def test_products(name):
     ("shop", {"certs": [(None, None, pki.DIR / "ec256.key")]}, "certs[0].chain", "a PEM file"),
     ("shop", {"certs": [(None, pki.DIR / "ec256.pem", None)]}, "certs[0].key", "a PEM file"),
     ("shop", {"cookie_name": "a b"}, "cookie_name", "letters, digits"),
+    ("shop", {"record_max": 511}, "record_max", "give 512 to 16384"),
+    ("shop", {"record_max": 16385}, "record_max", "give 512 to 16384"),
     ("old-meters", {"ciphers": [GCM]}, "tls_min", "need CBC suites"),
     ("old-meters", {"tls_min": C("BR_TLS12")}, "ciphers[1]", "tls_min below BR_TLS12"),
     ("old-meters", backend("old-meters", lacks=["ca"]), "backends[0].ca", "its certificate"),

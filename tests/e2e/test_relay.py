@@ -23,6 +23,7 @@ VARIANTS = {
     "plain-listener": {"listeners": [("127.0.0.1", "0", WS)]},
     "one-buffer": {"max_busy": 1},
     "few-buffers": {"max_busy": 3},
+    "small-records": {"record_max": 512},
 }
 
 
@@ -388,6 +389,24 @@ def test_bulk_is_in_full_records_behind_a_small_first_one(proxy, scripted):
         assert got == sent
         assert sizes[0] <= 1400
         assert max(sizes) == 16384
+
+
+@pytest.mark.parametrize("record_max, largest, first", [
+    (512, 512, 512), (1000, 512, 512), (2048, 2048, 1400), (4096, 4096, 1400), (16383, 4096, 1400)])
+def test_records_are_as_small_as_wanted(proxy, scripted, record_max, largest, first):
+    """For devices that have no room for others, and can't say so. The buffers go back in between."""
+    backend = scripted()
+    p = proxy(backend, record_max=record_max)
+    client, server = open_tunnel(p, backend)
+    for _ in range(2):
+        eventually(lambda: p.totals()["records"] == "0")
+        sent = pattern(100_000)
+        server.send(sent)
+        sizes, got = read_records(client, len(sent))
+        assert got == sent
+        assert (sizes[0], max(sizes)) == (first, largest)
+        client.send(pattern(50_000))        # may be as large as they like
+        assert server.read(50_000) == pattern(50_000)
 
 
 # ---- one that stalls ----

@@ -211,6 +211,17 @@ def test_renegotiation_is_refused(proxy, place):
     assert re.search("no.renegotiation", seen)
 
 
+@pytest.mark.parametrize("record_max", [16384, 512])
+def test_handshake_is_in_records_as_small_as_wanted(proxy, place, record_max):
+    """Its certificate alone is larger."""
+    p = proxy(place(), certs=[certificate("rsa4096")], record_max=record_max)
+    seen = s_client(p, "-tls1_2", "-msg", "-quiet", "-no_ign_eof", trust="rsa4096")
+    sizes = [int(high + low, 16) for high, low in re.findall(
+        r"^<<< .*RecordHeader.*\n +\S\S \S\S \S\S (\S\S) (\S\S)", seen, re.M)]
+    assert "verify error" not in seen and len(sizes) > 2
+    assert max(sizes) <= record_max and (max(sizes) > 512) == (record_max > 512), sizes
+
+
 # ---- handshakes that fail ----
 
 def test_client_that_distrusts_the_certificate(proxy, place):
