@@ -10,10 +10,16 @@
 static const struct listener listeners[] = {
 	/* address      port    kind: WSS (TLS), WS (clear), REDIRECT (308 to https) */
 	{ "::",         "443",  WSS },                  /* "::" takes IPv4 as well */
-	/* More of one that is WSS: .client_ca, in place of the entry below; .verify_client,
+	/* One that is REDIRECT passes on to a backend with .path = "/.well-known/acme-challenge/"
+	 * what a certificate authority asks for there (ACME, HTTP-01), whatever http says.
+	 * More of one that is WSS: .client_ca, in place of the entry below; .verify_client,
 	 * VERIFY_REQUIRED (which client_ca means), VERIFY_OPTIONAL (who shows no certificate is
 	 * served, who shows a bad one is not) or VERIFY_OFF. */
 };
+
+/* The port that a REDIRECT listener sends clients to, when NAT or a container shows another one
+ * than listeners[] has, such as "443"; NULL: that of the first WSS listener. */
+static const char *const redirect_port = NULL;
 
 /* What the proxy shows to clients: a chain in file order and its key, PEM. EC keys (P-256) are
  * what a small device wants: one RSA-2048 signature costs 5, RSA-4096 40 times a P-256 one. */

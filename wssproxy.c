@@ -4933,11 +4933,13 @@ static const char *status_text(unsigned status)
 	return texts[i].text;
 }
 
-/* Location of a redirect: the host asked for, with the port of the first WSS listener. */
+/* Location of a redirect: the host asked for, with redirect_port, or that of the first WSS
+ * listener. */
 static void text_location(struct text *t, const struct head_buffer *hd)
 {
 	const struct request *r = &hd->u.request;
 	struct span host = r->host;
+	const char *port = redirect_port;
 	unsigned i = host.len;
 
 	while (i > 0 && isalnum((unsigned char)hd->bytes[host.at + i - 1]))
@@ -4947,10 +4949,10 @@ static void text_location(struct text *t, const struct head_buffer *hd)
 		host.len = (uint16_t)(i - 1);
 	text_string(t, "Location: https://");
 	text_span(t, hd->bytes, host);
-	for (i = 0; i < LISTENERS && listeners[i].kind != WSS; i++)
-		;
-	if (i < LISTENERS && strcmp(listeners[i].port, "443") != 0)
-		text_format(t, ":%s", listeners[i].port);
+	for (i = 0; i < LISTENERS && !port; i++)
+		port = listeners[i].kind == WSS ? listeners[i].port : NULL;
+	if (port && strcmp(port, "443") != 0)
+		text_format(t, ":%s", port);
 	if (r->target.len == 0 || hd->bytes[r->target.at] != '/')
 		text_string(t, "/");
 	if (hd->bytes[r->target.at] != '*')
@@ -5312,21 +5314,38 @@ static void request_note(struct session *s)
 	s->group = servers_for(path, len);
 }
 
+/* Whether a REDIRECT listener passes a request on: one for the proof that a certificate authority
+ * asks for in the clear (RFC 8555 8.3), if its path has a backend that those beside it have not.
+ * Nothing but what such a URL can be: no way of reading it leads elsewhere. */
+static int is_challenge(const struct session *s)
+{
+	static const char under[] = "/.well-known/acme-challenge/";
+	const struct request *r = &s->hd->u.request;
+	const char *buf = s->hd->bytes, *method = buf + r->head.part[0].at;
+	const size_t token = r->target.at + sizeof under - 1, end = r->target.at + r->target.len;
+
+	return token < end && memcmp(buf + r->target.at, under, sizeof under - 1) == 0 &&
+		word_end(buf, token, end, "-_") == end && !r->upgrade && !r->chunked &&
+		r->length == 0 && (memcmp(method, "GET ", 4) == 0 ||
+		memcmp(method, "HEAD ", 5) == 0) &&
+		s->group != servers_for(under, sizeof "/.well-known/" - 1);
+}
+
 /* The request is whole, or no good: judges it, and puts what the backend gets in its place. */
 static enum state head_done(struct session *s, enum why why)
 {
 	struct head_buffer *hd = s->hd;
 	struct request *r = &hd->u.request;
 	struct forwarded f = { .proto = s->plain ? "http" : "https", .subject = s->note->subject };
+	const int redirects = listeners[s->listener].kind == REDIRECT;
 	char client[ADDRESS_TEXT], *p;
 
 	if (why == WHY_NONE)
 		why = request_check(r, hd->bytes);
 	request_note(s);
 	s->head = (uint8_t)span_is(hd->bytes, r->head.part[0], "head");
-	if (why == WHY_NONE)
-		why = listeners[s->listener].kind == REDIRECT ? WHY_REDIRECT :
-			!r->upgrade && http == REFUSE ? WHY_NOT_WEBSOCKET :
+	if (why == WHY_NONE && !(redirects && is_challenge(s)))
+		why = redirects ? WHY_REDIRECT : !r->upgrade && http == REFUSE ? WHY_NOT_WEBSOCKET :
 			!s->group ? WHY_NO_PATH : WHY_NONE;
 	if (why != WHY_NONE)
 		return session_fail(s, why);
@@ -6742,8 +6761,11 @@ static void ciphers_check(void)
 
 static void texts_check(void)
 {
+	struct address a;
 	unsigned i;
 
+	wrong(redirect_port && (!address_parse(&a, "::", redirect_port) || a.in.sin_port == 0),
+		"redirect_port \"%s\": give 1 to 65535, or NULL", text_or(redirect_port));
 	wrong(cookie_name[word_end(cookie_name, 0, strlen(cookie_name), in_token)] != '\0',
 		"cookie_name \"%s\": no token (RFC 6265 4.1.1): letters, digits, - and _ will do",
 		cookie_name);
@@ -6833,7 +6855,7 @@ static int version_print(void)
 		{ "x_forwarded_for", forwards[x_forwarded_for] }, { "user", user },
 		{ "group", group }, { "chroot_dir", chroot_dir },
 		{ "log_to", log_to == STDERR ? "STDERR" : "SYSLOG" },
-		{ "log_sessions", logged[log_sessions] },
+		{ "log_sessions", logged[log_sessions] }, { "redirect_port", redirect_port },
 	};
 	const int out = STDOUT_FILENO;
 	const br_config_option *o;

@@ -21,7 +21,7 @@
 enum listener_kind {
 	WSS,            /* TLS, then HTTP/1.1 */
 	WS,             /* HTTP/1.1 in the clear */
-	REDIRECT,       /* in the clear; every request is answered with 308 to https */
+	REDIRECT,       /* in the clear; all but ACME's challenges is answered with 308 to https */
 };
 
 enum verify_client {

@@ -37,6 +37,7 @@ static const char cookie_secret[] = "secret";
 static const unsigned tls_min = BR_TLS12;
 static const unsigned tls_max = BR_TLS12;
 static const int ciphers_by_cpu = 1;
+static const char *const redirect_port = NULL;
 static const uint16_t ciphers[] = {
 	BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
 	BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,

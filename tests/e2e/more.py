@@ -421,7 +421,8 @@ class Etc:
     runs. (Written in place: a bind mount is of the inode.)"""
 
     PATHS = {"hosts": "/etc/hosts", "resolv": "/etc/resolv.conf", "nsswitch": "/etc/nsswitch.conf",
-             "passwd": "/etc/passwd", "group": "/etc/group"}
+             "passwd": "/etc/passwd", "group": "/etc/group",
+             "authorities": "/etc/ssl/certs/ca-certificates.crt"}
 
     def __init__(self, folder, **files):
         self.folder = folder

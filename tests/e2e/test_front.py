@@ -469,6 +469,15 @@ def test_redirect_to_the_usual_port_says_none(proxy, place):
     assert ask(p, request("/x"))[0].get("Location") == "https://example.test/x"
 
 
+@pytest.mark.parametrize("seen, location", [
+    ("8443", "https://example.test:8443/x"), ("443", "https://example.test/x")])
+def test_redirect_to_the_port_that_clients_see(proxy, place, seen, location):
+    front = place()
+    p = proxy(place(), redirect_port=seen,
+              listeners=[(front.host, front.port, WSS), ("127.0.0.1", "0", REDIRECT)])
+    assert ask(p, request("/x", Host="example.test:8080"), REDIRECT)[0].get("Location") == location
+
+
 def test_redirect_listener_dials_no_backend(proxy, scripted):
     backend = scripted()
     p = proxy(backend, listeners=[("127.0.0.1", "0", REDIRECT)], http=FORWARD)
@@ -512,6 +521,115 @@ def test_curl_follows_a_redirect(proxy, scripted, place):
     result = curl(p, "/", "-L", kind=REDIRECT)
     thread.join(PATIENCE)
     assert result.stdout == "secure page", result.stderr
+
+
+# ---- what certificate authorities ask for, in the clear ----
+
+CHALLENGE = "/.well-known/acme-challenge/"
+TOKEN = CHALLENGE + "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"
+
+
+@pytest.fixture
+def challenged(proxy, scripted):
+    """A proxy whose REDIRECT listener has a backend for challenges, and that, and the one for all else."""
+    def start(path=CHALLENGE, **config):
+        other, acme = scripted(), scripted()
+        p = proxy({**other.entry(), "path": config.pop("beside", None)},
+                  {**acme.entry(), "path": path},
+                  listeners=[("127.0.0.1", "0", WSS), ("127.0.0.1", "0", REDIRECT)], **config)
+        return p, acme, other
+    return start
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("config", [{}, {"path": CHALLENGE[:-1]}, {"http": FORWARD},
+                                    {"client_ca": pem("client-ca")}, {"beside": "/.well-known/"}],
+                         ids=["refuse", "no-slash", "forward", "client-ca", "beside"])
+def test_challenge_is_answered_in_the_clear(challenged, method, config):
+    p, acme, other = challenged(**config)
+    sent, (head, body) = exchange(p, acme, request(TOKEN, method), answer(body=b"proof"), REDIRECT)
+    assert sent[0].first == f"{method} {TOKEN} HTTP/1.1"
+    assert sent[0].get("X-Forwarded-Proto") == "http"
+    assert head.status == 200
+    assert body == (b"proof" if method == "GET" else b"")
+    assert other.untouched()
+    # what is for TLS, stays there
+    assert ask(p, request("/"), REDIRECT)[0].status == 308
+
+
+def test_what_follows_a_challenge_is_redirected(challenged):
+    """On the same connection."""
+    p, acme, other = challenged(http=FORWARD)
+    client = connect(p, REDIRECT)
+    client.send(request(TOKEN, Connection=None) + request("/private") + request(TOKEN))
+    server = acme.accept()
+    assert server.read_head().first == f"GET {TOKEN} HTTP/1.1"
+    server.send(answer(body=b"proof"))
+    assert client.read_head().status == 200
+    assert client.read(5) == b"proof"
+    assert client.read_head().status == 308
+    client.read_to_end()
+    assert acme.untouched() and other.untouched()
+
+
+def test_challenge_of_another_host_name(challenged):
+    """It is routed by its path, as all is."""
+    p, acme, _ = challenged()
+    sent, (head, _) = exchange(p, acme, request("http://other.test" + TOKEN), answer(body=b"proof"),
+                               REDIRECT)
+    assert sent[0].first == f"GET {TOKEN} HTTP/1.1"
+    assert sent[0].get("Host") == "other.test"
+    assert head.status == 200
+
+
+@pytest.mark.parametrize("http", [REFUSE, FORWARD])
+@pytest.mark.parametrize("sent", [
+    request("/"), request(CHALLENGE), request(CHALLENGE[:-1]), request(CHALLENGE + "../x"),
+    request(CHALLENGE + "a/../../../x"), request(CHALLENGE + ".."), request(CHALLENGE + "%2e%2e/x"),
+    request(CHALLENGE + "%2E%2E%2Fx"), request(CHALLENGE + "a%00b"), request(CHALLENGE + "a/b"),
+    request(CHALLENGE + "a\\..\\b"), request(CHALLENGE + "/etc/passwd"), request(CHALLENGE + "a;b"),
+    request(CHALLENGE + "a?b"), request(CHALLENGE + "?a"), request("/" + TOKEN), request("/x" + TOKEN), request("/x/.." + TOKEN),
+    request(TOKEN.replace("acme", "Acme")), request(TOKEN.replace("/.", "/%2e")),
+    request(TOKEN.replace("/acme", "//acme")), request("http://other.test/x?" + TOKEN),
+    request("http://other.test/x" + TOKEN), request("http://other.test" + CHALLENGE + "../x"),
+    request("http://other.test?" + TOKEN), request(TOKEN, "POST", body=b"a=b"),
+    request(TOKEN, "POST"), request(TOKEN, "PUT"), request(TOKEN, "DELETE"), request(TOKEN, "OPTIONS"),
+    request(TOKEN, "get"), request(TOKEN, "head"), request(TOKEN, "GETX"), request(TOKEN, "HEADX"),
+    request(TOKEN, body=b"body"), request(TOKEN, extra=["Transfer-Encoding: chunked"]) + b"0\r\n\r\n",
+    upgrade(TOKEN), upgrade(CHALLENGE + "../x"),
+    request("*", "OPTIONS")])
+def test_nothing_but_challenges_gets_through(challenged, sent, http):
+    p, acme, other = challenged(http=http)
+    assert ask(p, sent, REDIRECT)[0].status == 308
+    assert acme.untouched() and other.untouched()
+
+
+@pytest.mark.parametrize("sent, status", [
+    (request(TOKEN, "CONNECT"), 405), (request(CHALLENGE + "a#b"), 400), (request(CHALLENGE + "\xe4"), 400),
+    (request(TOKEN, Host=None), 400), (request(TOKEN, extra=["Host: b"]), 400),
+    (request(TOKEN, version="HTTP/1.0"), 505), (request(TOKEN, extra=["Content-Length: 0x1"]), 400)])
+def test_requests_for_challenges_are_judged_as_strictly(challenged, sent, status):
+    p, acme, other = challenged()
+    assert ask(p, sent, REDIRECT)[0].status == status
+    assert acme.untouched() and other.untouched()
+
+
+@pytest.mark.parametrize("paths", [(None,), ("/",), ("/.well-known",), ("/.well-known/",),
+                                   ("/.well-known/", None), ("/.well-known/acme-challenge/other", None),
+                                   ("/.well-known/acme-challenger", "/"), ("/x", "/chat")])
+def test_challenge_without_a_backend_of_its_own_is_redirected(proxy, scripted, paths):
+    """Those of others see nothing that came in the clear."""
+    backends = [scripted() for _ in paths]
+    p = proxy(*({**b.entry(), "path": path} for b, path in zip(backends, paths)), http=FORWARD,
+              listeners=[("127.0.0.1", "0", REDIRECT)])
+    assert ask(p, request(TOKEN))[0].status == 308
+    assert all(b.untouched() for b in backends)
+
+
+def test_answer_to_a_challenge_is_never_a_tunnel(challenged):
+    p, acme, _ = challenged()
+    _, (head, body) = exchange(p, acme, request(TOKEN), switching(), REDIRECT)
+    assert head.status == 502
 
 
 # ---- origins ----
