@@ -116,7 +116,8 @@ static const unsigned http_idle_ms = 5000;
 static const char *const origins[] = { NULL };
 
 /* X-Forwarded-For: APPEND the client's address, REPLACE what came, or OFF (with it go
- * X-Forwarded-Proto and X-Real-IP: what came passes). */
+ * X-Forwarded-Proto and X-Real-IP: what came passes, which is right behind another proxy that sets
+ * them, if nobody else can connect). */
 static const enum x_forwarded_for x_forwarded_for = APPEND;
 
 /* A 101 of the backend must carry the right Sec-WebSocket-Accept; 0 is for backends that can't. */
@@ -132,7 +133,8 @@ static const int check_accept = 1;
 #define max_sessions    512
 #define max_busy        8
 
-/* Sessions of one address, 0: no limit. IPv6 addresses with the same source_bits6 (1 to 64) in
+/* Sessions of one address, 0: no limit, as a balancer wants whose address all clients have; NAT may
+ * want more. IPv6 addresses with the same source_bits6 (1 to 64) in
  * front count as one. Sites have a /56 or a /48 as well, which is 256 or 65536 of /64: with 64,
  * four of them fill the table; with 48, some providers' customers share one. */
 static const unsigned max_per_ip   = 128;
