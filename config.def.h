@@ -31,8 +31,11 @@ static const struct cert certs[] = {
 /* Where requests go. All that can be said of one:
  *   .host, .port    name, IPv4 or IPv6; or "unix:/path" and no port. Names are resolved in the
  *                   background: one that does not resolve is a backend that is down
- *   .path           only requests under this path ("/chat": /chat, /chat/x, not /chatty); the
- *                   longest that fits wins
+ *   .name           only requests for this Host ("a.example"), or those below it ("*.example":
+ *                   a.example, a.b.example, not example), whatever the port; the longest that
+ *                   fits wins, before those without (NULL: any)
+ *   .path           of these, only requests under this path ("/chat": /chat, /chat/x, not
+ *                   /chatty); the longest that fits wins
  *   .weight         share of the load, 1 to 256 (0 means 1)
  *   .backup         1: serves when no other can
  *   .max_conns      sessions at a time, 0: no limit

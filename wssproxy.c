@@ -397,7 +397,7 @@ struct session {
 	int sticky;             /* the one that the client's cookie names, -1 */
 	const char *fault;      /* why an address of this backend failed; NULL: none yet */
 	uint64_t tried;         /* backends */
-	uint64_t group;         /* backends that its path allows */
+	uint64_t group;         /* backends that its Host and path allow */
 	uint64_t up_left;       /* bytes that may still go to the backend, UINT64_MAX: no limit, */
 	struct chunked body;    /* or, of a request that is no upgrade, the end of these chunks */
 	union {
@@ -2170,6 +2170,16 @@ static int host_valid(const char *buf, struct span s)
 	return i == end;
 }
 
+/* A valid one without its port. */
+static struct span host_name(const char *buf, struct span s)
+{
+	const char *colon = memrchr(buf + s.at, ':', s.len);
+
+	if (colon && !memchr(colon, ']', (size_t)(buf + s.at + s.len - colon)))
+		s.len = (uint16_t)(colon - (buf + s.at));
+	return s;
+}
+
 /* The target in origin-form, its authority as Host (RFC 9112 3.2). Behind it is a space. */
 static enum why target_parse(struct request *r, const char *buf)
 {
@@ -2646,6 +2656,31 @@ static int rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned 
 	return best;
 }
 
+/* How well an entry's name fits one that was asked for: by how much of that it says, so the very
+ * name comes before all with a "*." in front, and a longer one of these before a shorter one; 1:
+ * the entry is for all; 0: not at all. A star stands for any labels, or (`label` 1, as in
+ * certificates) for one. The dot at the end of https://a.example./ is sent by browsers, though RFC
+ * 6066 3 has none. */
+static size_t name_fits(const char *pattern, const char *name, size_t len, int label)
+{
+	size_t n, front;
+	int wild;
+
+	if (!pattern)
+		return 1;
+	wild = pattern[0] == '*' && pattern[1] == '.';
+	pattern += wild;
+	len -= len > 0 && name[len - 1] == '.';
+	n = strlen(pattern);
+	n -= n > 0 && pattern[n - 1] == '.';
+	if (n > len)
+		return 0;
+	front = len - n;
+	if ((front > 0) != wild || (label && memchr(name, '.', front)))
+		return 0;
+	return strncasecmp(pattern, name + front, n) == 0 ? 1 + n : 0;
+}
+
 static int path_under(const char *target, size_t len, const char *prefix)
 {
 	size_t n = strlen(prefix);
@@ -2655,23 +2690,30 @@ static int path_under(const char *target, size_t len, const char *prefix)
 	return n == len || n == 0 || prefix[n - 1] == '/' || target[n] == '/' || target[n] == '?';
 }
 
-/* The backends for a target: those with the longest path that it lies under. */
-static uint64_t servers_for(const char *target, size_t len)
+/* The backends for a name and a target: of those that the name fits best, the ones with the longest
+ * path that the target lies under. So what is under a name is never looked for under another. */
+static enum why servers_for(const char *host, size_t host_len, const char *target, size_t len,
+	uint64_t *set)
 {
-	size_t longest = 0;
-	uint64_t set = 0;
+	size_t named = 0, longest = 0;
 	unsigned i;
 
-	for (i = 0; i < BACKENDS; i++) {
-		const char *path = backends[i].path ? backends[i].path : "";
-		size_t n = strlen(path);
+	for (*set = 0, i = 0; i < BACKENDS; i++) {
+		const struct backend *b = &backends[i];
+		const char *path = b->path ? b->path : "";
+		const size_t n = strlen(path), fits = name_fits(b->name, host, host_len, 0);
 
+		if (fits < named || fits == 0)
+			continue;
+		if (fits > named)
+			*set = longest = 0;
+		named = fits;
 		if (!path_under(target, len, path) || n < longest)
 			continue;
-		set = (n > longest ? 0 : set) | (uint64_t)1 << i;
+		*set = (n > longest ? 0 : *set) | (uint64_t)1 << i;
 		longest = n;
 	}
-	return set;
+	return named == 0 ? WHY_NO_NAME : *set == 0 ? WHY_NO_PATH : WHY_NONE;
 }
 
 /* Those of a set that have the fewest sessions for their weight. */
@@ -3386,27 +3428,6 @@ static void suites_init(void)
 				suites[n++] = ciphers[i];
 }
 
-/* How well a certs[] entry fits a server name from the wire: 3 the very name, 2 with one label in
- * the place of a leading "*", 1 the entry is a default one, 0 not at all. The dot at the end of
- * https://a.example./ is sent by browsers, though RFC 6066 3 has none. */
-static int name_fits(const char *pattern, const char *name, size_t len)
-{
-	const int wild = pattern && pattern[0] == '*' && pattern[1] == '.';
-	const char *dot = wild ? memchr(name, '.', len) : name;
-	size_t n;
-
-	if (!pattern)
-		return 1;
-	if (!dot || (wild && dot == name))
-		return 0;
-	pattern += wild;
-	len -= (size_t)(dot - name);
-	len -= len > 0 && dot[len - 1] == '.';
-	n = strlen(pattern);
-	n -= n > 0 && pattern[n - 1] == '.';
-	return n != len || strncasecmp(pattern, dot, n) != 0 ? 0 : wild ? 2 : 3;
-}
-
 /* By BearSSL's ids. */
 static const br_hash_class *const hashes[] = {
 	[br_sha1_ID] = &br_sha1_vtable, [br_sha224_ID] = &br_sha224_vtable,
@@ -3435,11 +3456,12 @@ static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_se
 	const uint32_t offered = br_ssl_server_get_client_hashes(cc);
 	size_t n, u;
 	const br_suite_translated *suite = br_ssl_server_get_client_suites(cc, &n);
-	int fits[CERTS], best = 1, hash;
+	size_t fits[CERTS], best = 1;
+	int hash;
 	unsigned i;
 
 	for (i = 0; i < CERTS; i++) {
-		fits[i] = name_fits(certs[i].name, name, strlen(name));
+		fits[i] = name_fits(certs[i].name, name, strlen(name), 1);
 		best = fits[i] > best ? fits[i] : best;
 	}
 	for (u = 0; u < n; u++) {
@@ -4921,7 +4943,8 @@ static const char *status_text(unsigned status)
 	static const struct { unsigned status; const char *text; } texts[] = {
 		{ 308, "Permanent Redirect" }, { 400, "Bad Request" }, { 403, "Forbidden" },
 		{ 404, "Not Found" }, { 405, "Method Not Allowed" }, { 408, "Request Timeout" },
-		{ 414, "URI Too Long" }, { 426, "Upgrade Required" },
+		{ 414, "URI Too Long" }, { 421, "Misdirected Request" },
+		{ 426, "Upgrade Required" },
 		{ 431, "Request Header Fields Too Large" }, { 501, "Not Implemented" },
 		{ 502, "Bad Gateway" }, { 503, "Service Unavailable" },
 		{ 504, "Gateway Timeout" }, { 505, "HTTP Version Not Supported" },
@@ -4938,17 +4961,11 @@ static const char *status_text(unsigned status)
 static void text_location(struct text *t, const struct head_buffer *hd)
 {
 	const struct request *r = &hd->u.request;
-	struct span host = r->host;
 	const char *port = redirect_port;
-	unsigned i = host.len;
+	unsigned i;
 
-	while (i > 0 && isalnum((unsigned char)hd->bytes[host.at + i - 1]))
-		i--;
-	if (i > 0 && hd->bytes[host.at + i - 1] == ':' &&
-	    (hd->bytes[host.at] != '[' || hd->bytes[host.at + i - 2] == ']'))
-		host.len = (uint16_t)(i - 1);
 	text_string(t, "Location: https://");
-	text_span(t, hd->bytes, host);
+	text_span(t, hd->bytes, host_name(hd->bytes, r->host));
 	for (i = 0; i < LISTENERS && !port; i++)
 		port = listeners[i].kind == WSS ? listeners[i].port : NULL;
 	if (port && strcmp(port, "443") != 0)
@@ -5281,37 +5298,39 @@ static int cookie_has(const char *p, size_t len, const char *pair)
 	return 0;
 }
 
-/* The backend that the request's cookies name, -1: none. */
-static int cookie_find(const struct head *h, const char *buf)
+/* The backend of a set that the request's cookies name, -1: none. */
+static int cookie_find(const struct head *h, const char *buf, uint64_t set)
 {
 	unsigned i, k;
 
 	for (i = 0; i < h->nfields; i++)
 		for (k = 0; k < BACKENDS && h->field[i].is == NAME_COOKIE; k++)
-			if (cookie_has(buf + h->field[i].value.at, h->field[i].value.len,
-			    servers[k].cookie))
+			if ((set >> k & 1) && cookie_has(buf + h->field[i].value.at,
+			    h->field[i].value.len, servers[k].cookie))
 				return (int)k;
 	return -1;
 }
 
-/* Notes what is asked for, as far as that was parsed: for the log, and which backends serve it. */
-static void request_note(struct session *s)
+/* Notes what is asked for, as far as that was parsed: for the log, and which backends serve it.
+ * WHY_NONE, or none does. */
+static enum why request_note(struct session *s)
 {
 	const struct head_buffer *hd = s->hd;
 	const struct request *r = &hd->u.request;
 	const struct span target = r->target.len > 0 ? r->target : r->head.part[1];
 	const char *path = hd->bytes + target.at, *query = memchr(path, '?', target.len);
 	size_t len = query ? (size_t)(query - path) : target.len;
+	const struct span name = host_name(hd->bytes, r->host);
 
 	if (target.len == 0)
-		return;
+		return WHY_NONE;
 	if (*path != '/') {
 		path = "/";
 		len = 1;
 	}
 	log_escape(s->note->path, sizeof s->note->path, path, len);
 	log_escape(s->note->host, sizeof s->note->host, hd->bytes + r->host.at, r->host.len);
-	s->group = servers_for(path, len);
+	return servers_for(hd->bytes + name.at, name.len, path, len, &s->group);
 }
 
 /* Whether a REDIRECT listener passes a request on: one for the proof that a certificate authority
@@ -5323,12 +5342,15 @@ static int is_challenge(const struct session *s)
 	const struct request *r = &s->hd->u.request;
 	const char *buf = s->hd->bytes, *method = buf + r->head.part[0].at;
 	const size_t token = r->target.at + sizeof under - 1, end = r->target.at + r->target.len;
+	const struct span name = host_name(buf, r->host);
+	uint64_t beside;
 
+	servers_for(buf + name.at, name.len, under, sizeof "/.well-known/" - 1, &beside);
 	return token < end && memcmp(buf + r->target.at, under, sizeof under - 1) == 0 &&
 		word_end(buf, token, end, "-_") == end && !r->upgrade && !r->chunked &&
 		r->length == 0 && (memcmp(method, "GET ", 4) == 0 ||
 		memcmp(method, "HEAD ", 5) == 0) &&
-		s->group != servers_for(under, sizeof "/.well-known/" - 1);
+		s->group != beside;
 }
 
 /* The request is whole, or no good: judges it, and puts what the backend gets in its place. */
@@ -5339,18 +5361,19 @@ static enum state head_done(struct session *s, enum why why)
 	struct forwarded f = { .proto = s->plain ? "http" : "https", .subject = s->note->subject };
 	const int redirects = listeners[s->listener].kind == REDIRECT;
 	char client[ADDRESS_TEXT], *p;
+	enum why routed;
 
 	if (why == WHY_NONE)
 		why = request_check(r, hd->bytes);
-	request_note(s);
+	routed = request_note(s);
 	s->head = (uint8_t)span_is(hd->bytes, r->head.part[0], "head");
 	if (why == WHY_NONE && !(redirects && is_challenge(s)))
 		why = redirects ? WHY_REDIRECT : !r->upgrade && http == REFUSE ? WHY_NOT_WEBSOCKET :
-			!s->group ? WHY_NO_PATH : WHY_NONE;
+			routed;
 	if (why != WHY_NONE)
 		return session_fail(s, why);
 	if (balance == STICKY_COOKIE)
-		s->sticky = cookie_find(&r->head, hd->bytes);
+		s->sticky = cookie_find(&r->head, hd->bytes, s->group);
 	s->upgrade = (uint8_t)r->upgrade;
 	s->keep = http_idle_ms > 0 && !r->close;
 	s->up_left = r->chunked ? UINT64_MAX : r->length;
@@ -6687,6 +6710,19 @@ static int origin_valid(const char *o)
 	return !*o;
 }
 
+/* Whether a Host could fit it: a name, "*." and a name, or an address as in a URL; no port. */
+static int name_valid(const char *name)
+{
+	const int wild = strncmp(name, "*.", 2) == 0;
+	const char *rest = name + 2 * wild;
+	const size_t len = strlen(rest);
+
+	if (len == 0 || len > 253 || *rest == '.')
+		return 0;
+	return !rest[word_end(rest, 0, len, "-._")] || (!wild && *rest == '[' &&
+		rest[len - 1] == ']' && host_valid(rest, span_of(0, len)));
+}
+
 static void backend_check(const struct backend *b)
 {
 	const char *host = b->host ? b->host : "", *url = bytes_find(host, strlen(host), "://", 3);
@@ -6712,6 +6748,9 @@ static void backend_check(const struct backend *b)
 		"that is not, or a unix: socket", host);
 	wrong(!local && (!address_parse(&a, "::", b->port) || a.in.sin_port == 0),
 		".port \"%s\": give 1 to 65535", text_or(b->port));
+	wrong(b->name && !name_valid(b->name), ".name \"%s\": give it as in a URL, without scheme, "
+		"port and path: a.example, *.example, [2001:db8::1]; NULL for any",
+		text_or(b->name));
 	wrong(b->path && *b->path && *b->path != '/', ".path \"%s\": begin it with /",
 		text_or(b->path));
 	wrong(b->weight > WEIGHT_MAX, ".weight = %u: at most %d", b->weight, WEIGHT_MAX);
@@ -6872,10 +6911,10 @@ static int version_print(void)
 	for (i = 0; i < BACKENDS; i++) {
 		const struct backend *b = &backends[i];
 
-		print(out, "backends[%u] = %s path=%s weight=%u backup=%d max_conns=%u tls=%s "
-			"sni=%s ca=%s cert=%s key=%s", i, servers[i].name, text_or(b->path),
-			weights[i], b->backup, b->max_conns, modes[b->tls], text_or(b->sni),
-			text_or(b->ca), text_or(b->cert), text_or(b->key));
+		print(out, "backends[%u] = %s name=%s path=%s weight=%u backup=%d max_conns=%u "
+			"tls=%s sni=%s ca=%s cert=%s key=%s", i, servers[i].name, text_or(b->name),
+			text_or(b->path), weights[i], b->backup, b->max_conns, modes[b->tls],
+			text_or(b->sni), text_or(b->ca), text_or(b->cert), text_or(b->key));
 	}
 	print(out, "tls_min = 1.%u\ntls_max = 1.%u", tls_min - BR_TLS10, tls_max - BR_TLS10);
 	for (i = 0; i < LENGTH(suites); i++)

@@ -55,7 +55,10 @@ enum tls_mode {
 struct backend {
 	const char *host;       /* name, IPv4 or IPv6 literal, or "unix:/path" */
 	const char *port;       /* decimal; NULL for unix: */
-	const char *path;       /* only requests under this path; the longest wins; NULL: all */
+	const char *name;       /* only requests for this Host; "*.a.example": all below; the name
+				 * that fits best wins; NULL: any */
+	const char *path;       /* of these, only requests under this path; the longest wins;
+				 * NULL: all */
 	unsigned weight;        /* share of the load, 0 means 1, at most 256 */
 	int backup;             /* 1: serves when no other can */
 	unsigned max_conns;     /* sessions at a time, 0: no limit */
@@ -115,6 +118,7 @@ enum log_sessions {
 	WHY(METHOD, 405, "method")                 /* CONNECT */ \
 	WHY(HEAD_TIMEOUT, 408, "head-timeout")     /* head not complete within head_ms */ \
 	WHY(LONG_TARGET, 414, "long-target")       /* the request line alone exceeds head_max */ \
+	WHY(NO_NAME, 421, "no-name")               /* its Host is no backend's .name */ \
 	WHY(NOT_WEBSOCKET, 426, "not-websocket")   /* no WebSocket upgrade, and http = REFUSE */ \
 	WHY(WS_VERSION, 426, "ws-version")         /* Sec-WebSocket-Version is not 13 */ \
 	WHY(LARGE_HEAD, 431, "large-head")         /* exceeds head_max or HEAD_FIELDS lines */ \

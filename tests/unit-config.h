@@ -15,7 +15,7 @@ static const struct cert certs[] = {
 	{ "y.b.example", "unit-cert.pem",  "unit-key.pem" },
 };
 
-enum { A, B, BACKUP, LIMITED, NAMED, CHAT, CHAT_X, IN_FILE };
+enum { A, B, BACKUP, LIMITED, NAMED, CHAT, CHAT_X, IN_FILE, SHOP, SHOP_X, BELOW, BELOW_B };
 
 static const struct backend backends[] = {
 	[A]       = { .host = "192.0.2.1", .port = "3000" },
@@ -27,6 +27,10 @@ static const struct backend backends[] = {
 	              .sni = "chat.example", .ca = "unit-ca.pem" },
 	[CHAT_X]  = { .host = "192.0.2.5", .port = "3000", .path = "/chat/x" },
 	[IN_FILE] = { .host = "unix:/run/backend", .path = "/file" },
+	[SHOP]    = { .host = "192.0.2.6", .port = "3000", .name = "Shop.test", .path = "/s" },
+	[SHOP_X]  = { .host = "192.0.2.7", .port = "3000", .name = "shop.test", .path = "/s/x" },
+	[BELOW]   = { .host = "192.0.2.8", .port = "3000", .name = "*.shop.test" },
+	[BELOW_B] = { .host = "192.0.2.9", .port = "3000", .name = "*.b.shop.test", .path = "/s" },
 };
 
 static enum balance balance = ROUND_ROBIN;

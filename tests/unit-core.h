@@ -981,19 +981,75 @@ static void test_servers_init(void)
 	CHECK(server_ids[A] != server_ids[B] && server_ids[A] != 0);
 }
 
+static uint64_t servers_of(const char *host, const char *target)
+{
+	uint64_t set;
+	const size_t host_len = strlen(host), len = strlen(target);
+	const enum why why = servers_for(guard_copy(&input, host, host_len), host_len,
+		guard_copy(&output, target, len), len, &set);
+
+	CHECK(why == WHY_NO_NAME || why == (set ? WHY_NONE : WHY_NO_PATH));
+	return set;
+}
+
 static void test_servers_for(void)
 {
+	static const struct { const char *host, *target; uint64_t set; } cases[] = {
+		{ "b.example", "/chatty", everywhere },
+		{ "b.example", "/x/chat", everywhere },
+		{ "", "/", everywhere },
+		{ "b.example", "/chat", SET(CHAT) },
+		{ "b.example", "/chat?x", SET(CHAT) },
+		{ "b.example", "/chat/y", SET(CHAT) },
+		{ "b.example", "/chat/xy", SET(CHAT) },
+		{ "b.example", "/chat/x", SET(CHAT_X) },        /* the longest wins */
+		{ "b.example", "/chat/x/y?z", SET(CHAT_X) },
+		{ "b.example", "/file", SET(IN_FILE) },
+		/* a name goes before a path, and is not left for one */
+		{ "shop.test", "/s", SET(SHOP) }, { "SHOP.test.", "/s?x", SET(SHOP) },
+		{ "shop.test", "/s/x", SET(SHOP_X) },
+		{ "shop.test", "/chat", 0 },
+		{ "a.shop.test", "/chat", SET(BELOW) },
+		{ "a.b.c.shop.test", "/s", SET(BELOW) },
+		{ "b.shop.test", "/s", SET(BELOW) },
+		{ "a.b.shop.test", "/s", SET(BELOW_B) },
+		{ "a.b.shop.test", "/", 0 },
+		{ "xshop.test", "/s", everywhere }, { ".shop.test", "/s", everywhere },
+		{ "shop.test.x", "/s", everywhere }, { "test", "/s", everywhere },
+	};
+	size_t i;
+
 	servers_up();
-	CHECK_INT(servers_for(LIT("/")), everywhere);
-	CHECK_INT(servers_for(LIT("/x/chat")), everywhere);
-	CHECK_INT(servers_for(LIT("/chatty")), everywhere);
-	CHECK_INT(servers_for(LIT("/chat")), SET(CHAT));
-	CHECK_INT(servers_for(LIT("/chat?x")), SET(CHAT));
-	CHECK_INT(servers_for(LIT("/chat/y")), SET(CHAT));
-	CHECK_INT(servers_for(LIT("/chat/xy")), SET(CHAT));
-	CHECK_INT(servers_for(LIT("/chat/x")), SET(CHAT_X));    /* the longest wins */
-	CHECK_INT(servers_for(LIT("/chat/x/y?z")), SET(CHAT_X));
-	CHECK_INT(servers_for(LIT("/file")), SET(IN_FILE));
+	for (i = 0; i < COUNT(cases); i++) {
+		at("%s %s", cases[i].host, cases[i].target);
+		CHECK_INT(servers_of(cases[i].host, cases[i].target), cases[i].set);
+	}
+}
+
+/* What a Host names, and what .name may be. */
+static void test_host_name(void)
+{
+	static const struct { const char *host, *name; int valid; } cases[] = {
+		{ "a.example", "a.example", 1 }, { "a.example:8443", "a.example", 0 },
+		{ "a.example:", "a.example", 0 }, { "a.example.:443", "a.example.", 0 },
+		{ "[2001:db8::1]", "[2001:db8::1]", 1 }, { "[2001:db8::1]:443", "[2001:db8::1]", 0 },
+		{ "[::1]:", "[::1]", 0 }, { "192.0.2.1:80", "192.0.2.1", 0 }, { "", "", 0 },
+		{ "192.0.2.1", "192.0.2.1", 1 }, { "*.example", "*.example", 1 },
+		{ "*.[::1]", "*.[::1]", 0 }, { "*", "*", 0 }, { "*.", "*.", 0 },
+		{ "*.*.example", "*.*.example", 0 }, { ".example", ".example", 0 },
+		{ "a b", "a b", 0 }, { "a/b", "a/b", 0 }, { "a*.example", "a*.example", 0 },
+	};
+	size_t i;
+
+	for (i = 0; i < COUNT(cases); i++) {
+		const size_t len = strlen(cases[i].host);
+		const char *copy = guard_copy(&input, cases[i].host, len);
+		const struct span s = host_name(copy, (struct span){ 0, (uint16_t)len });
+
+		at("%s", cases[i].host);
+		CHECK_BYTES(copy + s.at, s.len, cases[i].name, strlen(cases[i].name));
+		CHECK_INT(name_valid(cases[i].host), cases[i].valid);
+	}
 }
 
 /* A session that may go anywhere, from that address. */
@@ -1170,7 +1226,7 @@ static int cookie_of(const char *lines)
 
 	if (request_feed(&r, in, (size_t)n, ONCE, 0, &buf) != WHY_NONE)
 		return -2;
-	return cookie_find(&r.head, buf);
+	return cookie_find(&r.head, buf, UINT64_MAX);
 }
 
 /* An id that says nothing of the address, the same each time, and found among other cookies. */
@@ -1405,7 +1461,7 @@ static void test_rendezvous_fixed(void)
 
 /* ---- answers of our own ---- */
 
-static const unsigned statuses[] = { 308, 400, 403, 404, 405, 408, 414, 426, 431, 501, 502, 503,
+static const unsigned statuses[] = { 308, 400, 403, 404, 405, 408, 414, 421, 426, 431, 501, 502, 503,
 	504, 505 };
 
 /* The reasons have the statuses of the design, all of them, and each its own word in the log. */

@@ -623,10 +623,10 @@ static void test_pem_load(void)
 
 /* ---- server names ---- */
 
-/* The very name, before a name with one label for the star, before a default. */
+/* The very name (3 here), before a name with one label for the star (2), before a default. */
 static void test_name_fits(void)
 {
-	static const struct { const char *pattern, *name; size_t len; int fits; } cases[] = {
+	static const struct { const char *pattern, *name; size_t len; unsigned fits; } cases[] = {
 		{ "a.example", LIT("a.example"), 3 },
 		{ "a.example", LIT("A.EXAMPLE"), 3 },
 		{ "a.example", LIT("a.example."), 3 },
@@ -660,13 +660,21 @@ static void test_name_fits(void)
 		{ NULL, LIT("a.example"), 1 },
 		{ NULL, LIT(""), 1 },
 	};
-	size_t i;
+	size_t i, n;
 
 	for (i = 0; i < COUNT(cases); i++) {
 		at("%s, %s", cases[i].pattern ? cases[i].pattern : "NULL", cases[i].name);
+		n = cases[i].fits < 2 ? cases[i].fits : 1 + strlen("a.example") +
+			(cases[i].fits == 2);
 		CHECK_INT(name_fits(cases[i].pattern, guard_copy(&input, cases[i].name, cases[i].len),
-			cases[i].len), cases[i].fits);
+			cases[i].len, 1), n);
 	}
+	at("any labels");
+	CHECK_INT(name_fits("*.example", LIT("x.a.example"), 0), 9);
+	CHECK_INT(name_fits("*.a.example", LIT("x.a.EXAMPLE."), 0), 11);
+	CHECK_INT(name_fits("*.a.example", LIT("a.example"), 0), 0);
+	CHECK_INT(name_fits("*.a.example", LIT(".a.example"), 0), 0);
+	CHECK_INT(name_fits("*.a.example", LIT("x.b.example"), 0), 0);
 }
 
 /* Users and groups: numbers, and lines of /etc. */

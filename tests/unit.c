@@ -116,6 +116,7 @@ static const struct test tests[] = {
 	TEST(sources_family),
 	TEST(servers_init),
 	TEST(servers_for),
+	TEST(host_name),
 	TEST(server_pick),
 	TEST(server_pick_none),
 	TEST(server_pick_balance),

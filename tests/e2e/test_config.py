@@ -29,7 +29,8 @@ PRODUCTS = {
         "http": FORWARD, "max_sessions": 32, "max_busy": 4, "resolve_names": 0},
     "home-automation": {
         "backends": [{"host": "homeassistant.lan", "port": "8123"},
-                     {"host": "nodered.lan", "port": "1880", "path": "/red"}],
+                     {"host": "nodered.lan", "port": "1880", "path": "/red"},
+                     {"host": "cam.lan", "port": "80", "name": "*.cam.example"}],
         "http": FORWARD, "idle_ms": 0, "max_sessions": 64, "origins": ["same", None]},
     "charge-points": {
         "listeners": [("0.0.0.0", "8443", WSS, pem("client-ca"), C("VERIFY_REQUIRED")),
@@ -54,7 +55,7 @@ def product(name, **changes):
     return whole_config([], {**PRODUCTS[name], **changes})
 
 
-def backend(name, index=0, lacks=(), **changes):
+def backend(name, /, index=0, lacks=(), **changes):
     """The entry backends of a product, one of them changed."""
     backends = [dict(b) for b in PRODUCTS[name]["backends"]]
     backends[index].update(changes)
@@ -76,6 +77,11 @@ def test_products(name):
     ("kvm", backend("kvm", 2, host=None), "backends[2].host", "missing"),
     ("kvm", backend("kvm", 2, port=None), "backends[2].port", "give 1 to 65535"),
     ("kvm", backend("kvm", 1, path="stream"), "backends[1].path", "begin it with /"),
+    ("kvm", backend("kvm", 1, name="kvm.lan:443"), "backends[1].name", "without scheme, port and path"),
+    ("kvm", backend("kvm", 1, name="https://kvm.lan"), "backends[1].name", "as in a URL"),
+    ("kvm", backend("kvm", 1, name="*"), "backends[1].name", "NULL for any"),
+    ("kvm", backend("kvm", 1, name="k*.lan"), "backends[1].name", "*.example"),
+    ("kvm", backend("kvm", 1, name="2001:db8::1"), "backends[1].name", "[2001:db8::1]"),
     ("kvm", backend("kvm", 1, weight=257), "backends[1].weight = 257", "at most 256"),
     ("home-automation", backend("home-automation", host="ws://api.lan"), "backends[0].host",
      "give the name alone; its port is .port"),

@@ -113,25 +113,28 @@ static void names_must(const char *p, size_t len)
 {
 	size_t half = len / 2, i;
 	char *pattern = text_of(p, half);
-	int fits = name_fits(pattern, p + half, len - half);
-	int lit = name_fits("*.b.example", p, len);
+	size_t fits = name_fits(pattern, p + half, len - half, 1);
+	size_t lit = name_fits("*.b.example", p, len, 1), below = name_fits("*.b.example", p, len, 0);
 
-	MUST(fits == 0 || fits == 2 || fits == 3);
-	MUST(lit == 0 || lit == 2);
+	MUST(fits <= strlen(pattern) + 1);
+	MUST(below == 0 || below == 11);
+	MUST(lit == 0 || lit == below);
 	for (i = 0; lit && i + 10 + (p[len - 1] == '.') < len; i++)
 		MUST(p[i] != '.');
 	if (strlen(pattern) == len - half && half > 0 && memcmp(pattern, p + half, half) == 0 &&
 	    strncmp(pattern, "*.", 2) != 0)
-		MUST(fits == 3);
+		MUST(fits == 1 + half - (pattern[half - 1] == '.'));
 	free(pattern);
 }
 
 static void paths_must(const char *p, size_t len)
 {
-	uint64_t set = servers_for(p, len);
+	uint64_t set;
+	const enum why why = servers_for(p, len / 2, p + len / 2, len - len / 2, &set);
 	unsigned i;
 
-	MUST(set != 0);                 /* backends without a path serve all */
+	MUST(why == (set ? WHY_NONE : WHY_NO_PATH));    /* backends without a name serve all */
+	MUST(servers_for("", 0, p, len, &set) == WHY_NONE);
 	for (i = 0; i < BACKENDS; i++)
 		if (set >> i & 1)
 			MUST(path_under(p, len, backends[i].path ? backends[i].path : ""));
