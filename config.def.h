@@ -39,6 +39,8 @@ static const struct cert certs[] = {
  *   .weight         share of the load, 1 to 256 (0 means 1)
  *   .backup         1: serves when no other can
  *   .max_conns      sessions at a time, 0: no limit
+ *   .proxy          1: connections begin with the PROXY protocol's header, version 2, which tells
+ *                   the client's address and the one that it came to; the server must expect it
  *   .tls            TLS_OFF, TLS_VERIFY, TLS_PIN, TLS_NOVERIFY
  *   .sni            name to send and to verify, NULL: host
  *   .ca             PEM: trust anchors (TLS_VERIFY; 256 in all, a file that several name counts

@@ -1781,7 +1781,8 @@ static struct filter_op loop_calls[] = {
 	ON(clock_gettime64, LET),
 #endif
 	ON(accept4, LET), ON(connect, LET), ON(close, LET), ON(shutdown, LET),
-	ON(getsockopt, LET), ON(setsockopt, LET), ON(getrandom, LET), ON(getpid, LET),
+	ON(getsockname, LET), ON(getsockopt, LET), ON(setsockopt, LET),
+	ON(getrandom, LET), ON(getpid, LET),
 	KILL_UNLESS(socket, 1, ~(SOCK_CLOEXEC | SOCK_NONBLOCK), SOCK_STREAM),
 	KILL_UNLESS(socket, 2, -1, 0),
 	LET_IF(socket, 0, -1, AF_INET), LET_IF(socket, 0, -1, AF_INET6),
@@ -2865,6 +2866,47 @@ static int server_dial(unsigned i, unsigned which)
 	return -1;
 }
 
+#define PROXY_MAX (16 + 2 * 16 + 4)
+
+/* The header of the PROXY protocol, version 2, for a connection between two addresses of a family;
+ * `from` NULL: for one of our own (LOCAL, UNSPEC). Bytes written, at most PROXY_MAX. */
+static size_t proxy_header(const struct address *from, const struct address *to, unsigned char *out)
+{
+	const size_t ip = !from ? 0 : from->any.sa_family == AF_INET ? 4 : 16;
+	const size_t len = ip ? 2 * ip + 4 : 0;
+
+	memcpy(out, "\r\n\r\n\0\r\nQUIT\n", 12);
+	out[12] = ip ? 0x21 : 0x20;
+	out[13] = ip == 4 ? 0x11 : ip ? 0x21 : 0;
+	out[14] = 0;
+	out[15] = (unsigned char)len;
+	if (ip) {
+		memcpy(out + 16, address_ip(from), ip);
+		memcpy(out + 16 + ip, address_ip(to), ip);
+		memcpy(out + 16 + 2 * ip, &from->in.sin_port, 2);
+		memcpy(out + 18 + 2 * ip, &to->in.sin_port, 2);
+	}
+	return 16 + len;
+}
+
+/* Tells a backend that wants to know whom a new connection is for, before all else: that client,
+ * or nobody (-1, NULL). It fits a socket that nothing was written to, or the connection counts as
+ * failed: errno. More follows at once. */
+static int proxy_tell(unsigned i, int fd, int client, const struct address *peer)
+{
+	unsigned char out[PROXY_MAX];
+	struct address to = { .in6 = { 0 } };
+	socklen_t len = sizeof to;
+	size_t n;
+
+	if (!backends[i].proxy)
+		return 0;
+	if (client >= 0 && getsockname(client, &to.any, &len) == 0)
+		address_unmap(&to);
+	n = proxy_header(peer && to.any.sa_family == peer->any.sa_family ? peer : NULL, &to, out);
+	return send(fd, out, n, MSG_NOSIGNAL | MSG_MORE) == (ssize_t)n ? 0 : errno;
+}
+
 /* Active checks: every check_ms a TCP connect, to each address until one answers before the next is
  * due. If none does, the backend is aside until a check succeeds, or, should they stop, a while. A
  * lack of ours is no failure, nor is a full backlog. `error`: an address's; 0: a new round. */
@@ -2895,6 +2937,7 @@ static void check_next(unsigned i, int error)
 /* An address answered. That lifts what failed connects have set: it says nothing of TLS. */
 static void check_good(struct server *v, struct pollfd *p)
 {
+	proxy_tell((unsigned)(v - servers), p->fd, -1, NULL);   /* its log would name the lack */
 	close(p->fd);
 	p->fd = -1;
 	if (!v->held_until)
@@ -5477,8 +5520,8 @@ static enum state connect_step(struct session *s)
 		return connect_next(s);
 	else if (s->backend.full)
 		return CONNECT;
-	else
-		error = socket_error(s->backend.fd);
+	else if ((error = socket_error(s->backend.fd)) == 0)
+		error = proxy_tell((unsigned)s->server, s->backend.fd, s->client.fd, &s->peer);
 	if (error == 0)
 		return tls_backends && backends[s->server].tls != TLS_OFF ? BACKEND_HANDSHAKE :
 			REQUEST;
@@ -6912,9 +6955,10 @@ static int version_print(void)
 		const struct backend *b = &backends[i];
 
 		print(out, "backends[%u] = %s name=%s path=%s weight=%u backup=%d max_conns=%u "
-			"tls=%s sni=%s ca=%s cert=%s key=%s", i, servers[i].name, text_or(b->name),
-			text_or(b->path), weights[i], b->backup, b->max_conns, modes[b->tls],
-			text_or(b->sni), text_or(b->ca), text_or(b->cert), text_or(b->key));
+			"proxy=%d tls=%s sni=%s ca=%s cert=%s key=%s", i, servers[i].name,
+			text_or(b->name), text_or(b->path), weights[i], b->backup, b->max_conns,
+			b->proxy, modes[b->tls], text_or(b->sni), text_or(b->ca),
+			text_or(b->cert), text_or(b->key));
 	}
 	print(out, "tls_min = 1.%u\ntls_max = 1.%u", tls_min - BR_TLS10, tls_max - BR_TLS10);
 	for (i = 0; i < LENGTH(suites); i++)

@@ -62,6 +62,7 @@ struct backend {
 	unsigned weight;        /* share of the load, 0 means 1, at most 256 */
 	int backup;             /* 1: serves when no other can */
 	unsigned max_conns;     /* sessions at a time, 0: no limit */
+	int proxy;              /* 1: begin connections with the PROXY protocol, version 2 */
 	enum tls_mode tls;
 	const char *sni;        /* name to send and to verify, NULL: host */
 	const char *ca;         /* PEM file, see enum tls_mode */

@@ -1052,6 +1052,26 @@ static void test_host_name(void)
 	}
 }
 
+/* By the examples of its specification's section 2.2. */
+static void test_proxy_header(void)
+{
+	static const char v4[] = "\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c"
+		"\xc0\0\x02\x09" "\x7f\0\0\x01" "\xc8\x22\x01\xbb";
+	static const char v6[] = "\r\n\r\n\0\r\nQUIT\n\x21\x21\0\x24"
+		"\x20\x01\x0d\xb8\0\0\0\0\0\0\0\0\0\0\0\x09"
+		"\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01" "\xff\xff\0\x01";
+	struct address from = address_of("192.0.2.9", "51234"), to = address_of("127.0.0.1", "443");
+	char out[PROXY_MAX];
+
+	CHECK_BYTES(out, proxy_header(&from, &to, (unsigned char *)out), v4, sizeof v4 - 1);
+	from = address_of("2001:db8::9", "65535");
+	to = address_of("::1", "1");
+	CHECK_BYTES(out, proxy_header(&from, &to, (unsigned char *)out), v6, sizeof v6 - 1);
+	CHECK_INT(sizeof v6 - 1, PROXY_MAX);
+	CHECK_BYTES(out, proxy_header(NULL, NULL, (unsigned char *)out),
+		"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0", 16);
+}
+
 /* A session that may go anywhere, from that address. */
 static struct session *session_for(uint64_t allowed, const char *literal)
 {

@@ -117,6 +117,7 @@ static const struct test tests[] = {
 	TEST(servers_init),
 	TEST(servers_for),
 	TEST(host_name),
+	TEST(proxy_header),
 	TEST(server_pick),
 	TEST(server_pick_none),
 	TEST(server_pick_balance),

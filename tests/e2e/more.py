@@ -208,7 +208,8 @@ class Nginx(Server):
              "length=$content_length")
 
     def __init__(self, place, folder, certificate="ec", key=None, chain=None, client_ca=None,
-                 upstream=None, protocols="TLSv1.2 TLSv1.3", more="", locations="", files=None):
+                 upstream=None, protocols="TLSv1.2 TLSv1.3", more="", locations="", files=None,
+                 listen=""):
         self.place, self.name, self.entry = place, place.name, place.entry
         folder.mkdir(parents=True, exist_ok=True)
         client = f"ssl_client_certificate {pem(client_ca)}; ssl_verify_client on;" \
@@ -234,7 +235,7 @@ http {{
     scgi_temp_path {folder}/scgi;
     client_max_body_size 0; proxy_read_timeout 300s;
     server {{
-        listen {place.host}:{place.port} ssl;
+        listen {place.host}:{place.port} ssl {listen};
         ssl_certificate {chain or pem(certificate)};
         ssl_certificate_key {key_of(key or certificate)};
         ssl_protocols {protocols};
