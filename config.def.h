@@ -30,7 +30,8 @@ static const struct cert certs[] = {
 
 /* Where requests go. All that can be said of one:
  *   .host, .port    name, IPv4 or IPv6; or "unix:/path" and no port. Names are resolved in the
- *                   background: one that does not resolve is a backend that is down
+ *                   background: one that does not resolve is a backend that is down; of one that
+ *                   has several addresses, up to 8 serve in turn
  *   .name           only requests for this Host ("a.example"), or those below it ("*.example":
  *                   a.example, a.b.example, not example), whatever the port; the longest that
  *                   fits wins, before those without (NULL: any)
@@ -39,6 +40,8 @@ static const struct cert certs[] = {
  *   .weight         share of the load, 1 to 256 (0 means 1)
  *   .backup         1: serves when no other can
  *   .max_conns      sessions at a time, 0: no limit
+ *   .host_header    the Host that it gets, for servers that know themselves by another name than
+ *                   clients do; they find the one asked for in X-Forwarded-Host. NULL: as asked
  *   .proxy          1: connections begin with the PROXY protocol's header, version 2, which tells
  *                   the client's address and the one that it came to; the server must expect it
  *   .tls            TLS_OFF, TLS_VERIFY, TLS_PIN, TLS_NOVERIFY
@@ -191,8 +194,11 @@ static const unsigned max_fails    = 1;
 static const unsigned fail_ms      = 10000;
 static const unsigned check_ms     = 0;
 
-/* A name that did not resolve is tried again that often. */
+/* A name that did not resolve is tried again that often; one that did is asked for again when its
+ * backend fails, on SIGHUP, and every refresh_ms, 0: off. An address that it has no more gets no
+ * new sessions; those that it has go on. */
 static const unsigned resolve_ms   = 5000;
+static const unsigned refresh_ms   = 0;
 
 /* Dead peers, on both sides: TCP keepalive (first probe, interval, probes; keepalive_s = 0: off),
  * and how long sent bytes may stay unacknowledged (0: the system's 15 minutes or so). Linux counts

@@ -95,7 +95,7 @@ _Static_assert(config_version == CONFIG_VERSION, CONFIG " is of config_version "
 #define OWNER(p, type, member)  ((type *)(void *)((char *)(p) - offsetof(type, member)))
 
 enum {
-	HEAD_EXTRA = 512,       /* what request_render may add to a head */
+	HEAD_EXTRA = 672,       /* what request_render and head_address may add to a head */
 	HEAD_ROOM = head_max + HEAD_EXTRA,
 	NOTE_TEXT = 1024,       /* bytes of a head that waits without a shelf, */
 	SHELVES = 2 * max_busy, /* of which there are so many */
@@ -110,7 +110,7 @@ enum {
 	CHAIN_BYTES = 16384,    /* their DER, in all */
 	ANCHORS_MAX = tls_backends ? 256 : 16,  /* trust anchors, of all .ca and client_ca */
 	ANCHOR_BYTES = ANCHORS_MAX * 512,       /* their names and keys, in all */
-	ADDRESSES_MAX = 4,      /* of one backend's name */
+	ADDRESSES_MAX = 8,      /* of one backend's name */
 	INTERIM_MAX = 8,        /* 1xx answers before the final one */
 	OPTIONS_MAX = 32,       /* of Connection: each is looked for among all fields */
 	FIRST_RECORD = 1400,    /* bytes of the first record after a rest: they fit one segment */
@@ -183,7 +183,8 @@ enum state {
 /* Queues of timers, each of one timeout, so in order of deadlines: the states' own, and these. */
 enum {
 	Q_STALL = STATES,       /* sessions that hold what others may want, by last progress */
-	Q_RESOLVE,              /* backends whose name is to be tried again */
+	Q_RESOLVE,              /* backends whose name is to be tried again, */
+	Q_REFRESH,              /* or, for it was found, to be asked for again */
 	Q_CHECK,                /* backends whose next active check is due */
 	Q_REDIAL,               /* sessions that could not dial yet, instead of Q_STALL */
 	Q_YOUNG,                /* sessions that have yet to ask: due ones may be displaced; */
@@ -390,7 +391,7 @@ struct session {
 				 * more; 0: none */
 	uint8_t expired;        /* in this run: the state's time is over; */
 	uint8_t moved, fed;     /* there moved bytes, application bytes */
-	uint8_t address;        /* which of the backend's is tried */
+	uint8_t first, address; /* of the backend's: where it began, and how many had their try */
 	uint8_t starved;        /* 1: a backend could not be tried for lack of something of ours */
 	int unsent;             /* bytes in its sockets' queues when its time to end began */
 	int server;             /* index of the backend, -1 */
@@ -443,7 +444,7 @@ struct server {
 	br_ssl_session_parameters session;      /* of its last full TLS handshake, */
 	uint64_t session_until;                 /* to be resumed before then; 0: not at all */
 	struct address address[ADDRESSES_MAX];
-	uint8_t addresses;
+	uint8_t addresses, turn;        /* of them, which is next */
 	uint8_t by_name;        /* 1: the resolver is asked */
 	uint8_t pending;        /* 1: the resolver was asked and has not answered */
 	uint8_t asked_before;   /* 1: it has answered at least once */
@@ -1956,7 +1957,7 @@ enum {
 };
 
 enum { NAME_OTHER, NAME_HOST, NAME_ORIGIN, NAME_COOKIE, NAME_LENGTH, NAME_CODING, NAME_CONNECTION,
-	NAME_UPGRADE, NAME_KEY, NAME_VERSION, NAME_ACCEPT, NAME_SUBJECT };
+	NAME_UPGRADE, NAME_KEY, NAME_VERSION, NAME_ACCEPT, NAME_SUBJECT, NAME_ASKED };
 
 /* The first that fits; one with '-' at its end stands for all that begins so. */
 static const struct {
@@ -1974,6 +1975,7 @@ static const struct {
 	[NAME_VERSION] = { "sec-websocket-version", KEPT },
 	[NAME_ACCEPT] = { "sec-websocket-accept", KEPT },
 	[NAME_SUBJECT] = { "x-ssl-client-cn", LIKE },
+	[NAME_ASKED] = { "x-forwarded-host", KEPT | LIKE },
 	{ "sec-websocket-", KEPT },
 	{ "proxy-connection", HOP },
 	{ "keep-alive", HOP },
@@ -2402,10 +2404,17 @@ static size_t request_render(const struct request *r, const char *buf, const str
 		text_string(&t, "/");
 	text_span(&t, buf, r->target);
 	text_string(&t, " HTTP/1.1\r\n");
+	if (f->renamed) {
+		text_string(&t, "Host: ");
+		text_span(&t, buf, r->host);
+		text_string(&t, "\r\n");
+	}
 	for (i = 0; i < h->nfields; i++) {
 		struct field field = h->field[i];
 		const int ours = x_forwarded_for != OFF && (field_names[field.is].flags & OURS);
 
+		if (f->renamed && (field.is == NAME_HOST || field.is == NAME_ASKED))
+			continue;
 		if (field.is == NAME_HOST)
 			field.value = r->host;
 		if (!ours && field.is != NAME_SUBJECT && !is_dropped(h, buf, i))
@@ -2735,6 +2744,32 @@ static uint64_t servers_least(uint64_t set)
 	return least;
 }
 
+/* The one of a set that is the client's, whoever comes or goes. */
+static int peer_pick(const struct session *s, const uint64_t *id, const unsigned *weight,
+	unsigned n, uint64_t set)
+{
+	return rendezvous_pick(id, weight, n, set, address_ip(&s->peer),
+		s->peer.any.sa_family == AF_INET ? hash_bits4 : hash_bits6);
+}
+
+/* The address of a backend to try first: each in its turn, or the client's own, as far as it is to
+ * come to the same server again. */
+static unsigned address_pick(const struct session *s, struct server *v)
+{
+	uint64_t id[ADDRESSES_MAX];
+	unsigned ones[ADDRESSES_MAX], i;
+
+	if (balance != IP_HASH && balance != STICKY_COOKIE)
+		return v->turn++ % v->addresses;
+	for (i = 0; i < v->addresses; i++) {
+		const struct address *a = &v->address[i];
+
+		id[i] = hash_bytes(0, address_ip(a), a->any.sa_family == AF_INET ? 4 : 16);
+		ones[i] = 1;
+	}
+	return (unsigned)peer_pick(s, id, ones, i, UINT64_MAX);
+}
+
 enum { PICK_NONE = -1, PICK_FULL = -2, PICK_WAIT = -3 };
 
 /* The backend to try next: first those in order, then the backups, then those set aside. */
@@ -2761,9 +2796,7 @@ static int server_pick(const struct session *s)
 		return s->sticky;
 	for (i = 0; i < LENGTH(tier); i++) {
 		if (tier[i] && balance == IP_HASH)
-			return rendezvous_pick(server_ids, weights, BACKENDS, tier[i],
-				address_ip(&s->peer),
-				s->peer.any.sa_family == AF_INET ? hash_bits4 : hash_bits6);
+			return peer_pick(s, server_ids, weights, BACKENDS, tier[i]);
 		if (tier[i])
 			return round_robin_pick(weights, currents, BACKENDS,
 				balance == LEAST_CONN ? servers_least(tier[i]) : tier[i]);
@@ -3036,7 +3069,8 @@ static void resolver_ask(struct server *v)
 		timer_start(&queues[Q_RESOLVE], &v->retry);
 }
 
-/* No address: the old ones stay, if any, and the resolver, while there is one, is asked again. */
+/* No address: the old ones stay, if any, and the resolver, while there is one, is asked again.
+ * Others: an address that is not among them gets no new sessions. */
 static void resolver_answer(const struct resolved *r)
 {
 	struct server *v = &servers[r->index];
@@ -3049,12 +3083,11 @@ static void resolver_answer(const struct resolved *r)
 		if (v->addresses == 0 && v->down)
 			server_good(v);
 		v->addresses = r->count;
-	} else {
-		if (v->addresses == 0)
-			server_down(v, "unresolved");
-		if (fds[FD_RESOLVER].fd >= 0)
-			timer_start(&queues[Q_RESOLVE], &v->retry);
+	} else if (v->addresses == 0) {
+		server_down(v, "unresolved");
 	}
+	if (fds[FD_RESOLVER].fd >= 0)
+		timer_start(&queues[r->count > 0 ? Q_REFRESH : Q_RESOLVE], &v->retry);
 }
 
 /* There is none any more, nor another, for /etc was given up: what is known must do. */
@@ -5405,6 +5438,7 @@ static enum state head_done(struct session *s, enum why why)
 	const int redirects = listeners[s->listener].kind == REDIRECT;
 	char client[ADDRESS_TEXT], *p;
 	enum why routed;
+	unsigned i;
 
 	if (why == WHY_NONE)
 		why = request_check(r, hd->bytes);
@@ -5423,6 +5457,8 @@ static enum state head_done(struct session *s, enum why why)
 	if (r->upgrade)
 		accept_key(hd->bytes + r->key.at, s->note->accept);
 	f.client = address_format(&s->peer, 0, client);
+	for (i = 0; i < BACKENDS; i++)
+		f.renamed |= (s->group >> i & 1) && backends[i].host_header;
 	for (p = s->note->subject; *p; p++)
 		if (is_control((unsigned char)*p))
 			*p = '?';
@@ -5494,12 +5530,14 @@ static enum state connect_next(struct session *s)
 				i == PICK_FULL ? WHY_FULL : WHY_NO_BACKEND);
 		if (s->server < 0) {
 			s->server = i;
+			s->first = (uint8_t)address_pick(s, &servers[i]);
 			s->address = 0;
 			s->fault = NULL;
 			servers[i].active++;
 			timer_start(&queues[CONNECT], &s->timer);
 		}
-		s->backend.fd = server_dial((unsigned)i, s->address);
+		s->backend.fd = server_dial((unsigned)i,
+			(unsigned)(s->first + s->address) % servers[i].addresses);
 		s->backend.full = 1;    /* until it is connected */
 		if (s->backend.fd < 0 ? errno == EAGAIN :
 		    leg_watch(s, &s->backend))
@@ -5596,21 +5634,49 @@ static enum state backend_handshake_step(struct session *s)
 	return backend_failed(s, handshake_why(s));
 }
 
+/* The head as its backend gets it: with that one's .host_header as Host, and the one asked for,
+ * which comes first, as X-Forwarded-Host. As long as nothing was written, another backend may get
+ * it, so that is not put in its place yet. */
+static struct text head_address(const struct session *s)
+{
+	struct head_buffer *hd = s->hd;
+	const char *host = backends[s->server].host_header;
+	struct text t = { .p = scratch, .size = HEAD_ROOM };
+	size_t line = 0;
+
+	if (!host || hd->off > 0)
+		return (struct text){ .p = hd->bytes, .len = hd->len };
+	while (hd->bytes[line++] != '\n')
+		;
+	text_add(&t, hd->bytes, line);
+	text_format(&t, "Host: %s\r\nX-Forwarded-", host);
+	text_add(&t, hd->bytes + line, hd->len - line);
+	return t;
+}
+
 static enum state request_step(struct session *s)
 {
 	struct head_buffer *hd;
+	struct text t;
 	size_t len, n;
 	int sent;
 
 	if (s->backend.eng && !records_borrow(s))
 		return REQUEST;
 	hd = head_load(s);
-	n = backend_write(s, hd->bytes + hd->off, hd->len - hd->off);
+	t = head_address(s);
+	if (t.full)
+		return session_fail(s, WHY_LARGE_HEAD);
+	n = backend_write(s, t.p + hd->off, t.len - hd->off);
 	sent = leg_send(s, &s->backend);        /* what its engine made of that */
 	if (s->broken || s->backend.fin)
 		return hd->off > 0 || sent ? session_fail(s, WHY_BAD_RESPONSE) :
 			backend_failed(s, connect_why(errno));
 	s->moved |= n > 0;
+	if (n > 0 && t.p == scratch) {
+		memcpy(hd->bytes, t.p, t.len);
+		hd->len = t.len;
+	}
 	hd->off += n;
 	if (hd->off < hd->len || leg_pending(&s->backend, &len))
 		return REQUEST;
@@ -6365,7 +6431,7 @@ static void timers_run(void)
 			session_run(OWNER(t, struct session, timer), 1);
 		}
 	}
-	while ((t = timer_due(&queues[Q_RESOLVE])) != NULL)
+	while ((t = timer_due(&queues[Q_RESOLVE])) || (t = timer_due(&queues[Q_REFRESH])))
 		resolver_ask(OWNER(t, struct server, retry));
 	while ((t = timer_due(&queues[Q_CHECK])) != NULL) {
 		timer_start(&queues[Q_CHECK], t);
@@ -6674,7 +6740,8 @@ static void tables_init(void)
 		{ CONNECT, connect_ms }, { BACKEND_HANDSHAKE, handshake_ms },
 		{ REQUEST, response_ms }, { RESPONSE, response_ms }, { EXCHANGE, idle_ms },
 		{ REPLY, linger_ms }, { DRAIN, linger_ms }, { Q_STALL, stall_ms },
-		{ Q_RESOLVE, resolve_ms }, { Q_CHECK, check_ms }, { Q_REJECTS, 1000 },
+		{ Q_RESOLVE, resolve_ms }, { Q_REFRESH, refresh_ms }, { Q_CHECK, check_ms },
+		{ Q_REJECTS, 1000 },
 		{ Q_REDIAL, REDIAL_MS }, { Q_YOUNG, DISPLACE_MS }, { Q_GROWN, SILENT_MS },
 		{ Q_ASKED, ASK_MS },
 	};
@@ -6730,7 +6797,8 @@ static const struct {
 	NUMBER(response_ms, 1, INT_MAX), NUMBER(idle_ms, 0, INT_MAX),
 	NUMBER(linger_ms, 1, INT_MAX), NUMBER(stall_ms, 1, INT_MAX),
 	NUMBER(drain_ms, 1, INT_MAX), NUMBER(max_fails, 0, UINT_MAX), NUMBER(fail_ms, 0, INT_MAX),
-	NUMBER(check_ms, 0, INT_MAX), NUMBER(resolve_ms, 1, INT_MAX), NUMBER(keepalive_s, 0, 32767),
+	NUMBER(check_ms, 0, INT_MAX), NUMBER(resolve_ms, 1, INT_MAX),
+	NUMBER(refresh_ms, 0, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
 	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_time, 0, 1), NUMBER(seccomp, 0, 1),
 	NUMBER(frames, 0, 1), NUMBER(ping_ms, 0, INT_MAX),
@@ -6776,6 +6844,8 @@ static void backend_check(const struct backend *b)
 	const int odd = name && host[word_end(host, 0, strlen(host), "-._")];
 	const char *sni = b->host || b->sni ? text_or(backend_sni(b)) : "";
 	const int trusts = b->tls == TLS_VERIFY || b->tls == TLS_PIN;
+	const char *named = text_or(b->host_header);
+	const struct span whole = span_of(0, strlen(named));
 
 	wrong(!*host, ".host is missing");
 	wrong(url != NULL, ".host \"%s\" has a scheme: give the name alone; its port is .port, its "
@@ -6796,6 +6866,9 @@ static void backend_check(const struct backend *b)
 		text_or(b->name));
 	wrong(b->path && *b->path && *b->path != '/', ".path \"%s\": begin it with /",
 		text_or(b->path));
+	wrong(b->host_header && (strlen(named) > 128 || !host_valid(named, whole)), ".host_header "
+		"\"%s\": give a name or address of at most 128 characters, no scheme or path",
+		named);
 	wrong(b->weight > WEIGHT_MAX, ".weight = %u: at most %d", b->weight, WEIGHT_MAX);
 	wrong(b->tls != TLS_OFF && !tls_backends, ".tls: set tls_backends to 1");
 	wrong(b->tls == TLS_OFF && (b->sni || b->ca || b->cert || b->key), ".tls is missing, "
@@ -6955,10 +7028,10 @@ static int version_print(void)
 		const struct backend *b = &backends[i];
 
 		print(out, "backends[%u] = %s name=%s path=%s weight=%u backup=%d max_conns=%u "
-			"proxy=%d tls=%s sni=%s ca=%s cert=%s key=%s", i, servers[i].name,
-			text_or(b->name), text_or(b->path), weights[i], b->backup, b->max_conns,
-			b->proxy, modes[b->tls], text_or(b->sni), text_or(b->ca),
-			text_or(b->cert), text_or(b->key));
+			"proxy=%d host_header=%s tls=%s sni=%s ca=%s cert=%s key=%s", i,
+			servers[i].name, text_or(b->name), text_or(b->path), weights[i],
+			b->backup, b->max_conns, b->proxy, text_or(b->host_header), modes[b->tls],
+			text_or(b->sni), text_or(b->ca), text_or(b->cert), text_or(b->key));
 	}
 	print(out, "tls_min = 1.%u\ntls_max = 1.%u", tls_min - BR_TLS10, tls_max - BR_TLS10);
 	for (i = 0; i < LENGTH(suites); i++)

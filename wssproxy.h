@@ -62,6 +62,7 @@ struct backend {
 	unsigned weight;        /* share of the load, 0 means 1, at most 256 */
 	int backup;             /* 1: serves when no other can */
 	unsigned max_conns;     /* sessions at a time, 0: no limit */
+	const char *host_header; /* the Host that it gets; NULL: as requested */
 	int proxy;              /* 1: begin connections with the PROXY protocol, version 2 */
 	enum tls_mode tls;
 	const char *sni;        /* name to send and to verify, NULL: host */
@@ -221,6 +222,8 @@ struct forwarded {
 	const char *client;         /* client's address, no port, no brackets */
 	const char *proto;          /* "https" or "http" */
 	const char *subject;        /* common name of its verified certificate, or NULL, "" */
+	int renamed;                /* 1: Host comes first, X-Forwarded-Host not at all: a backend
+	                             * may get its own, and the one that was asked for as that */
 };
 
 /* Parses what is there of a head, request or response; call it again with more bytes behind the

@@ -86,6 +86,7 @@ static const unsigned max_fails    = 2;
 static const unsigned fail_ms      = 10000;
 static const unsigned check_ms     = 0;
 static const unsigned resolve_ms   = 5000;
+static const unsigned refresh_ms   = 60000;
 static const unsigned keepalive_s          = 60;
 static const unsigned keepalive_interval_s = 15;
 static const unsigned keepalive_probes     = 4;

@@ -2137,8 +2137,8 @@ static void test_answer_take(void)
 static void test_resolver_is_not_trusted(void)
 {
 	const struct resolved good = { .index = NAMED, .count = ADDRESSES_MAX,
-		.address = { { .any.sa_family = AF_INET }, { .any.sa_family = AF_INET6 },
-			{ .any.sa_family = AF_INET }, { .any.sa_family = AF_INET } } };
+		.address = { [0 ... ADDRESSES_MAX - 1] = { .any.sa_family = AF_INET },
+			[1] = { .any.sa_family = AF_INET6 } } };
 	struct resolved bad[5];
 	unsigned i;
 	int pair[2];

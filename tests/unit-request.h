@@ -1052,6 +1052,27 @@ static void test_request_render_room(void)
 	CHECK_INT(r.head.nfields, HEAD_FIELDS);
 	n = request_render(&r, buf, &f, guard_room(&output, HEAD_ROOM), HEAD_ROOM);
 	CHECK(n > head_max && n <= HEAD_ROOM);
+	f.renamed = 1;                                  /* and a .host_header of 128 */
+	n = request_render(&r, buf, &f, guard_room(&output, HEAD_ROOM), HEAD_ROOM);
+	CHECK(n > head_max && n + strlen("Host: \r\nX-Forwarded-") + 128 <= HEAD_ROOM);
+}
+
+/* For a backend that may want another Host: it is first, and what a client says was asked for is not
+ * there, however it is written. */
+static void test_request_render_renamed(void)
+{
+	static const char in[] = "GET http://b.example/x HTTP/1.1\r\nA: b\r\nX-Forwarded-Host: c\r\n"
+		"x_forwarded_host: d\r\n" HOST "X-Forwarded-Hosts: e\r\n" END;
+	static const char out[] = "GET /x HTTP/1.1\r\nHost: b.example\r\nA: b\r\n"
+		"X-Forwarded-Hosts: e\r\nX-Forwarded-For: ";
+	struct forwarded f = { .client = CLIENT, .proto = "https", .renamed = 1 };
+	struct request r;
+	const char *buf;
+	size_t n;
+
+	CHECK_WHY(request_feed(&r, LIT(in), ONCE, 0, &buf), WHY_NONE);
+	n = request_render(&r, buf, &f, rendered, sizeof rendered - 1);
+	CHECK_BYTES(rendered, n < sizeof out ? n : sizeof out - 1, out, sizeof out - 1);
 }
 
 /* ---- heads by chance ---- */

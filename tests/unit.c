@@ -40,6 +40,7 @@ static const struct test tests[] = {
 	TEST(request_render_options),
 	TEST(request_render_large),
 	TEST(request_render_room),
+	TEST(request_render_renamed),
 	TEST(request_random),
 	TEST(response_line),
 	TEST(response_body),

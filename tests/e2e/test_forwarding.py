@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from harness import APPEND, OFF, REPLACE, WS, WSS
+from harness import APPEND, FORWARD, OFF, REPLACE, WS, WSS, C
+from more import Nginx, curl, pem
 from peers import (KEY, accept_of, connect, head, node_client, play, switching,
                    upgrade, ws)
 
@@ -18,6 +19,79 @@ def forwarded(p, backend, request, **options):
     server.send(switching())
     assert client.read_head().status == 101
     return got
+
+
+# ---- a Host of the backend's own ----
+
+def test_backend_gets_its_own_host_and_the_one_asked_for(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend.entry(host_header="app.cloud.test:8080"))
+    got = forwarded(p, backend, upgrade("/x", Host="a.test:443", X_Forwarded_Host="evil.test",
+                                        extra=["x_forwarded_host: evil.test", "X-Mine: 1"]))
+    assert got.fields[0] == ("Host", "app.cloud.test:8080")
+    assert got.all("X-Forwarded-Host") == ["a.test:443"] and b"evil" not in got.raw
+    assert got.get("X-Mine") == "1" and got.get("X-Forwarded-For") == "127.0.0.1"
+
+
+def test_x_forwarded_host_of_the_client_passes_without_it(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend)
+    got = forwarded(p, backend, upgrade(Host="a.test", X_Forwarded_Host="b.test"))
+    assert got.get("Host") == "a.test" and got.get("X-Forwarded-Host") == "b.test"
+
+
+def test_host_asked_for_is_that_of_an_absolute_target(proxy, scripted):
+    backend = scripted()
+    p = proxy(backend.entry(host_header="app.test"))
+    got = forwarded(p, backend, upgrade("http://a.test/x", Host="b.test"))
+    assert got.first == "GET /x HTTP/1.1"
+    assert got.get("Host") == "app.test" and got.get("X-Forwarded-Host") == "a.test"
+
+
+def test_each_backend_gets_its_own_host(proxy, scripted, place):
+    """Whichever were tried before it."""
+    down, one, two = place(), scripted(), scripted()
+    p = proxy(down.entry(host_header="down.test"), one.entry(host_header="one.test", max_conns=1),
+              two.entry())
+    got = forwarded(p, one, upgrade(Host="a.test"))
+    assert got.get("Host") == "one.test" and got.get("X-Forwarded-Host") == "a.test"
+    got = forwarded(p, two, upgrade(Host="a.test"))
+    assert got.all("Host") == ["a.test"] and got.get("X-Forwarded-Host") is None
+
+
+def test_reset_before_the_request_goes_to_the_next_with_its_host(proxy, scripted):
+    one, two = scripted(), scripted()
+    tls = {"tls": C("TLS_NOVERIFY")}
+    p = proxy(one.entry(host_header="one.test", **tls), two.entry(host_header="two.test"),
+              tls_backends=1)
+    client = connect(p)
+    client.send(upgrade(Host="a.test"))
+    one.accept().close()
+    got = two.accept().read_head()
+    assert got.get("Host") == "two.test" and got.get("X-Forwarded-Host") == "a.test"
+
+
+@pytest.mark.parametrize("size", [900, 1000, 1050, 5000, 8100])
+def test_long_head_with_another_host(proxy, scripted, size):
+    """A head that fits where heads wait, and with the other Host does not."""
+    backend = scripted()
+    p = proxy(backend.entry(host_header="a" * 128))
+    request = upgrade(Host="a.test")
+    extra = f"X-Long: {'x' * (size - len(request) - len('X-Long: ') - 2)}"
+    got = forwarded(p, backend, upgrade(Host="a.test", extra=[extra]))
+    assert got.get("Host") == "a" * 128 and len(got.get("X-Long")) == len(extra) - 8
+
+
+def test_server_with_several_names_finds_its_own(proxy, place, keeper, tmp_path):
+    """nginx as a cloud has it: 404 for names that are not its own."""
+    nginx = keeper(Nginx(place(), tmp_path, more="server_name app.cloud.test; if ($host != "
+                         "app.cloud.test) { return 404; }"))
+    at = {"tls": C("TLS_PIN"), "ca": pem("ec")}
+    p = proxy(nginx.entry(host_header="app.cloud.test", **at), nginx.entry(path="/raw", **at),
+              tls_backends=1, http=FORWARD)
+    assert curl(p, "/").stdout == "from nginx"
+    assert "404" in curl(p, "/raw").stdout
+    assert nginx.requests(2)[0]["host"] == "app.cloud.test"
 
 
 # ---- requests ----

@@ -2,6 +2,7 @@
 or to none for half a minute. The proxy runs with our own /etc/hosts and resolv.conf."""
 
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -278,6 +279,94 @@ def test_upgrade_goes_to_the_second_address(named, scripted, etc):
     client, server = open_tunnel(p, backend)
     client.send(b"hello")
     assert server.read(5) == b"hello"
+
+
+def several(scripted, count=3):
+    """Backends at one port of addresses of their own."""
+    first = scripted()
+    return [first, *(scripted(Place(f"127.0.0.{n}", first.place.port)) for n in range(2, count + 1))]
+
+
+def taken_by(p, backends, source=None, **fields):
+    """Which of them a new session comes to."""
+    with connect(p, source=source) as client:
+        client.send(request(**fields))
+        backend = reached(backends)
+        backend.accept().close()
+        return backend
+
+
+def reached(backends):
+    ready = select.select([b.listener for b in backends], [], [], PATIENCE)[0]
+    return next(b for b in backends if b.listener in ready)
+
+
+def test_all_addresses_serve_in_turn(named, scripted, etc):
+    backends = several(scripted)
+    etc.write("hosts", hosts(backend=[b.place.host for b in backends]))
+    p = named(by_name(backends[0]))
+    seen = [taken_by(p, backends) for _ in range(9)]
+    assert set(seen[:3]) == set(backends)
+    assert seen[:3] * 3 == seen
+
+
+def test_next_address_has_the_sessions_of_one_that_is_gone(named, scripted, etc):
+    first, second, third = backends = several(scripted)
+    etc.write("hosts", hosts(backend=[b.place.host for b in backends]))
+    p = named(by_name(first))
+    second.close()
+    assert {taken_by(p, [first, third]) for _ in range(6)} == {first, third}
+    assert p.log.all("backend") == []       # which serves
+
+
+@pytest.mark.parametrize("balance", [IP_HASH, STICKY_COOKIE])
+def test_client_comes_to_the_same_address_again(named, scripted, etc, balance):
+    """In whatever order the resolver has them."""
+    backends = several(scripted)
+    there = [b.place.host for b in backends]
+    etc.write("hosts", hosts(backend=there))
+    p = named(by_name(backends[0]), balance=balance, hash_bits4=32)
+    sources = [f"127.0.0.{n}" for n in range(10, 22)]
+    home = {source: taken_by(p, backends, source) for source in sources}
+    assert len(set(home.values())) > 1
+    etc.write("hosts", hosts(backend=reversed(there)))
+    p.signal(signal.SIGHUP)
+    p.log.wait("reload", ok=True)
+    for source in sources:
+        assert taken_by(p, backends, source) is home[source]
+
+
+# ---- names that change ----
+
+def test_refresh_finds_a_new_address_and_leaves_the_old_one(named, scripted, etc):
+    """Nobody sends SIGHUP, nothing fails. Tunnels of the old address live on."""
+    here, there = several(scripted, 2)
+    etc.write("hosts", hosts(backend=[here.place.host]))
+    p = named(by_name(here), refresh_ms=50)
+    client, server = open_tunnel(p, here)
+    etc.write("hosts", hosts(backend=[there.place.host]))
+    eventually(lambda: taken_by(p, [here, there]) is there)
+    for _ in range(3):
+        assert taken_by(p, [here, there]) is there
+    client.send(b"still here")
+    assert server.read(10) == b"still here"
+    etc.write("hosts", LOCALHOST)           # a name that is lost for a while
+    for _ in range(20):
+        assert taken_by(p, [here, there]) is there
+    etc.write("hosts", hosts(backend=[here.place.host, there.place.host]))
+    eventually(lambda: taken_by(p, [here, there]) is here)
+    assert p.log.all("backend") == []
+
+
+def test_names_are_not_asked_again_without_refresh(named, scripted, etc):
+    here, there = several(scripted, 2)
+    etc.write("hosts", hosts(backend=[here.place.host]))
+    p = named(by_name(here), by_name(there, "other"), resolve_ms=20)
+    p.log.wait("backend", name=f"other:{there.place.port}", down=True)
+    etc.write("hosts", hosts(backend=[there.place.host], other=["127.0.0.9"]))
+    p.log.wait("backend", name=f"other:{there.place.port}", up=True)    # the resolver has looked
+    etc.write("hosts", hosts(backend=[there.place.host]))
+    assert taken_by(p, [here, there]) is here
 
 
 # ---- a resolver that hangs ----
