@@ -169,6 +169,32 @@ def test_resumed_session_is_routed_by_its_own_host(proxy, scripted):
     assert again.read_head().status == 200 and again.read_to_end() == b"b"
 
 
+def test_each_request_of_a_connection_is_routed_by_its_own_host(two):
+    p, backends = two(http_idle_ms=60000)
+    client = connect(p)
+    for host, wanted in [("a.test", "a"), ("x.test", "star"), ("nowhere", "any"), ("a.test", "a")]:
+        client.send(request(Host=host, Connection=None))
+        assert selected(backends) == wanted
+        server = backends[wanted].accept()
+        assert server.read_head().get("Host") == host
+        server.send(answer(body=b"page"))
+        assert client.read_head().status == 200 and client.read(4) == b"page"
+        server.close()
+
+
+def test_pipelined_requests_are_routed_one_by_one(proxy, scripted):
+    a, b = scripted(), scripted()
+    p = proxy(a.entry(name="a.test"), b.entry(name="b.test"), **PLAIN, http_idle_ms=60000)
+    client = connect(p)
+    client.send(b"".join(request(Host=f"{n}.test", Connection=None) for n in "abc"))
+    for backend in (a, b):
+        server = backend.accept()
+        server.read_head()
+        server.send(answer(body=b"page"))
+        assert client.read_head().status == 200 and client.read(4) == b"page"
+    assert client.read_head().status == 421
+
+
 def test_redirect_listener_has_no_names(proxy, scripted):
     p = proxy(scripted().entry(name="a.test"),
               listeners=[("127.0.0.1", "0", WSS), ("127.0.0.1", "0", REDIRECT)])
