@@ -28,13 +28,13 @@ MINUTES ?= 60
 
 VERSION = 0.1
 SRC     = wssproxy.c
-# In static programs, data that begin in the file where the code ends: up to 4 KB less on MIPS, and 46
-# on aarch64, where read-only relocations keep them apart, which musl never protects in those. The
-# linker moves data to the next of the common pages where that saves one in memory, so small ones
-# leave it no choice. (max-page-size stays: programs with a smaller one saved no more, and do not
+# In static programs, data that begin in the file where the code ends: up to 4 KB less on MIPS and
+# ARM, and 46 on aarch64; on the latter two, read-only relocations keep them apart, which musl never
+# protects in those. The linker moves data to the next of the common pages where that saves one in
+# memory, so small ones leave it no choice. (max-page-size stays: programs with a smaller one saved no more, and do not
 # start on kernels with pages of 16 or 64 KB.)
 PAGES   = $$(case "$$($(CC) -dumpmachine) $(LDFLAGS)" in (mips*-static*) echo -Wl,-z,common-page-size=16;; \
-	(aarch64*-static*) echo -Wl,-z,common-page-size=16,-z,norelro;; esac)
+	(aarch64*-static* | arm*-static*) echo -Wl,-z,common-page-size=16,-z,norelro;; esac)
 SMALL   = -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-unwind-tables
 FLAGS   = -std=c11 -D_GNU_SOURCE -DVERSION='"$(VERSION)"' -DCONFIG='"$(CONFIG)"' -I. \
 	$(BEARSSL:%=-isystem %/inc) $(PIC) $(SMALL) $(CPPFLAGS) $(CFLAGS) \
@@ -42,7 +42,9 @@ FLAGS   = -std=c11 -D_GNU_SOURCE -DVERSION='"$(VERSION)"' -DCONFIG='"$(CONFIG)"'
 # Objects of the library lie inside its tree, apart for each compiler and its flags. The curves come
 # first, with theirs; `lib` finds them made.
 OBJECTS = build/$$(echo '$(CC) $(LIBFLAGS)' $(CURVE_CFLAGS) | cksum | tr -dc 0-9)
-LIBFLAGS = $(PIC) $(SMALL) $(CFLAGS)
+# -fstack-protector-strong without its last word: in the library, whose functions of arithmetic have
+# arrays of numbers, that is 2 to 3 KB.
+LIBFLAGS = $(PIC) $(SMALL) $(CFLAGS:-strong=)
 LIBMAKE = $(MAKE) BUILD=$(OBJECTS) CC='$(CC)' AR="$${AR:-$$($(CC) -print-prog-name=ar)}"
 CURVES  = $$(for f in src/ec/ec_[cp]*_m[36]?.c; do echo $(OBJECTS)/obj/$$(basename $$f c)o; done)
 
