@@ -4686,7 +4686,8 @@ static size_t tunnel_passed(struct session *s, unsigned way, const void *p, size
 	struct flow *f = &s->flow[way];
 	size_t end = flow_scan(f, way == TO_BACKEND, p, len);
 
-	code_note(s, f->code, way == TO_BACKEND ? BY_CLIENT : BY_BACKEND);
+	if (f->over)            /* else that may be half a code */
+		code_note(s, f->code, way == TO_BACKEND ? BY_CLIENT : BY_BACKEND);
 	return end;
 }
 

@@ -259,6 +259,22 @@ def test_a_close_without_a_code(tunnel):
     assert line["code"] == "1005" and line["code-by"] == "backend"
 
 
+@KINDS
+@pytest.mark.parametrize("who", ["client", "backend"])
+def test_a_code_that_comes_in_two_pieces(tunnel, kind, who):
+    p, client, server = tunnel(kind)
+    put, source, target = (masked, client, server) if who == "client" else (frame, server, client)
+    data = put(code(1000), CLOSE)
+    source.send(data[:-1])
+    assert target.read(len(data) - 1) == data[:-1]
+    source.send(data[-1:])
+    assert target.read(1) == data[-1:]
+    server.close()
+    client.close()
+    line = p.log.wait("close")
+    assert line["code"] == "1000" and line["code-by"] == who
+
+
 def test_frames_0_counts_nothing(tunnel):
     p, client, server = tunnel(frames=0)
     server.send(frame(b"hello", TEXT))
