@@ -4746,15 +4746,15 @@ static int tunnel_leaving(const struct session *s)
 	return s->say > SAY_PING || s->said;
 }
 
-/* A tunnel's client was not heard for ping_ms: asks it, if it was not, and TCP does not say that it
- * takes what is sent to it. */
+/* A tunnel's client was not heard for ping_ms: asks it, if it was not, unless it is seen to live. */
 static void tunnel_ask(struct session *s)
 {
 	struct tcp_info info;
 	const int unsent = socket_unsent(s->client.fd) > 0;
 
 	s->heard = (uint32_t)now;
-	if (unsent && socket_silent(s->client.fd, &info) < ping_ms)
+	/* what it has sent waits for the backend, its answer behind that; or it takes what it gets */
+	if (s->client.in || (unsent && socket_silent(s->client.fd, &info) < ping_ms))
 		s->pinged = 0;
 	else if (s->pinged)
 		session_broke(s, &s->client, WHY_NO_PONG);

@@ -456,6 +456,22 @@ def test_answers_to_our_ping_are_no_use_of_a_tunnel(tunnel):
     p.log.wait("close", by="proxy", why="idle")
 
 
+@LEGS
+def test_a_client_whose_bytes_wait_for_the_backend_is_there(tunnel, kind, tls):
+    """Nor could it answer: its Pong would stand behind them."""
+    p, client, server = tunnel(kind, tls, ping_ms=200)
+    message = masked(BULK)
+    sender = threading.Thread(target=client.send, args=(message * 20,))
+    sender.start()
+    other = open_tunnel(p, p.backend)[0]
+    for _ in range(8):                              # Pings of a younger tunnel later
+        assert read_frame(other) == (0x80 | PING, False, b"")
+        other.send(masked(b"", PONG))
+    for _ in range(20):
+        assert server.read(len(message)) == message
+    sender.join()
+
+
 def test_no_ping_within_a_frame(tunnel):
     p, client, server = tunnel(ping_ms=150)
     server.send(b"\x82\5he")
