@@ -4282,7 +4282,7 @@ static void leg_ended(struct session *s, struct leg *l)
 
 	session_end(s, l == &s->client ? BY_CLIENT : BY_BACKEND, why);
 	if (framing == BODY_EOF && why == WHY_SHORT)
-		s->broken = 1;  /* or its end would look like one */
+		s->broken = BY_BACKEND; /* or its end would look like one */
 	l->eof = 1;
 }
 
@@ -5444,7 +5444,7 @@ static enum state head_done(struct session *s, enum why why)
 	if (why == WHY_NONE)
 		why = request_check(r, hd->bytes);
 	routed = request_note(s);
-	s->head = (uint8_t)span_is(hd->bytes, r->head.part[0], "head");
+	s->head = r->head.part[0].len == 4 && memcmp(hd->bytes, "HEAD", 4) == 0;
 	if (why == WHY_NONE && !(redirects && is_challenge(s)))
 		why = redirects ? WHY_REDIRECT : !r->upgrade && http == REFUSE ? WHY_NOT_WEBSOCKET :
 			routed;
@@ -6334,8 +6334,11 @@ static void listeners_watch(void)
 		log_line(full ? LOG_WARNING : LOG_NOTICE, "%s sessions=%u", full ? "full" : "room",
 			session_pool.lent);
 	}
-	for (i = 0; i < LISTENERS; i++)
+	for (i = 0; i < LISTENERS; i++) {
 		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
+		if (make_way)
+			fds[FD_DOOR + i].events = accept_after <= now ? POLLIN : 0;
+	}
 }
 
 /* When the next tunnel is to leave, UINT64_MAX: none is. They do one by one, evenly over nine
@@ -6623,6 +6626,8 @@ static void door_event(unsigned i)
 	int pair[2] = { fds[FD_LISTEN + i].fd, fds[FD_DOOR + i].fd };
 	const int fd = accept4(pair[1], NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
+	if (fd < 0)
+		accept_after = now + ACCEPT_PAUSE_MS;
 	if (way_until && socket_user(fd) == socket_user(pair[1]) && handover(fd, pair, 0))
 		listener_close(i);
 	close(fd);

@@ -571,3 +571,14 @@ def test_refused_expectation_ends_the_connection(keeping, backend, kind):
     head = client.read_head()
     assert head.status == 417 and head.get("Connection") == "close"
     assert client.read_to_end() == b"no"
+
+
+@KINDS
+def test_methods_are_case_sensitive(keeping, backend, kind):
+    """Only HEAD has no body in its answer (RFC 9110 9.1): what another one has is not lost, for a
+    client of many users would take the next answer for it."""
+    p = keeping()
+    client = connect(p, kind)
+    for method in "head", "Head", "GET":
+        (got, _), (_, body) = fetch(client, backend, page("/x", method))
+        assert got.first == f"{method} /x HTTP/1.1" and body == b"hello"
