@@ -4746,14 +4746,14 @@ static int tunnel_leaving(const struct session *s)
 	return s->say > SAY_PING || s->said;
 }
 
-/* A tunnel's client was not heard for ping_ms: asks it, if it was not, unless it is seen to live. */
+/* A tunnel's client was not heard for ping_ms: asks it, once, unless it is seen to live. */
 static void tunnel_ask(struct session *s)
 {
 	struct tcp_info info;
 	const int unsent = socket_unsent(s->client.fd) > 0;
 
 	s->heard = (uint32_t)now;
-	/* what it has sent waits for the backend, its answer behind that; or it takes what it gets */
+	/* what it has sent waits for the backend, its answer behind that; or it takes bytes */
 	if (s->client.in || (unsent && socket_silent(s->client.fd, &info) < ping_ms))
 		s->pinged = 0;
 	else if (s->pinged)
@@ -6249,6 +6249,7 @@ static void place_look(struct session *s)
 	if (s->asked && silent >= ASK_MS && (info.tcpi_probes >= PROBES_MIN ||
 	    info.tcpi_retransmits >= RETRANSMITS_MIN)) {
 		session_broke(s, &s->client, WHY_TIMEOUT);
+		place_start(s);         /* it may have to wait for a buffer */
 		if (s->state == RELAY)
 			session_run(s, 0);
 		else

@@ -10,8 +10,8 @@ import pytest
 import websockets
 
 from conftest import whole_config
-from harness import RUN, WS, WSS, run_once
-from more import TLS_NOVERIFY, ScriptedTls
+from harness import FORWARD, RUN, WS, WSS, run_once
+from more import TLS_NOVERIFY, ScriptedTls, request
 from peers import Place, Stream, node_client, open_tunnel, pattern, play, tcp, tunnel_on, ws
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
@@ -200,6 +200,23 @@ def test_a_vanished_client_of_a_full_table_is_told_to_its_backend(neighbour, pro
     server = tunnel_on(Stream(neighbour.connect(p.address())), backend)
     neighbour.run("ip link set theirs down")
     tcp(p)                                          # a newcomer, for whom there is no place
+    assert read_frame(server) == said_masked(1001)
+    p.log.wait("close", by="client", why="timeout", code="1001")
+
+
+def test_a_vanished_client_may_have_to_wait_for_a_buffer(neighbour, proxy, scripted):
+    """Meanwhile all others are served; who has it and makes no progress is ended for it."""
+    backend = scripted()
+    p = proxy(backend, listeners=[("10.77.0.1", "0", WS)], max_sessions=2, max_busy=1,
+              http=FORWARD, stall_ms=1000, response_ms=600_000)
+    server = tunnel_on(Stream(neighbour.connect(p.address())), backend)
+    client = tcp(p)
+    client.send(request("/first", Connection=None) + request("/second"))    # that is held
+    busy = backend.accept()
+    assert busy.read_head().first == "GET /first HTTP/1.1"
+    neighbour.run("ip link set theirs down")
+    tcp(p)                                          # a newcomer, for whom there is no place
+    assert client.read_head().status == 504
     assert read_frame(server) == said_masked(1001)
     p.log.wait("close", by="client", why="timeout", code="1001")
 
