@@ -12,7 +12,8 @@
  * straight out of the input buffer and comes from it straight into the output buffer. While it
  * waits there, the engine takes no further record, so the client is not read: backpressure needs
  * no code. A client in the clear (listener kind WS) uses the same buffers without an engine.
- * Records are read ahead of it, and bulk into a spare set of buffers: a copy for fewer calls.
+ * Records are read ahead of it, and bulk into a spare set of buffers: a copy for fewer calls. As a
+ * tunnel's bytes go by, it is counted where their frames end, so that a Close can stand there.
  *
  * A session is one slot of a static table. It owns its two descriptors and its TLS context, and
  * borrows record buffers from a static pool, for a turn: who waits for a peer waits with empty
