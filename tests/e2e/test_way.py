@@ -8,7 +8,7 @@ import fcntl
 import os
 import re
 import resource
-import select
+import selectors
 import signal
 import socket
 import struct
@@ -416,12 +416,16 @@ def test_half_open_connection_is_the_next_ones(ways, network, keeper, scripted):
 
 def as_they_leave(clients):
     """Who is told to go, or cut, and when; they go at once."""
-    left, names = [], {client.sock: n for n, client in enumerate(clients)}
-    while names:
-        for sock in select.select(list(names), [], [], PATIENCE)[0]:
-            left.append((names.pop(sock), time.monotonic()))
-            sock.close()
-        assert not left or left[-1][1] > time.monotonic() - PATIENCE
+    left = []
+    with selectors.DefaultSelector() as here:
+        for n, client in enumerate(clients):
+            here.register(client.sock, selectors.EVENT_READ, n)
+        while here.get_map():
+            for key, _ in here.select(PATIENCE):
+                left.append((key.data, time.monotonic()))
+                here.unregister(key.fileobj)
+                key.fileobj.close()
+            assert not left or left[-1][1] > time.monotonic() - PATIENCE
     return left
 
 
