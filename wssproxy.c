@@ -5119,6 +5119,25 @@ static void text_asked(struct text *t, const struct session *s, enum why why)
 	}
 }
 
+static const char *const parties[] = { "proxy", "client", "backend" };
+
+/* What a session that ends has come to. */
+static void text_ended(struct text *t, const struct session *s)
+{
+	const int counted = frames && is_tunnel(s);
+	uint64_t seconds = now - s->born;
+	const unsigned tenths = divide(&seconds, 1000) / 100;
+
+	if (counted)
+		text_format(t, s->code ? " code=%u code-by=%s" : " code=-", s->code,
+			parties[s->code_by]);
+	text_format(t, " rx=%llu tx=%llu", (unsigned long long)s->rx, (unsigned long long)s->tx);
+	if (counted)
+		text_format(t, " rx-frames=%u tx-frames=%u", s->flow[TO_BACKEND].frames_of_data,
+			s->flow[TO_CLIENT].frames_of_data);
+	text_format(t, " s=%llu.%u", (unsigned long long)seconds, tenths);
+}
+
 enum event { OPEN, CLOSE, REJECT };
 
 /* The log's line of a session that begins (a tunnel stands, or a plain answer is on its way), ends,
@@ -5126,10 +5145,6 @@ enum event { OPEN, CLOSE, REJECT };
 static void log_session(const struct session *s, enum event event, unsigned status, enum why why)
 {
 	static const char *const words[] = { "open", "close", "reject" };
-	static const char *const parties[] = { "proxy", "client", "backend" };
-	const uint64_t ms = now - s->born;
-	uint64_t seconds = ms;
-	const unsigned tenths = divide(&seconds, 1000) / 100;
 	const int error = leg_fault(s, s->by == BY_BACKEND ? &s->backend : &s->client);
 	struct text t;
 	char client[ADDRESS_TEXT];
@@ -5155,18 +5170,9 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 	if (event != CLOSE)
 		text_asked(&t, s, why);
 	if (event == OPEN)
-		text_format(&t, " status=%u ms=%llu", status, (unsigned long long)ms);
-	if (event == CLOSE && frames && is_tunnel(s))
-		text_format(&t, s->code ? " code=%u code-by=%s" : " code=-", s->code,
-			parties[s->code_by]);
+		text_format(&t, " status=%u ms=%llu", status, now - s->born + 0ull);
 	if (event == CLOSE)
-		text_format(&t, " rx=%llu tx=%llu", (unsigned long long)s->rx,
-			(unsigned long long)s->tx);
-	if (event == CLOSE && frames && is_tunnel(s))
-		text_format(&t, " rx-frames=%u tx-frames=%u", s->flow[TO_BACKEND].frames_of_data,
-			s->flow[TO_CLIENT].frames_of_data);
-	if (event == CLOSE)
-		text_format(&t, " s=%llu.%u", (unsigned long long)seconds, tenths);
+		text_ended(&t, s);
 	log_end(&t);
 }
 
@@ -6210,23 +6216,23 @@ static struct session *between_first(void)
 
 /* Who gives its place to a newcomer when the table is full: who has waited longest between two
  * requests; else, of those that have yet to ask, and wait for nothing of ours, who has kept us
- * waiting longest; NULL: nobody, for long enough. DISPLACE_MS
- * are for a ClientHello, then for the rest of TLS, then for the request's head: each takes one
- * round trip, and with one of 300 ms it can lose a segment, too. Without that time those accepted
- * in one turn would displace each other, and of 50 newcomers at the last place none would finish.
+ * waiting longest; NULL: nobody, for long enough. DISPLACE_MS are for a ClientHello, then for the
+ * rest of TLS, then for the request's head: each takes one round trip, and with one of 300 ms it
+ * can lose a segment, too. Without that time those accepted in one turn would displace each other,
+ * and of 50 newcomers at the last place none would finish.
  * Silent connections, of one address or of 1000, are so displaced at max_sessions each second, in
  * order of arrival: a newcomer waits for those before it in the backlog (4096: 8 s), a byte now and
  * then gains nothing, and what keeps a place longer has cost a handshake. */
 static struct session *displace_find(void)
 {
 	const struct link *list = &queues[Q_YOUNG].list, *l = list->next;
+	struct session *s = between_first();
 	unsigned looked;
 
-	if (between_first())
-		return between_first();
+	if (s)
+		return s;
 	for (looked = 0; l != list && looked < DISPLACE_LOOK; looked++, l = l->next) {
-		struct session *s = OWNER(l, struct session, place.link);
-
+		s = OWNER(l, struct session, place.link);
 		if (s->place.due > now)
 			break;
 		if (link_alone(&s->wait))
