@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -141,22 +142,50 @@ class Line:
         return self.text
 
 
+def readable(stream, ms):
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    return poll.poll(ms)
+
+
 class Log:
-    """The lines of a log as they come; a thread feeds it, tests wait for lines."""
+    """The lines of a log as they come; a thread feeds it, tests wait for lines. What a test has seen
+    the program do has been logged before, so that whoever asks what is there takes it from the pipe."""
 
     def __init__(self):
-        self.lines = []
+        self.fed = []
+        self.pipes = {}         # and of each what is not a whole line yet
         self.ended = False
         self.news = threading.Condition()
 
     def follow(self, stream):
-        for raw in stream:
-            self.feed(raw.decode("utf-8", "backslashreplace").rstrip("\n"))
-        self.end()
+        self.pipes[stream] = b""
+        while stream in self.pipes:
+            readable(stream, None)
+            with self.news:
+                self.take(stream)
+
+    def take(self, stream):
+        while stream in self.pipes and readable(stream, 0):
+            data = os.read(stream.fileno(), 65536)
+            *whole, self.pipes[stream] = (self.pipes[stream] + data).split(b"\n")
+            if not data:
+                whole = filter(None, [self.pipes.pop(stream)])
+            for raw in whole:
+                self.feed(raw.decode("utf-8", "backslashreplace"))
+            if not data:
+                self.end()
+
+    @property
+    def lines(self):
+        with self.news:
+            for stream in list(self.pipes):
+                self.take(stream)
+            return self.fed.copy()
 
     def feed(self, text):
         with self.news:
-            self.lines.append(Line(text))
+            self.fed.append(Line(text))
             self.news.notify_all()
 
     def end(self):
@@ -166,12 +195,10 @@ class Log:
 
     @property
     def text(self):
-        with self.news:
-            return "\n".join(line.text for line in self.lines)
+        return "\n".join(line.text for line in self.lines)
 
     def all(self, event, **fields):
-        with self.news:
-            return [line for line in self.lines if line.fits(event, fields)]
+        return [line for line in self.lines if line.fits(event, fields)]
 
     def wait(self, event, nth=1, seconds=PATIENCE, **fields):
         """The nth line of that event with those fields; waits until it is there."""
@@ -193,7 +220,7 @@ class Log:
         __tracebackhide__ = True
 
         def found():
-            return [line for line in self.lines if wanted(line)][nth - 1:]
+            return [line for line in self.fed if wanted(line)][nth - 1:]
         with self.news:
             self.news.wait_for(lambda: found() or self.ended, seconds)
             if not found():
