@@ -277,6 +277,15 @@ def ask(proxy, request, kind=None):
         return answer, client.read_to_end()
 
 
+def asking(proxy, backend, request, kind=None):
+    """A client that has sent a request, and its backend's end, which has read the head."""
+    client = connect(proxy, kind)
+    client.send(request)
+    server = backend.accept()
+    server.read_head()
+    return client, server
+
+
 def open_tunnel(proxy, backend, kind=None, request=None, **options):
     """A client and the backend's end of its tunnel."""
     client = connect(proxy, kind, **options)

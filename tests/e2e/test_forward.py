@@ -10,7 +10,7 @@ import pytest
 
 from harness import FORWARD, PATIENCE, WS, WSS, eventually
 from more import answer, asks_before, curl, exchange, request
-from peers import KEY, accept_of, ask, connect, open_tunnel, pattern, play, upgrade, ws
+from peers import KEY, accept_of, ask, asking, connect, open_tunnel, pattern, play, upgrade, ws
 
 BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
 
@@ -147,10 +147,7 @@ def test_body_of_length_0(forwarding, backend):
 
 def test_body_in_pieces(forwarding, backend):
     p = forwarding()
-    client = connect(p)
-    client.send(request(method="POST", Content_Length="6"))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(method="POST", Content_Length="6"))
     for piece in (b"ab", b"cd", b"ef"):
         client.send(piece)
         assert server.read(2) == piece
@@ -160,10 +157,7 @@ def test_body_in_pieces(forwarding, backend):
 
 def test_bytes_behind_the_body_go_nowhere(forwarding, backend):
     p = forwarding()
-    client = connect(p)
-    client.send(request(method="POST", body=b"0123456789") + request("/second"))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(method="POST", body=b"0123456789") + request("/second"))
     assert server.read(10) == b"0123456789"
     server.send(answer(body=b"first"))
     assert client.read_head().status == 200
@@ -312,10 +306,7 @@ def test_answer_that_does_not_wait_for_the_body(forwarding, backend):
     """A server may refuse an upload that it has not read; the client gets to know why, though it
     still sends."""
     p = forwarding()
-    client = connect(p)
-    client.send(request(method="POST", Content_Length="100000000"))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(method="POST", Content_Length="100000000"))
     server.send(answer("413 Payload Too Large", b"too much"))
     client.send(bytes(200_000))
     assert client.read_head().status == 413
@@ -325,10 +316,7 @@ def test_answer_that_does_not_wait_for_the_body(forwarding, backend):
 def test_answer_of_a_backend_that_closes_in_the_middle_of_the_body(forwarding, backend):
     """Its answer was on the way before the reset that the client's bytes provoke."""
     p = forwarding()
-    client = connect(p)
-    client.send(request(method="POST", Content_Length="50000000"))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(method="POST", Content_Length="50000000"))
     server.send(answer("413 Payload Too Large", b"too much"))
     server.half_close()
     client.send(bytes(1_000_000))
@@ -338,10 +326,7 @@ def test_answer_of_a_backend_that_closes_in_the_middle_of_the_body(forwarding, b
 
 def test_body_that_moves_outlives_response_ms(forwarding, backend):
     p = forwarding(response_ms=1000)
-    client = connect(p)
-    client.send(request(method="POST", Content_Length="1000"))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(method="POST", Content_Length="1000"))
     start, sent = time.monotonic(), 0
     while time.monotonic() < start + 2 or sent % 10:
         client.send(b"x")
@@ -356,10 +341,7 @@ def test_body_that_moves_outlives_response_ms(forwarding, backend):
 
 def test_body_that_stops_gets_504(forwarding, backend):
     p = forwarding(response_ms=1000)
-    client = connect(p)
-    client.send(request(method="POST", Content_Length="1000") + b"x")
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(method="POST", Content_Length="1000") + b"x")
     assert client.read_head().status == 504
     server.read_to_end()
 
@@ -367,10 +349,7 @@ def test_body_that_stops_gets_504(forwarding, backend):
 @pytest.mark.parametrize("end", ["close", "reset"])
 def test_client_that_leaves_in_the_middle_of_its_body(forwarding, backend, end):
     p = forwarding()
-    client = connect(p)
-    client.send(request(method="POST", Content_Length="1000") + b"half")
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(method="POST", Content_Length="1000") + b"half")
     assert server.read(4) == b"half"
     getattr(client, end)()
     try:
@@ -382,10 +361,7 @@ def test_client_that_leaves_in_the_middle_of_its_body(forwarding, backend, end):
 
 def test_backend_that_takes_nothing_holds_the_client_back(forwarding, backend):
     p = forwarding()
-    client = connect(p, WS)
-    client.send(request(method="POST", Content_Length=str(1 << 30)))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(method="POST", Content_Length=str(1 << 30)), WS)
     client.sock.setblocking(False)
     sent = 0
     with pytest.raises(BlockingIOError):
@@ -420,10 +396,7 @@ def test_keep_alive_of_the_backend_is_not_the_clients(forwarding, backend):
 @pytest.mark.parametrize("kind", [WSS, WS])
 def test_answer_with_a_length_ends_though_the_backend_stays(forwarding, backend, kind):
     p = forwarding()
-    client = connect(p, kind)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(), kind)
     server.send(answer(body=b"all there is"))
     assert client.read_head().status == 200
     assert client.read_to_end() == b"all there is"
@@ -435,10 +408,7 @@ CHUNKED = b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\nX-Trailer: 1\r\n\r\n"
 
 def test_chunked_answer_is_passed_as_it_came(forwarding, backend):
     p = forwarding()
-    client = connect(p)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request())
     server.send(answer(extra=["Transfer-Encoding: chunked"]) + CHUNKED + b"rubbish")
     head = client.read_head()
     assert head.get("Transfer-Encoding") == "chunked"
@@ -465,10 +435,7 @@ def test_answer_by_http10(forwarding, backend):
 @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
 def test_answer_without_a_body_ends_at_once(forwarding, backend, status):
     p = forwarding()
-    client = connect(p)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request())
     server.send(answer(status, extra=["ETag: \"x\""]))
     assert client.read_head().first == f"HTTP/1.1 {status}"
     assert client.read_to_end() == b""
@@ -476,10 +443,7 @@ def test_answer_without_a_body_ends_at_once(forwarding, backend, status):
 
 def test_304_may_say_a_length_that_is_not_sent(forwarding, backend):
     p = forwarding()
-    client = connect(p)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request())
     server.send(answer("304 Not Modified", Content_Length="1234"))
     assert client.read_head().status == 304
     assert client.read_to_end() == b""
@@ -509,10 +473,7 @@ def test_own_answer_to_head_has_no_body(proxy, place):
 
 def test_early_hints_pass(forwarding, backend):
     p = forwarding()
-    client = connect(p)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request())
     server.send(answer("103 Early Hints", extra=["Link: </style.css>; rel=preload"]))
     head = client.read_head()
     assert (head.status, head.get("Link")) == (103, "</style.css>; rel=preload")
@@ -560,20 +521,14 @@ def test_chunked_answer_that_ends_early_is_not_made_to_look_whole(forwarding, ba
 
 def test_silent_backend_gets_504(forwarding, backend):
     p = forwarding(response_ms=1000)
-    client = connect(p)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request())
     assert client.read_head().status == 504
 
 
 @pytest.mark.parametrize("kind", [WSS, WS])
 def test_client_that_leaves_during_a_download(forwarding, backend, kind):
     p = forwarding()
-    client = connect(p, kind)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(), kind)
     server.send(answer(Content_Length=str(1 << 30)) + bytes(100_000))
     client.read_head()
     client.read(100_000)
@@ -587,10 +542,7 @@ def test_client_that_leaves_during_a_download(forwarding, backend, kind):
 @pytest.mark.parametrize("kind", [WSS, WS])
 def test_slow_client_holds_the_backend_back_and_gets_all(forwarding, backend, kind):
     p = forwarding()
-    client = connect(p, kind)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(), kind)
     before = p.memory_kb()
     part = pattern(1 << 20)
     server.send(answer())
@@ -704,10 +656,7 @@ def test_curl_says_that_an_answer_was_cut_off(forwarding, backend):
 
 def asked(p, backend, kind=None, **fields):
     """A client whose request is at the backend, and the backend's end."""
-    client = connect(p, kind)
-    client.send(request(**fields))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request(**fields), kind)
     return client, server
 
 

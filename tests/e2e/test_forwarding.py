@@ -6,8 +6,7 @@ import pytest
 
 from harness import APPEND, FORWARD, OFF, REPLACE, WS, WSS, C
 from more import Nginx, curl, pem
-from peers import (KEY, accept_of, connect, head, node_client, play, switching,
-                   upgrade, ws)
+from peers import KEY, accept_of, asking, connect, head, node_client, play, switching, upgrade, ws
 
 
 def forwarded(p, backend, request, **options):
@@ -256,10 +255,7 @@ def test_servers_see_the_forwarded_fields(proxy, server):
 def test_bytes_behind_the_head_wait_for_the_101(proxy, scripted):
     backend = scripted()
     p = proxy(backend)
-    client = connect(p)
-    client.send(upgrade() + b"early")
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, upgrade() + b"early")
     server.send(head("HTTP/1.1 103 Early Hints"))
     assert client.read_head().status == 103     # the proxy has had its turns
     client.send(b" and late")
@@ -284,10 +280,7 @@ def test_many_bytes_behind_the_head_wait_and_arrive_whole(proxy, scripted):
 def test_bytes_behind_the_head_of_a_refused_upgrade_never_arrive(proxy, scripted):
     backend = scripted()
     p = proxy(backend)
-    client = connect(p)
-    client.send(upgrade() + upgrade("/admin") + b"\x81\x85mask.....")
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, upgrade() + upgrade("/admin") + b"\x81\x85mask.....")
     server.send(head("HTTP/1.1 403 Forbidden", {"Content-Length": "2"}) + b"no")
     assert client.read_head().status == 403
     assert client.read_to_end() == b"no"
@@ -300,10 +293,7 @@ def test_bytes_behind_the_head_of_a_refused_upgrade_never_arrive(proxy, scripted
 def test_fields_of_the_101_pass(proxy, scripted):
     backend = scripted()
     p = proxy(backend)
-    client = connect(p)
-    client.send(upgrade(Sec_WebSocket_Protocol="chat"))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, upgrade(Sec_WebSocket_Protocol="chat"))
     lines = ["Sec-WebSocket-Protocol: chat", "Set-Cookie: a=1", "Set-Cookie: b=2",
              "Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover"]
     server.send(switching(extra=lines))

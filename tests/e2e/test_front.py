@@ -15,8 +15,8 @@ from harness import (APPEND, FORWARD, OFF, PATIENCE, REDIRECT, REFUSE, REPLACE, 
                      run_once)
 from more import (answer, certificate_message, curl, exchange, interrupted, key_of, pem, request,
                   showing)
-from peers import (TlsStream, ask, client_context, client_hello, connect, open_tunnel, switching, tcp,
-                   upgrade)
+from peers import (TlsStream, ask, asking, client_context, client_hello, connect, open_tunnel,
+                   switching, tcp, upgrade)
 
 BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
 
@@ -667,10 +667,7 @@ def test_origin_same_knows_case_and_the_usual_port(proxy, scripted, origin, host
     """Browsers write origins in lower case and without :443; a Host may come in any form."""
     backend = scripted()
     p = proxy(backend, origins=["same"])
-    client = connect(p)
-    client.send(upgrade(Origin=origin, Host=host))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, upgrade(Origin=origin, Host=host))
     server.send(switching())
     assert client.read_head().status == 101
 
@@ -687,10 +684,7 @@ def test_origin_same_and_others(proxy, scripted):
     backend = scripted()
     p = proxy(backend, origins=["https://app.example", "same"])
     for origin in ("https://app.example", "https://example.test"):
-        client = connect(p)
-        client.send(upgrade(Origin=origin))
-        server = backend.accept()
-        server.read_head()
+        client, server = asking(p, backend, upgrade(Origin=origin))
         server.send(switching())
         assert client.read_head().status == 101
     assert ask(p, upgrade(Origin="https://other.example"))[0].status == 403
@@ -708,10 +702,7 @@ def test_origin_none_lets_programs_in(proxy, scripted):
     backend = scripted()
     p = proxy(backend, origins=["https://app.example", "none"])
     for fields in ({}, {"Origin": "https://app.example"}):
-        client = connect(p)
-        client.send(upgrade(**fields))
-        server = backend.accept()
-        server.read_head()
+        client, server = asking(p, backend, upgrade(**fields))
         server.send(switching())
         assert client.read_head().status == 101
     for origin in ("https://other.example", "none", "null", ""):

@@ -8,7 +8,7 @@ import pytest
 
 from harness import FORWARD, PATIENCE, WS, WSS, C, eventually
 from more import STICKY_COOKIE, answer, pem, request, showing
-from peers import connect, pattern, switching, tunnel_on, upgrade
+from peers import asking, connect, pattern, switching, tunnel_on, upgrade
 
 BOTH = [("127.0.0.1", "0", WSS), ("127.0.0.1", "0", WS)]
 KINDS = pytest.mark.parametrize("kind", [WSS, WS])
@@ -248,10 +248,7 @@ def test_sigterm_ends_what_waits_at_once(keeping, backend, kind):
 
 def test_sigterm_amid_an_answer_that_did_not_say_close(keeping, backend):
     p = keeping(http_idle_ms=600000, drain_ms=60000)
-    client = connect(p)
-    client.send(page())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, page())
     server.send(answer(Content_Length="10") + b"01234")
     client.read_head()
     p.signal(signal.SIGTERM)
@@ -443,10 +440,7 @@ def test_client_that_pipelines_and_reads_nothing(keeping, backend, kind):
 def test_pipelined_request_behind_an_endless_answer(keeping, backend, kind):
     """It has to wait; who has gone meanwhile is gone, and the backend is told."""
     p = keeping()
-    client = connect(p, kind)
-    client.send(page() + page("/never"))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, page() + page("/never"), kind)
     server.send(answer(Transfer_Encoding="chunked") + b"5\r\nhello\r\n")
     client.read_until(b"hello\r\n")
     client.close()

@@ -18,18 +18,15 @@ import pki
 from conftest import whole_config
 from harness import PATIENCE, RUN, SANITIZE, WS, WSS, build, config_text, eventually
 from more import TLS_NOVERIFY, ScriptedTls, answer, idle_cpu, request
-from peers import (Stream, ask, client_hello, connect, open_tunnel, pattern, switching, tcp,
-                   tunnel_on, upgrade)
+from peers import (Stream, ask, asking, client_hello, connect, open_tunnel, pattern, switching,
+                   tcp, tunnel_on, upgrade)
 from test_backends import fill
 
 
 def sit(p, backend):
     """A client that says more than its request, with a backend that says nothing: bytes that nobody
     takes, of a record that is not at its end."""
-    client = connect(p)
-    client.send(upgrade() + b"early")
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, upgrade() + b"early")
     return client, server
 
 

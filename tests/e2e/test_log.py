@@ -7,7 +7,7 @@ import pytest
 
 from harness import ALL, FORWARD, NONE, REDIRECT, TUNNELS, WS, WSS
 from more import answer, pem, request, showing
-from peers import ask, connect, head, open_tunnel, switching, upgrade
+from peers import ask, asking, connect, head, open_tunnel, switching, upgrade
 
 CLEAR = {"listeners": [("127.0.0.1", "0", WS)]}
 WHERE = {"host": "example.test", "path": "/chat", "backend": "-"}
@@ -62,10 +62,7 @@ def test_redirect_says_what_was_asked_for(proxy, place):
 def test_reject_says_which_backend_failed(proxy, scripted):
     backend = scripted()
     p = proxy(backend, **CLEAR)
-    client = connect(p)
-    client.send(upgrade("/chat"))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, upgrade("/chat"))
     server.send(b"nonsense\r\n\r\n")
     assert client.read_head().status == 502
     p.log.wait("reject", **{**WHERE, "why": "bad-response", "backend": backend.name})
@@ -156,10 +153,7 @@ def session_of_each_kind(p, backend):
     for asked, answered in ((upgrade("/tunnel"), switching()),
                             (upgrade("/refused"), answer(status="401 No", body=b"")),
                             (request("/page"), answer(body=b"page"))):
-        client = connect(p)
-        client.send(asked)
-        server = backend.accept()
-        server.read_head()
+        client, server = asking(p, backend, asked)
         server.send(answered)
         client.read_head()
         server.close()

@@ -12,7 +12,7 @@ from conftest import whole_config
 from harness import FORWARD, IP_HASH, PATIENCE, WS, eventually, run_once
 from more import (FILES_ONLY, LOCALHOST, STICKY_COOKIE, Etc, NameServer, answer, children_of, request,
                   status_of)
-from peers import Place, ask, connect, open_tunnel
+from peers import Place, ask, asking, connect, open_tunnel
 
 PLAIN = {"listeners": [("127.0.0.1", "0", WS)], "http": FORWARD, "resolve_ms": 200, "fail_ms": 300}
 
@@ -41,10 +41,7 @@ def by_name(backend, name="backend", **more):
 
 
 def page(p, backend):
-    client = connect(p)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request())
     server.send(answer(body=b"page"))
     server.close()
     assert client.read_head().status == 200

@@ -7,7 +7,7 @@ import pytest
 
 from harness import FORWARD, REDIRECT, WS, WSS
 from more import asks_before
-from peers import KEY, UPGRADE, ask, connect, head, switching, upgrade
+from peers import KEY, UPGRADE, ask, asking, connect, head, switching, upgrade
 
 PLAIN = {"Host": "example.test"}
 
@@ -306,10 +306,7 @@ def test_empty_line_before_the_request_line(proxy, scripted):
 def test_accepted(proxy, scripted, fields):
     backend = scripted()
     p = proxy(backend)
-    client = connect(p)
-    client.send(head("GET / HTTP/1.1", {**UPGRADE, **fields}))
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, head("GET / HTTP/1.1", {**UPGRADE, **fields}))
     server.send(switching())
     assert client.read_head().status == 101
 

@@ -4,7 +4,7 @@ import pytest
 
 from harness import FORWARD, WS, WSS
 from more import asks_before
-from peers import accept_of, connect, head, pattern, switching, upgrade
+from peers import accept_of, asking, head, pattern, switching, upgrade
 
 
 @pytest.fixture(params=[1, 2], ids=["first", "second"])
@@ -14,10 +14,7 @@ def asked(proxy, scripted, request):
         backend = scripted()
         p = proxy(backend, http=FORWARD, **config)
         p.before = request.param == 2 and asks_before(backend)
-        client = connect(p)
-        client.send(sent or upgrade())
-        server = backend.accept()
-        server.read_head()
+        client, server = asking(p, backend, sent or upgrade())
         return p, client, server
     return start
 

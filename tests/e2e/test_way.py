@@ -24,7 +24,7 @@ from conftest import whole_config
 from harness import (INSTRUMENTED, PATIENCE, RUN, SANITIZE, WS, C, build, config_text, eventually,
                      run_once)
 from more import LOCALHOST, Etc, children_of
-from peers import ask, connect, head, open_tunnel, tcp, upgrade
+from peers import ask, asking, head, open_tunnel, tcp, upgrade
 from test_operation import NO_LEAK_CHECK
 from test_privileges import (as_root, filtered, foreign_calls, handshake, intruded, library,  # noqa: F401
                              low_port, own_files, status_of)
@@ -472,10 +472,7 @@ def spread_of(lines):
 def test_what_is_no_tunnel_has_all_of_drain_ms(proxy, scripted):
     backend = scripted()
     p = proxy(backend, drain_ms=1000)
-    waiting = connect(p)
-    waiting.send(upgrade())
-    server = backend.accept()
-    server.read_head()
+    waiting, server = asking(p, backend, upgrade())
     tunnel = open_tunnel(p, backend)
     p.signal(signal.SIGTERM)
     assert tunnel[0].receive() in (CLOSE, b"")  # at once

@@ -17,7 +17,7 @@ from harness import FORWARD, PATIENCE, RUN, WS, C, eventually, run_once
 from more import (TLS_NOVERIFY, TLS_PIN, TLS_VERIFY, Nginx, NodeHttps, OpensslServer, ScriptedTls,
                   answer, certificate_message, curl, identity, interrupted, key_of, memory_peak_kb,
                   memory_peak_reset, message, pem, record, request, server_context)
-from peers import ask, connect, pattern, play, switching, upgrade, ws
+from peers import ask, asking, connect, pattern, play, switching, upgrade, ws
 
 TLS = {"tls_backends": 1, "http": FORWARD}
 
@@ -773,10 +773,7 @@ def test_certificate_that_ended_before_the_program_was_made_is_refused_in_1970(p
 # ---- what goes through ----
 
 def tunnel(p, backend):
-    client = connect(p)
-    client.send(upgrade())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, upgrade())
     server.send(switching())
     assert client.read_head().status == 101
     return client, server
@@ -860,10 +857,7 @@ def test_answer_without_a_length_ends_with_close_notify(proxy, scripted_tls, who
     """RFC 9112 9.8: a bare FIN may be anyone's, so such an answer was cut off."""
     backend = scripted_tls()
     p = proxy(verified(backend), **TLS)
-    client = connect(p)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request())
     server.send(answer() + b"some of it")
     assert client.read_until(b"some of it")
     if whole:
@@ -1038,10 +1032,7 @@ def test_answer_that_its_client_stopped_does_not_look_whole(proxy, scripted_tls)
     """BearSSL takes nothing more from a backend that was told the end."""
     backend = scripted_tls()
     p = proxy(verified(backend), listeners=[("127.0.0.1", "0", WS)], **TLS)
-    client = connect(p)
-    client.send(request())
-    server = backend.accept()
-    server.read_head()
+    client, server = asking(p, backend, request())
     server.send(answer() + b"half")
     client.read_head()
     assert client.read(4) == b"half"
