@@ -277,7 +277,7 @@ struct keyring {
 	unsigned anchors;
 	char bytes[ANCHOR_BYTES];
 	struct text kept;       /* in there: what the anchors point to */
-	int one;                /* of the file that is read: see struct trust */
+	const struct trust *read;       /* whose file is being read */
 	unsigned users;         /* handshakes that may still point into it */
 };
 
@@ -518,8 +518,8 @@ static struct {                 /* within a second; the timer runs while there a
 static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, what is thrown away */
 static char file_text[ANCHORS_MAX * 2048];      /* a PEM file */
 static int reload_due;          /* SIGHUP came; 0 again when it was done */
-static char checked[32];        /* "backends[3]" while that is looked at, else "" */
-static char fault[LOG_LINE / 2]; /* what was found to be wrong with config.h, or a file of it, */
+static char checked[32];        /* "backends[3]" while that is looked at, or "" */
+static char fault[LOG_LINE / 2]; /* what was found to be wrong with it, or a file of it, */
 static unsigned faults_found;   /* so many times */
 static int stops;               /* SIGTERM and SIGINT so far */
 static int copied;              /* 1: it is the copy that SIGUSR2 made */
@@ -710,6 +710,12 @@ static int print(int fd, const char *format, ...)
 
 /* Before the loop: says what is wrong and ends. */
 #define die(...) (print(STDERR_FILENO, "wssproxy: " __VA_ARGS__), exit(1))
+
+/* An entry of config.h is looked at from now on. */
+static void entry_look(const char *name, unsigned i)
+{
+	string_format(checked, sizeof checked, "%s[%u]", name, i);
+}
 
 /* Says the fault that was found in config.h and goes on: one run tells all there are. */
 static void wrong_say(void)
@@ -1048,22 +1054,19 @@ static int address_parse(struct address *a, const char *host, const char *port)
 
 /* ---- PEM and keys ---- */
 
-/* What is read from a PEM file. */
-struct pem {
-	/* An object's name and bytes. NULL: taken; pem_other; or what is wrong. */
-	const char *(*take)(void *owner, const char *name, const unsigned char *der, size_t len);
-	const char *none;       /* what is wrong when nothing was taken */
-};
+/* Takes an object of a PEM file by its name. NULL: taken; pem_other; or what is wrong. */
+typedef const char *pem_take(void *owner, const char *name, const unsigned char *der, size_t len);
 
 static const char pem_other[] = "";
 
 /* Reads a text, which is lost: DER is shorter, and written over it. The decoder wants no CR, and
- * the final newline that editors forget: text[len] is room for it. NULL, or what is wrong. */
-static const char *pem_walk(const struct pem *pem, void *owner, char *text, size_t len)
+ * the final newline that editors forget: text[len] is room for it. NULL, or what is wrong; none: if
+ * nothing is taken. */
+static const char *pem_walk(pem_take *take, void *owner, char *text, size_t len, const char *none)
 {
 	struct text der = { .p = text, .size = len };
 	br_pem_decoder_context dc;
-	const char *none = pem->none, *error = NULL;
+	const char *error = NULL;
 	size_t i, n = 0;
 	int inside = 0;
 
@@ -1082,7 +1085,7 @@ static const char *pem_walk(const struct pem *pem, void *owner, char *text, size
 			break;
 		case BR_PEM_END_OBJ:
 			inside = 0;
-			error = pem->take(owner, br_pem_decoder_name(&dc),
+			error = take(owner, br_pem_decoder_name(&dc),
 				(unsigned char *)der.p, der.len);
 			none = error ? none : NULL;
 			error = error == pem_other ? NULL : error;
@@ -1118,8 +1121,6 @@ static const char *chain_add(void *owner, const char *name, const unsigned char 
 	return NULL;
 }
 
-static const struct pem chain_pem = { chain_add, "no certificate in it" };
-
 static const char *key_add(void *owner, const char *name, const unsigned char *der, size_t len)
 {
 	br_skey_decoder_context *key = &((struct identity *)owner)->key;
@@ -1135,8 +1136,6 @@ static const char *key_add(void *owner, const char *name, const unsigned char *d
 	return br_skey_decoder_last_error(key) ? "not an RSA (up to 4096 bits) or EC key" : NULL;
 }
 
-static const struct pem key_pem = { key_add, "no private key in it" };
-
 /* For the log: a subject's common name, or its last attribute of X.520. */
 static void subject_text(char *out, size_t size, const br_x500_name *dn)
 {
@@ -1147,9 +1146,6 @@ static void subject_text(char *out, size_t size, const br_x500_name *dn)
 			name = p;
 	log_escape(out, size, name ? (const char *)name + 7 : "-", name ? name[6] : 1);
 }
-
-/* Of what is read: the entry of config.h, and the file that it names. */
-static struct reading { const char *entry, *path; unsigned index; } reading;
 
 static unsigned char *anchor_keep(struct text *kept, const void *data, size_t len)
 {
@@ -1180,12 +1176,11 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 	a->dn.data = (unsigned char *)before.p + before.len;
 	a->dn.len = kept->len - before.len;
 	if (!kept->full && (!pk || (pk->key_type == BR_KEYTYPE_RSA && pk->key.rsa.nlen > 512))) {
-		if (ring->one)
+		if (ring->read->one)
 			return "it is not valid X.509 with an RSA (up to 4096 bits) or EC key";
 		subject_text(subject, sizeof subject, &a->dn);
-		log_line(LOG_WARNING, "warning %s[%u]: %s: subject=%s is skipped: not valid X.509 "
-			"with an RSA (up to 4096 bits) or EC key", reading.entry, reading.index,
-			reading.path, subject);
+		log_line(LOG_WARNING, "warning %s: %s: subject=%s is skipped: not valid X.509 with "
+			"an RSA (up to 4096 bits) or EC key", checked, ring->read->path, subject);
 		*kept = before;
 		return pem_other;
 	}
@@ -1204,8 +1199,6 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 	ring->anchors++;
 	return NULL;
 }
-
-static const struct pem anchors_pem = { anchor_add, "no certificate in it that can be used" };
 
 /* Whether what one signs, the other verifies: BearSSL computes no modulus of 4096 bits. */
 static int key_matches_rsa(const br_rsa_private_key *sk, const br_rsa_public_key *pk)
@@ -1247,17 +1240,17 @@ static const char *identity_check(const struct identity *id)
 static int only_look;
 
 /* Says what is wrong with a file, unless NULL. 1: nothing is, or it does not matter now. */
-static int fault_none(const char *what)
+static int fault_none(const char *path, const char *what)
 {
 	if (!what)
 		return 1;
-	string_format(fault, sizeof fault, "%s[%u]: %s: %s", reading.entry, reading.index,
-		reading.path, what);
+	string_format(fault, sizeof fault, ": %s: %s", path, what);
 	if (only_look)
-		log_line(LOG_WARNING, "warning %s for user and chroot_dir: SIGHUP will fail",
-			fault);
+		log_line(LOG_WARNING, "warning %s%s for user and chroot_dir: SIGHUP will fail",
+			checked, fault);
 	else if (keyring)
-		log_line(LOG_ERR, "reload failed config.h: %s: the old certificates stay", fault);
+		log_line(LOG_ERR, "reload failed config.h: %s%s: the old certificates stay",
+			checked, fault);
 	else
 		wrong_say();
 	return only_look;
@@ -1282,23 +1275,19 @@ static const char *file_read(const char *path, size_t *len)
 }
 
 /* Reads a PEM file. 1, or 0 and the fault. */
-static int pem_load(const struct pem *pem, void *owner, const char *entry, unsigned i,
-	const char *path)
+static int pem_load(pem_take *take, void *owner, const char *path, const char *none)
 {
-	const char *what;
-	size_t len = 0;
+	size_t len;
+	const char *what = file_read(path, &len);
 
-	reading = (struct reading){ entry, path, i };
-	what = file_read(path, &len);
 	if (!what && !only_look)
-		what = pem_walk(pem, owner, file_text, len);
+		what = pem_walk(take, owner, file_text, len, none);
 	wipe(file_text, len + 1);
-	return fault_none(what);
+	return fault_none(path, what);
 }
 
 /* Without files there is none, which is right, or was said to be wrong. */
-static int identity_load(struct identity *id, const char *entry, unsigned i, const char *chain,
-	const char *key)
+static int identity_load(struct identity *id, const char *chain, const char *key)
 {
 	struct stat st;
 
@@ -1306,14 +1295,14 @@ static int identity_load(struct identity *id, const char *entry, unsigned i, con
 	br_skey_decoder_init(&id->key);
 	if (!chain || !key)
 		return 1;
-	if (!(pem_load(&chain_pem, id, entry, i, chain) & pem_load(&key_pem, id, entry, i, key)))
+	if (!(pem_load(chain_add, id, chain, "no certificate in it") &
+	    pem_load(key_add, id, key, "no private key in it")))
 		return 0;
 	if (only_look)
 		return 1;
 	if (stat(key, &st) == 0 && (st.st_mode & (S_IRWXG | S_IRWXO)))
 		log_line(LOG_WARNING, "warning key=%s is open to group or others: chmod 600", key);
-	reading.path = chain;
-	return fault_none(identity_check(id));
+	return fault_none(chain, identity_check(id));
 }
 
 /* Whose client certificates a listener wants to see; NULL: it asks for none. */
@@ -1336,8 +1325,7 @@ static inline int clients_asked(void)
 }
 
 /* Those who trust the same file in the same way share what is read of it: it may be a bundle. */
-static int trust_load(struct keyring *ring, struct trust *t, const char *entry, unsigned i,
-	const char *path, int one)
+static int trust_load(struct keyring *ring, struct trust *t, const char *path, int one)
 {
 	const struct trust *same = ring->trust;
 
@@ -1350,11 +1338,11 @@ static int trust_load(struct keyring *ring, struct trust *t, const char *entry, 
 		*t = *same;
 		return 1;
 	}
-	ring->one = one;
-	if (!pem_load(&anchors_pem, ring, entry, i, path))
+	ring->read = t;
+	if (!pem_load(anchor_add, ring, path, "no certificate in it that can be used"))
 		return 0;
 	t->count = ring->anchors - t->first;
-	return fault_none(one && t->count > 1 ?
+	return fault_none(path, one && t->count > 1 ?
 		"one certificate is wanted, there are several" : NULL);
 }
 
@@ -1375,17 +1363,21 @@ static int keyring_load(struct keyring *ring)
 
 	ring->anchors = 0;
 	ring->kept = (struct text){ .p = ring->bytes, .size = sizeof ring->bytes };
-	for (i = 0; i < CERTS; i++)
-		good &= identity_load(&ring->id[i], "certs", i, certs[i].chain, certs[i].key);
-	for (i = 0; clients_asked() && i < LISTENERS; i++)
-		good &= trust_load(ring, &ring->trust[i], listeners[i].client_ca ? "listeners" :
-			"client_ca", i, listener_ca(i), 0);
+	for (i = 0; i < CERTS; i++) {
+		entry_look("certs", i);
+		good &= identity_load(&ring->id[i], certs[i].chain, certs[i].key);
+	}
+	for (i = 0; clients_asked() && i < LISTENERS; i++) {
+		entry_look(listeners[i].client_ca ? "listeners" : "client_ca", i);
+		good &= trust_load(ring, &ring->trust[i], listener_ca(i), 0);
+	}
 	for (i = tls_backends ? 0 : BACKENDS; i < BACKENDS; i++) {
 		const struct backend *b = &backends[i];
 		const int one = b->tls == TLS_PIN;
 
-		good &= identity_load(&ring->id[CERTS + i], "backends", i, b->cert, b->key);
-		good &= trust_load(ring, &ring->trust[LISTENERS + i], "backends", i,
+		entry_look("backends", i);
+		good &= identity_load(&ring->id[CERTS + i], b->cert, b->key);
+		good &= trust_load(ring, &ring->trust[LISTENERS + i],
 			one || b->tls == TLS_VERIFY ? b->ca : NULL, one);
 	}
 	return good;
@@ -4165,8 +4157,7 @@ static void der_names(br_x500_name list, struct text *names)
 }
 
 /* A line for a certificate, and one more if it is not valid now. */
-static void cert_say(const br_x509_certificate *c, const char *entry, unsigned i, const char *path,
-	const char *changed)
+static void cert_say(const br_x509_certificate *c, const char *path, const char *changed)
 {
 	const uint64_t t = (uint64_t)clock_floor() + 719528 * 86400ull; /* since the year 0 */
 	uint64_t day = t;
@@ -4193,11 +4184,11 @@ static void cert_say(const br_x509_certificate *c, const char *entry, unsigned i
 	if (list.len > 0)
 		log_escape(names, sizeof names, raw, list.len);
 	if (t < dc.notbefore_days * 86400ull + dc.notbefore_seconds)
-		log_line(LOG_WARNING, "warning %s[%u]: %s is not valid before %s, or the clock is "
-			"wrong", entry, i, path, date_format(dc.notbefore_days - 60, date));
+		log_line(LOG_WARNING, "warning %s: %s is not valid before %s, or the clock is "
+			"wrong", checked, path, date_format(dc.notbefore_days - 60, date));
 	if (t > dc.notafter_days * 86400ull + dc.notafter_seconds)
-		log_line(LOG_WARNING, "warning %s[%u]: %s has expired", entry, i, path);
-	log_line(LOG_NOTICE, "cert entry=%s[%u] names=%s issuer=%s until=%s days=%d%s", entry, i,
+		log_line(LOG_WARNING, "warning %s: %s has expired", checked, path);
+	log_line(LOG_NOTICE, "cert entry=%s names=%s issuer=%s until=%s days=%d%s", checked,
 		names, issuer, date_format(dc.notafter_days - 60, date),
 		(int)(dc.notafter_days - (unsigned)day), changed);
 }
@@ -4214,9 +4205,9 @@ static unsigned certs_say(const struct keyring *ring, const struct keyring *befo
 			memcmp(id->der, old->der, id->der_len) == 0;
 
 		changed += !same;
+		entry_look(i < CERTS ? "certs" : "backends", k);
 		if (id->chain_len > 0)
-			cert_say(&id->chain[0], i < CERTS ? "certs" : "backends", k,
-				i < CERTS ? certs[k].chain : backends[k].cert,
+			cert_say(&id->chain[0], i < CERTS ? certs[k].chain : backends[k].cert,
 				!before ? "" : same ? " changed=0" : " changed=1");
 	}
 	return changed;
@@ -6965,16 +6956,16 @@ static void config_check(void)
 	ciphers_check();
 	texts_check();
 	for (i = 0; i < LISTENERS; i++) {
-		string_format(checked, sizeof checked, "listeners[%u]", i);
+		entry_look("listeners", i);
 		listener_check(i);
 	}
 	for (i = 0; i < CERTS; i++) {
-		string_format(checked, sizeof checked, "certs[%u]", i);
+		entry_look("certs", i);
 		wrong(!certs[i].chain, ".chain is missing: a PEM file");
 		wrong(!certs[i].key, ".key is missing: a PEM file");
 	}
 	for (i = 0; i < BACKENDS; i++) {
-		string_format(checked, sizeof checked, "backends[%u]", i);
+		entry_look("backends", i);
 		backend_check(&backends[i]);
 	}
 	checked[0] = '\0';

@@ -2268,13 +2268,13 @@ static void test_cert_dates(void)
 		at("%s", cases[i].der);
 		memcpy(p + 15, "\x17\x0d", 2);
 		memcpy(p + 17, cases[i].der, 13);
-		cert_say(&identity.chain[0], "certs", 0, "path", "");
+		cert_say(&identity.chain[0], "path", "");
 		line = log_read();
 		sprintf(want, " until=%s days=%d\n", cases[i].text, cases[i].days - today);
 		CHECK(strstr(line, want) != NULL);
 		CHECK_INT(strstr(line, "path has expired\n") != NULL, cases[i].days < today);
 		memcpy(p + 2, cases[i].der, 13);
-		cert_say(&identity.chain[0], "certs", 0, "path", "");
+		cert_say(&identity.chain[0], "path", "");
 		sprintf(want, "path is not valid before %s, or", cases[i].text);
 		CHECK_INT(strstr(log_read(), want) != NULL, cases[i].days > today);
 	}
@@ -2292,13 +2292,14 @@ static void test_cert_say(void)
 	int n;
 
 	log_open_pipe();
+	entry_look("certs", 0);
 	for (i = 0; i < COUNT(pems); i++) {
 		CHECK_GOOD(chain_of(pems[i]));
 		for (len = 0; len <= identity.chain[0].data_len; len++) {
 			at("certificate %zu cut to %zu bytes", i, len);
 			c.data = (unsigned char *)guard_copy(&room, identity.der, len);
 			c.data_len = len;
-			cert_say(&c, "certs", 0, "path", "");
+			cert_say(&c, "path", "");
 			CHECK(strstr(log_read(), "cert entry=certs[0] names=") != NULL);
 		}
 		for (n = 0; n < 20000; n++) {
@@ -2307,7 +2308,7 @@ static void test_cert_say(void)
 			memcpy(p, identity.der, c.data_len);
 			p[random_below((unsigned)c.data_len)] = (unsigned char)random_next();
 			p[random_below((unsigned)c.data_len)] = (unsigned char)random_next();
-			cert_say(&c, "certs", 0, "path", "");
+			cert_say(&c, "path", "");
 			CHECK(lines_of(log_read()) <= 3);
 		}
 	}

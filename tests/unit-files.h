@@ -4,32 +4,31 @@ static struct identity identity;
 static struct guard pem_text;
 
 /* The parsers may write one byte behind the text; more would meet the guard page. */
-static const char *pem_parse_into(struct identity *id, const struct pem *what, const char *pem,
-	size_t len)
+static const char *pem_parse_into(struct identity *id, pem_take *what, const char *pem, size_t len)
 {
 	char *text = guard_room(&pem_text, len + 1);
 
 	memcpy(text, pem, len);
-	if (what == &chain_pem)
+	if (what == chain_add)
 		id->chain_len = id->der_len = 0;
 	else
 		br_skey_decoder_init(&id->key);
-	return pem_walk(what, id, text, len);
+	return pem_walk(what, id, text, len, "none");
 }
 
-static const char *pem_parse(const struct pem *what, const char *pem, size_t len)
+static const char *pem_parse(pem_take *what, const char *pem, size_t len)
 {
 	return pem_parse_into(&identity, what, pem, len);
 }
 
 static const char *chain_of(const char *pem)
 {
-	return pem_parse(&chain_pem, pem, strlen(pem));
+	return pem_parse(chain_add, pem, strlen(pem));
 }
 
 static const char *key_of(const char *pem)
 {
-	return pem_parse(&key_pem, pem, strlen(pem));
+	return pem_parse(key_add, pem, strlen(pem));
 }
 
 /* The text with each line end replaced. */
@@ -158,7 +157,7 @@ static void test_pem_chain_bad(void)
 
 	for (i = 0; i < COUNT(bad); i++) {
 		at("%s", bad[i].name);
-		CHECK_ERROR(pem_parse(&chain_pem, bad[i].pem, bad[i].len));
+		CHECK_ERROR(pem_parse(chain_add, bad[i].pem, bad[i].len));
 	}
 	at("a good one after all that");
 	CHECK_GOOD(chain_of(PEM_EC_CERT));
@@ -186,7 +185,7 @@ static void test_pem_chain_limits(void)
 	CHECK_GOOD(chain_of(PEM_EC_CERT));
 }
 
-static void truncate_all(const struct pem *what, const char *pem, size_t from,
+static void truncate_all(pem_take *what, const char *pem, size_t from,
 	size_t to)
 {
 	size_t n;
@@ -205,16 +204,16 @@ static void test_pem_truncated(void)
 		parameters[] = PEM_EC_PARAMETERS PEM_EC_KEY, rsa[] = PEM_RSA_KEY8;
 
 	at("a certificate");
-	truncate_all(&chain_pem, chain, 0, sizeof chain - sizeof "-----END CERTIFICATE-----\n");
+	truncate_all(chain_add, chain, 0, sizeof chain - sizeof "-----END CERTIFICATE-----\n");
 	at("the second of two");
-	truncate_all(&chain_pem, two, sizeof chain - 1 + strlen("-----BEGIN C"),
+	truncate_all(chain_add, two, sizeof chain - 1 + strlen("-----BEGIN C"),
 		sizeof two - sizeof "-----END CERTIFICATE-----\n");
 	at("a key");
-	truncate_all(&key_pem, key, 0, sizeof key - sizeof "-----END EC PRIVATE KEY-----\n");
+	truncate_all(key_add, key, 0, sizeof key - sizeof "-----END EC PRIVATE KEY-----\n");
 	at("a key behind its parameters");
-	truncate_all(&key_pem, parameters, 0, sizeof parameters - sizeof "-----END EC PRIVATE KEY-----\n");
+	truncate_all(key_add, parameters, 0, sizeof parameters - sizeof "-----END EC PRIVATE KEY-----\n");
 	at("an RSA key");
-	truncate_all(&key_pem, rsa, 0, sizeof rsa - sizeof "-----END PRIVATE KEY-----\n");
+	truncate_all(key_add, rsa, 0, sizeof rsa - sizeof "-----END PRIVATE KEY-----\n");
 }
 
 /* ---- keys ---- */
@@ -324,7 +323,7 @@ static void test_pem_key_large(void)
 		der[3] = (unsigned char)(len - 4);
 		n = br_pem_encode(pem, der, len, "RSA PRIVATE KEY", 0);
 		memset(owner.behind, 0xdb, sizeof owner.behind);
-		pem_parse_into(&owner.id, &key_pem, pem, n);
+		pem_parse_into(&owner.id, key_add, pem, n);
 		for (i = 0; i < sizeof owner.behind; i++)
 			CHECK_INT(owner.behind[i], 0xdb);
 	}
@@ -364,10 +363,13 @@ static void test_key_matches(void)
 
 /* ---- trust anchors ---- */
 
+static struct trust ring_trust;
+
 static struct keyring *ring_empty(void)
 {
 	memset(&keyrings[1], 0, sizeof keyrings[1]);
-	reading.entry = reading.path = "none";
+	keyrings[1].read = &ring_trust;
+	ring_trust = (struct trust){ .path = "none" };
 	keyrings[1].kept = (struct text){ .p = keyrings[1].bytes, .size = ANCHOR_BYTES };
 	return &keyrings[1];
 }
@@ -381,7 +383,7 @@ static const char *anchors_of(struct keyring *ring, const char *pem)
 	if (text == NULL)
 		exit(2);
 	memcpy(text, pem, len);
-	error = pem_walk(&anchors_pem, ring, text, len);
+	error = pem_walk(anchor_add, ring, text, len, "none");
 	free(text);                     /* the anchors must not point into it */
 	return error;
 }
@@ -607,17 +609,17 @@ static void test_pem_load(void)
 	memset(large, '\n', sizeof large);
 	memcpy(large, PEM_EC_CERT, strlen(PEM_EC_CERT));
 	file_write("large", large, sizeof large - 2);
-	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, "large"), 1);
+	CHECK_INT(pem_load(chain_add, &identity, "large", "none"), 1);
 	CHECK(is_wiped(file_text, sizeof file_text));
 	/* never so much that no byte is left behind it */
 	file_write("large", large, sizeof large - 1);
-	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, "large"), 0);
-	CHECK_STR(fault, "certs[3]: large: too large");
+	CHECK_INT(pem_load(chain_add, &identity, "large", "none"), 0);
+	CHECK_STR(fault, ": large: too large");
 	CHECK(is_wiped(file_text, sizeof file_text));
-	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, "missing"), 0);
-	CHECK_STR(fault, "certs[3]: missing: No such file or directory");
-	CHECK_INT(pem_load(&chain_pem, &identity, "certs", 3, "."), 0);
-	CHECK_STR(fault, "certs[3]: .: Is a directory");
+	CHECK_INT(pem_load(chain_add, &identity, "missing", "none"), 0);
+	CHECK_STR(fault, ": missing: No such file or directory");
+	CHECK_INT(pem_load(chain_add, &identity, ".", "none"), 0);
+	CHECK_STR(fault, ": .: Is a directory");
 	directory_leave();
 }
 

@@ -12,12 +12,12 @@ static struct session *tls_session(void)
 	tables_init();
 	suites_init();
 	keyring = &keyrings[0];
-	CHECK_GOOD(pem_parse_into(&keyring->id[0], &chain_pem, LIT(EC_AND_EC2)));
-	CHECK_GOOD(pem_parse_into(&keyring->id[0], &key_pem, LIT(PEM_EC_KEY)));
-	CHECK_GOOD(pem_parse_into(&keyring->id[1], &chain_pem, LIT(PEM_RSA_CERT)));
-	CHECK_GOOD(pem_parse_into(&keyring->id[1], &key_pem, LIT(PEM_RSA_KEY)));
-	CHECK_GOOD(pem_parse_into(&keyring->id[2], &chain_pem, LIT(PEM_EC_CERT)));
-	CHECK_GOOD(pem_parse_into(&keyring->id[2], &key_pem, LIT(PEM_EC_KEY)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[0], chain_add, LIT(EC_AND_EC2)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[0], key_add, LIT(PEM_EC_KEY)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[1], chain_add, LIT(PEM_RSA_CERT)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[1], key_add, LIT(PEM_RSA_KEY)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[2], chain_add, LIT(PEM_EC_CERT)));
+	CHECK_GOOD(pem_parse_into(&keyring->id[2], key_add, LIT(PEM_EC_KEY)));
 	s = session_make(0);
 	CHECK(records_borrow(s));
 	CHECK_INT(tls_start(s), 1);
@@ -766,9 +766,8 @@ static void test_anchors_skipped(void)
 	for (i = 0; i < COUNT(odd); i++) {
 		at("certificate %zu", i);
 		ring = ring_empty();
-		reading.entry = "backends";
-		reading.index = 3;
-		reading.path = "ca.pem";
+		entry_look("backends", 3);
+		ring_trust.path = "ca.pem";
 		snprintf(text, sizeof text, "%s%s%s", PEM_EC_CERT, odd[i].pem, PEM_RSA_CERT);
 		CHECK_GOOD(anchors_of(ring, text));
 		CHECK_INT(ring->anchors, 2);
@@ -784,7 +783,7 @@ static void test_anchors_skipped(void)
 		CHECK_ERROR(anchors_of(ring_empty(), odd[i].pem));      /* none is left */
 		log_read();
 		ring = ring_empty();
-		ring->one = 1;
+		ring_trust.one = 1;
 		CHECK_ERROR(anchors_of(ring, text));
 		CHECK_STR(log_read(), "");
 	}

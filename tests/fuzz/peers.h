@@ -783,9 +783,9 @@ static void proxy_start(void)
 	suites_init();
 	servers_init();
 	certs_init();
-	MUST(!pem_walk(&chain_pem, &chat, text, sizeof text - 2));
+	MUST(!pem_walk(chain_add, &chat, text, sizeof text - 2, "none"));
 	br_skey_decoder_init(&chat.key);
-	MUST(!pem_walk(&key_pem, &chat, key, sizeof key - 2));
+	MUST(!pem_walk(key_add, &chat, key, sizeof key - 2, "none"));
 	for (i = 0; i < 2; i++) {
 		br_x509_decoder_init(&known_keys[i], NULL, NULL);
 		br_x509_decoder_push(&known_keys[i], keyring->id[i].chain[0].data,

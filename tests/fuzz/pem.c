@@ -1,4 +1,4 @@
-/* pem.c - fuzzes the files of certificates and keys: chain_pem, key_pem, anchors_pem,
+/* pem.c - fuzzes the files of certificates and keys: chain_add, key_add, anchor_add,
  * identity_check. The first byte chooses what the rest is: PEM; or DER, to be wrapped as PEM, for
  * base64 keeps a fuzzer from what lies behind it. */
 #include "fuzz.h"
@@ -7,7 +7,7 @@ static struct identity identity;
 static struct keyring ring;
 
 /* Parses a copy with one byte of room, as pem_walk asks for; `cr` puts CR before each LF. */
-static const char *parse(const struct pem *what, void *owner, const char *text, size_t len, int cr)
+static const char *parse(pem_take *what, void *owner, const char *text, size_t len, int cr)
 {
 	char *copy = malloc(2 * len + 1);
 	const char *error;
@@ -19,11 +19,11 @@ static const char *parse(const struct pem *what, void *owner, const char *text, 
 		copy[n++] = text[i];
 	}
 	copy = realloc(copy, n + 1);
-	if (what == &chain_pem)
+	if (what == chain_add)
 		identity.chain_len = identity.der_len = 0;
-	else if (what == &key_pem)
+	else if (what == key_add)
 		br_skey_decoder_init(&identity.key);
-	error = pem_walk(what, owner, copy, n);
+	error = pem_walk(what, owner, copy, n, "none");
 	free(copy);
 	return error;
 }
@@ -70,23 +70,24 @@ static void anchors_must(const char *error)
 
 static void text_must(const char *text, size_t len)
 {
-	const char *chain = parse(&chain_pem, &identity, text, len, 0), *key;
+	const char *chain = parse(chain_add, &identity, text, len, 0), *key;
 	size_t certificates = identity.chain_len;
 
 	chain_must(chain);
-	MUST(parse(&chain_pem, &identity, text, len, 1) == chain);
+	MUST(parse(chain_add, &identity, text, len, 1) == chain);
 	MUST(identity.chain_len == certificates);
-	key = parse(&key_pem, &identity, text, len, 0);
+	key = parse(key_add, &identity, text, len, 0);
 	MUST(key || br_skey_decoder_key_type(&identity.key) != 0);
-	MUST(parse(&key_pem, &identity, text, len, 1) == key);
+	MUST(parse(key_add, &identity, text, len, 1) == key);
 	if (!chain && !key)
 		identity_check(&identity);
 	log_fd = -1;            /* anchors that are skipped */
 	ring.anchors = 0;
-	reading.entry = reading.path = "none";
+	ring.read = &ring.trust[0];
+	ring.trust[0].path = "none";
 	ring.kept = (struct text){ .p = ring.bytes, .size = sizeof ring.bytes };
-	anchors_must(parse(&anchors_pem, &ring, text, len, 0));
-	anchors_must(parse(&anchors_pem, &ring, text, len, 0));        /* a second file */
+	anchors_must(parse(anchor_add, &ring, text, len, 0));
+	anchors_must(parse(anchor_add, &ring, text, len, 0));        /* a second file */
 }
 
 /* A certificate chain of the other side as it comes in records: in pieces, and with more behind. */
