@@ -973,8 +973,6 @@ static int is_unix(const struct backend *b)
 	return strncmp(b->host, "unix:", 5) == 0;
 }
 
-#define ADDRESS_TEXT (INET6_ADDRSTRLEN + 8)
-
 /* RFC 5952: "::" for the first of the longest runs of zeros above one. musl's brings printf. */
 static void text_ip6(struct text *t, const unsigned char ip[16])
 {
@@ -998,10 +996,12 @@ static void text_ip6(struct text *t, const unsigned char ip[16])
 	}
 }
 
-/* "192.0.2.9" or "2001:db8::1"; with a port "192.0.2.9:443" or "[2001:db8::1]:443". */
-static const char *address_format(const struct address *a, int with_port, char out[ADDRESS_TEXT])
+/* "192.0.2.9" or "2001:db8::1"; with a port "192.0.2.9:443" or "[2001:db8::1]:443". Until the next
+ * call. */
+static const char *address_format(const struct address *a, int with_port)
 {
-	struct text t = { .p = out, .size = ADDRESS_TEXT - 1 };
+	static char out[INET6_ADDRSTRLEN + 8];
+	struct text t = { .p = out, .size = sizeof out - 1 };
 	const unsigned char *ip = address_ip(a);
 
 	if (a->any.sa_family == AF_INET) {
@@ -1523,12 +1523,10 @@ static uid_t socket_user(int fd)
 /* A unix: socket, and the name of the door of an address. */
 static int door_socket(const struct address *a, struct sockaddr_un *sun, socklen_t *len)
 {
-	char text[ADDRESS_TEXT];
-
 	*sun = (struct sockaddr_un){ .sun_family = AF_UNIX };
 	*len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 +
 		string_format(sun->sun_path + 1, sizeof sun->sun_path - 1, "wssproxy %s",
-			address_format(a, 1, text)));
+			address_format(a, 1)));
 	return socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 }
 
@@ -1573,7 +1571,6 @@ static void listener_open(unsigned i)
 	const struct listener *l = &listeners[i];
 	const int dual = strcmp(l->address, "::") == 0;
 	struct address a;
-	char text[ADDRESS_TEXT];
 	socklen_t len = sizeof a;
 	int fd, door = -1;
 
@@ -1593,7 +1590,7 @@ static void listener_open(unsigned i)
 	fds[FD_LISTEN + i].fd = fd;
 	if (make_way)
 		fds[FD_DOOR + i].fd = door >= 0 ? door : door_open(&a);
-	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1, text),
+	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1),
 		kinds[l->kind]);
 }
 
@@ -5138,7 +5135,6 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 	static const char *const words[] = { "open", "close", "reject" };
 	const int error = leg_fault(s, s->by == BY_BACKEND ? &s->backend : &s->client);
 	struct text t;
-	char client[ADDRESS_TEXT];
 
 	if (event != REJECT && log_sessions != ALL && !(log_sessions == TUNNELS && s->upgrade))
 		return;
@@ -5147,7 +5143,7 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 	if (s->request > 1)
 		text_format(&t, ".%u", (unsigned)s->request);
 	text_format(&t, event == CLOSE ? " by=%s" : " client=%s", event == CLOSE ? parties[s->by] :
-		address_format(&s->peer, 1, client));
+		address_format(&s->peer, 1));
 	if (event == OPEN)
 		text_tls(&t, s);
 	if (event == REJECT)
@@ -5435,7 +5431,7 @@ static enum state head_done(struct session *s, enum why why)
 	struct request *r = &hd->u.request;
 	struct forwarded f = { .proto = s->plain ? "http" : "https", .subject = s->note->subject };
 	const int redirects = listeners[s->listener].kind == REDIRECT;
-	char client[ADDRESS_TEXT], *p;
+	char *p;
 	enum why routed;
 	unsigned i;
 
@@ -5455,7 +5451,7 @@ static enum state head_done(struct session *s, enum why why)
 	s->up_left = r->chunked ? UINT64_MAX : r->length;
 	if (r->upgrade)
 		accept_key(hd->bytes + r->key.at, s->note->accept);
-	f.client = address_format(&s->peer, 0, client);
+	f.client = address_format(&s->peer, 0);
 	for (i = 0; i < BACKENDS; i++)
 		f.renamed |= (s->group >> i & 1) && backends[i].host_header;
 	for (p = s->note->subject; *p; p++)
@@ -6273,13 +6269,12 @@ static void listener_take(int fd, const struct address *peer, unsigned listener)
 {
 	unsigned char key[9];
 	const struct source *o = *source_place(peer, key);
-	char client[ADDRESS_TEXT];
 	struct session *s;
 
 	if (max_per_ip > 0 && o && o->sessions >= max_per_ip) {
 		if (reject_counts())
 			log_line(LOG_NOTICE, "reject id=%u client=%s status=- why=%s",
-				(unsigned)++last_id, address_format(peer, 1, client),
+				(unsigned)++last_id, address_format(peer, 1),
 				whys[WHY_PER_IP].text);
 		close(fd);
 		return;

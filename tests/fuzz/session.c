@@ -88,8 +88,7 @@ static void asked_read(const struct peer *c, const char *p, struct asked *a)
 	size_t left = (size_t)(c->sent.data + c->sent.len - p);
 	struct chunked end;
 	struct text body;
-	char text[ADDRESS_TEXT];
-	struct forwarded f = { address_format(&c->address, 0, text),
+	struct forwarded f = { address_format(&c->address, 0),
 		c->kind == WSS ? "https" : "http", "" };
 
 	memset(&a->r, 0, sizeof a->r);
