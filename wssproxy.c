@@ -466,7 +466,7 @@ struct server {
 /* poll()'s array: signals, resolver, epoll set of the sessions, listeners and their doors (see
  * 'making way'), checks of backends. */
 enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_DOOR = FD_LISTEN + LISTENERS,
-	FD_CHECK = FD_DOOR + (make_way ? LISTENERS : 0), FD_COUNT = FD_CHECK + BACKENDS };
+	FD_CHECK = FD_DOOR + LISTENERS, FD_COUNT = FD_CHECK + BACKENDS };
 
 static struct session sessions[max_sessions];
 static struct records records[max_busy];
@@ -6330,8 +6330,7 @@ static void listeners_watch(void)
 	}
 	for (i = 0; i < LISTENERS; i++) {
 		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
-		if (make_way)
-			fds[FD_DOOR + i].events = accept_after <= now ? POLLIN : 0;
+		fds[FD_DOOR + i].events = accept_after <= now ? POLLIN : 0;
 	}
 }
 
@@ -6565,11 +6564,8 @@ static void stats(void)
 static void listener_close(unsigned i)
 {
 	close(fds[FD_LISTEN + i].fd);
-	fds[FD_LISTEN + i].fd = -1;
-	if (make_way && fds[FD_DOOR + i].fd >= 0) {
-		close(fds[FD_DOOR + i].fd);
-		fds[FD_DOOR + i].fd = -1;
-	}
+	close(fds[FD_DOOR + i].fd);     /* if there is one */
+	fds[FD_LISTEN + i].fd = fds[FD_DOOR + i].fd = -1;
 }
 
 /* SIGTERM, SIGINT, or way was made: no new connections; sessions have drain_ms. */
@@ -6598,7 +6594,6 @@ static void way_start(void)
 
 	if (way_until || drain_until)
 		return;
-	errno = EPERM;
 	pid = getpid() == 1 ? -1 : syscall(SYS_clone, (long)SIGCHLD, 0L, 0L, 0L, 0L);
 	if (pid > 0)
 		_exit(0);
