@@ -1530,23 +1530,19 @@ static int door_socket(const struct address *a, struct sockaddr_un *sun, socklen
 	return socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 }
 
-/* The listener of an address that is in use, and its door, if who has them makes way; else -1 and
- * EADDRINUSE. */
-static int door_knock(const struct address *a, int *door)
+/* Asks for the listener of an address that is in use, and its door, if who has them makes way. */
+static void door_knock(const struct address *a, int pair[2])
 {
 	struct sockaddr_un sun;
 	socklen_t len;
 	const int fd = door_socket(a, &sun, &len);
 	struct pollfd p = { .fd = fd, .events = POLLIN };
-	int pair[2] = { -1, -1 };
 
 	if (connect(fd, (struct sockaddr *)&sun, len) == 0 && socket_user(fd) == geteuid() &&
 	    poll(&p, 1, WAY_MS) == 1 && handover(fd, pair, 1))
 		socket_tune(pair[0]);   /* as this config.h has it */
 	close(fd);
 	errno = EADDRINUSE;
-	*door = pair[1];
-	return pair[0];
 }
 
 /* A door for a listener; -1: there is none. */
@@ -1572,24 +1568,23 @@ static void listener_open(unsigned i)
 	const int dual = strcmp(l->address, "::") == 0;
 	struct address a;
 	socklen_t len = sizeof a;
-	int fd, door = -1;
+	int pair[2] = { -1, -1 };
 
 	address_parse(&a, l->address, l->port);
-	fd = listener_bind(&a, dual);
-	if (fd < 0 && dual && (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) {
+	pair[0] = listener_bind(&a, dual);
+	if (pair[0] < 0 && dual && (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) {
 		a.any.sa_family = AF_INET;      /* a kernel without IPv6 */
-		fd = listener_bind(&a, dual);
+		pair[0] = listener_bind(&a, dual);
 	}
-	if (make_way && fd < 0 && errno == EADDRINUSE)
-		fd = door_knock(&a, &door);
-	if (fd < 0)
+	if (make_way && pair[0] < 0 && errno == EADDRINUSE)
+		door_knock(&a, pair);
+	if (pair[0] < 0)
 		die("config.h: listeners[%u]: %s port %s: %s", i, l->address, l->port,
 			strerror(errno));
-	getsockname(fd, &a.any, &len);
+	getsockname(pair[0], &a.any, &len);
 	address_unmap(&a);
-	fds[FD_LISTEN + i].fd = fd;
-	if (make_way)
-		fds[FD_DOOR + i].fd = door >= 0 ? door : door_open(&a);
+	fds[FD_LISTEN + i].fd = pair[0];
+	fds[FD_DOOR + i].fd = !make_way || pair[1] >= 0 ? pair[1] : door_open(&a);
 	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1),
 		kinds[l->kind]);
 }
