@@ -476,7 +476,7 @@ static struct note notes[max_sessions];
 static struct upstream upstreams[tls_backends ? max_sessions : 1];      /* beside sessions[] */
 static struct source sources[max_sessions];
 static struct source *buckets[1024];
-static struct keyring keyrings[2], *keyring;
+static struct keyring keyrings[2], *keyring = keyrings;
 static struct server servers[BACKENDS];
 static unsigned weights[BACKENDS];
 static int currents[BACKENDS];
@@ -1236,8 +1236,9 @@ static const char *identity_check(const struct identity *id)
 	return match ? NULL : "its first certificate is not that of the key";
 }
 
-/* 1: files are read, but nothing is taken from them; those that can't be are named in the log. */
-static int only_look;
+/* What files are read for: START; once, to say what SIGHUP will not find, and nothing is taken from
+ * them, LOOK; from then on RELOAD. */
+static enum { START, LOOK, RELOAD } reads;
 
 /* Says what is wrong with a file, unless NULL. 1: nothing is, or it does not matter now. */
 static int fault_none(const char *path, const char *what)
@@ -1245,15 +1246,15 @@ static int fault_none(const char *path, const char *what)
 	if (!what)
 		return 1;
 	string_format(fault, sizeof fault, ": %s: %s", path, what);
-	if (only_look)
+	if (reads == LOOK)
 		log_line(LOG_WARNING, "warning %s%s for user and chroot_dir: SIGHUP will fail",
 			checked, fault);
-	else if (keyring)
+	else if (reads == RELOAD)
 		log_line(LOG_ERR, "reload failed config.h: %s%s: the old certificates stay",
 			checked, fault);
 	else
 		wrong_say();
-	return only_look;
+	return reads == LOOK;
 }
 
 /* Reads a file into file_text, all of it and a NUL. NULL, or what is wrong. */
@@ -1280,7 +1281,7 @@ static int pem_load(pem_take *take, void *owner, const char *path, const char *n
 	size_t len;
 	const char *what = file_read(path, &len);
 
-	if (!what && !only_look)
+	if (!what && reads != LOOK)
 		what = pem_walk(take, owner, file_text, len, none);
 	wipe(file_text, len + 1);
 	return fault_none(path, what);
@@ -1298,7 +1299,7 @@ static int identity_load(struct identity *id, const char *chain, const char *key
 	if (!(pem_load(chain_add, id, chain, "no certificate in it") &
 	    pem_load(key_add, id, key, "no private key in it")))
 		return 0;
-	if (only_look)
+	if (reads == LOOK)
 		return 1;
 	if (stat(key, &st) == 0 && (st.st_mode & (S_IRWXG | S_IRWXO)))
 		log_line(LOG_WARNING, "warning key=%s is open to group or others: chmod 600", key);
@@ -1690,9 +1691,9 @@ static void become_do(const char *root)
  * syslog daemon that will not be found. */
 static void become_warn(void)
 {
-	only_look = 1;
+	reads = LOOK;
 	keyring_load(&keyrings[1]);
-	only_look = 0;
+	reads = RELOAD;
 	if (!user && getuid() == 0)
 		log_line(LOG_WARNING, "warning user: it stays root, without capabilities: name "
 			"another in config.h");
@@ -6969,12 +6970,6 @@ static void system_check(void)
 	descriptors_raise();
 }
 
-static void certs_init(void)
-{
-	keyring_load(&keyrings[0]);
-	keyring = &keyrings[0];
-}
-
 /* What the linker has set aside for tables. */
 static unsigned memory_kb(void)
 {
@@ -7074,7 +7069,7 @@ static void warnings_print(void)
 /* wssproxy -t */
 static int check_print(void)
 {
-	certs_init();
+	keyring_load(keyring);
 	become_find();
 	if (faults_found > 0)
 		return 1;
@@ -7120,7 +7115,7 @@ int main(int argc, char *argv[])
 	signals_init();
 	if (resolve_names)
 		resolver_start();
-	certs_init();
+	keyring_load(keyring);
 	if (faults_found > 0)
 		return 1;
 	lending_test();

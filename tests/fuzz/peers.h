@@ -782,7 +782,8 @@ static void proxy_start(void)
 	tables_init();
 	suites_init();
 	servers_init();
-	certs_init();
+	keyring_load(keyring);
+	reads = RELOAD;
 	MUST(!pem_walk(chain_add, &chat, text, sizeof text - 2, "none"));
 	br_skey_decoder_init(&chat.key);
 	MUST(!pem_walk(key_add, &chat, key, sizeof key - 2, "none"));
