@@ -6617,29 +6617,22 @@ static void door_event(unsigned i)
 	close(fd);
 }
 
-/* When all listeners have been handed over, the drain begins. */
+/* When all listeners have been handed over, the drain begins; or when nobody has come for them:
+ * what is in their queues then is the last that they take. */
 static void doors_poll(void)
 {
+	const int over = way_until && way_until <= now;
 	unsigned i, left = 0;
 
 	for (i = 0; i < LISTENERS; i++) {
 		if (fds[FD_DOOR + i].revents & POLLIN)
 			door_event(i);
+		if (over && fds[FD_LISTEN + i].fd >= 0)
+			listener_event(i);
 		left += fds[FD_LISTEN + i].fd >= 0;
 	}
-	if (way_until && left == 0)
+	if (over || (way_until && left == 0))
 		drain_start("SIGUSR2");
-}
-
-/* Nobody has come for the listeners: what is in their queues is the last that they take. */
-static void way_over(void)
-{
-	unsigned i;
-
-	for (i = 0; i < LISTENERS; i++)
-		if (fds[FD_LISTEN + i].fd >= 0)
-			listener_event(i);
-	drain_start("SIGUSR2");
 }
 
 /* The loop has ended: whoever is left is told why. */
@@ -6695,11 +6688,9 @@ static void loop(void)
 			if (fds[FD_RESOLVER].revents)
 				resolver_event();
 			checks_poll();
-			if (make_way)
-				doors_poll();
 		}
-		if (make_way && way_until && way_until <= now)
-			way_over();
+		if (make_way)
+			doors_poll();   /* what it finds if poll failed, it has seen before */
 		timers_run();
 		sessions_turn();
 		if (reload_due)
