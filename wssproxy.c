@@ -1923,52 +1923,45 @@ static int list_next(const char *buf, struct span *list, struct span *out)
 	return 0;
 }
 
-static int list_has(const char *buf, struct span list, const char *word, size_t len)
-{
-	struct span s;
-
-	while (list_next(buf, &list, &s))
-		if (s.len == len && strncasecmp(buf + s.at, word, len) == 0)
-			return 1;
-	return 0;
-}
-
 /* Fields that mean something here, and what becomes of them when a head is passed on. */
 enum {
 	HOP  = 1,       /* hop-by-hop: dropped (RFC 9110 7.6.1) */
 	KEPT = 2,       /* Connection can't take it away: steers, frames, says who the client is */
 	LIKE = 4,       /* '_' is as good as '-': to CGI and its heirs both are one variable */
-	OURS = 8,       /* the proxy's to write: what a client sent is not believed */
+	OURS = 8,       /* the proxy's to write: what a client sent is not believed, */
+	PEER = 16,      /* or only with x_forwarded_for = OFF */
+	SITE = 32,      /* the host asked for: see struct forwarded */
+	BODY = 64,      /* not of an answer that has none (RFC 9110 8.6, RFC 9112 6.1) */
 };
 
 enum { NAME_OTHER, NAME_HOST, NAME_ORIGIN, NAME_COOKIE, NAME_LENGTH, NAME_CODING, NAME_CONNECTION,
-	NAME_UPGRADE, NAME_KEY, NAME_VERSION, NAME_ACCEPT, NAME_SUBJECT, NAME_ASKED };
+	NAME_UPGRADE, NAME_KEY, NAME_VERSION, NAME_ACCEPT };
 
 /* The first that fits; one with '-' at its end stands for all that begins so. */
 static const struct {
 	const char *text;
 	int flags;
 } field_names[] = {
-	[NAME_HOST] = { "host", KEPT },
+	[NAME_HOST] = { "host", KEPT | SITE },
 	[NAME_ORIGIN] = { "origin", 0 },
 	[NAME_COOKIE] = { "cookie", 0 },
-	[NAME_LENGTH] = { "content-length", KEPT },
-	[NAME_CODING] = { "transfer-encoding", HOP },
+	[NAME_LENGTH] = { "content-length", KEPT | BODY },
+	[NAME_CODING] = { "transfer-encoding", KEPT | OURS | BODY },
 	[NAME_CONNECTION] = { "connection", HOP },
 	[NAME_UPGRADE] = { "upgrade", HOP },
 	[NAME_KEY] = { "sec-websocket-key", KEPT },
 	[NAME_VERSION] = { "sec-websocket-version", KEPT },
 	[NAME_ACCEPT] = { "sec-websocket-accept", KEPT },
-	[NAME_SUBJECT] = { "x-ssl-client-cn", LIKE },
-	[NAME_ASKED] = { "x-forwarded-host", KEPT | LIKE },
+	{ "x-ssl-client-cn", LIKE | OURS },
+	{ "x-forwarded-host", KEPT | LIKE | SITE },
 	{ "sec-websocket-", KEPT },
 	{ "proxy-connection", HOP },
 	{ "keep-alive", HOP },
 	{ "te", HOP },
-	{ "x-forwarded-for", KEPT | LIKE | OURS },
-	{ "x-forwarded-proto", KEPT | LIKE | OURS },
+	{ "x-forwarded-for", KEPT | LIKE | PEER },
+	{ "x-forwarded-proto", KEPT | LIKE | PEER },
 	{ "x-forwarded-", KEPT | LIKE },
-	{ "x-real-ip", KEPT | LIKE | OURS },
+	{ "x-real-ip", KEPT | LIKE | PEER },
 };
 
 static unsigned name_find(const char *buf, struct span s)
@@ -2107,7 +2100,23 @@ struct facts {
 	uint64_t length;
 };
 
-static void facts_read(struct facts *f, const struct head *h, const char *buf)
+/* Connection lists that name. */
+static void option_read(struct facts *f, struct head *h, const char *buf, struct span option)
+{
+	unsigned i;
+
+	f->upgrade |= span_is(buf, option, "upgrade");
+	f->close |= span_is(buf, option, "close");
+	for (i = 0; i < h->nfields; i++) {
+		struct field *field = &h->field[i];
+
+		field->dropped |= !(field_names[field->is].flags & KEPT) &&
+			field->name.len == option.len &&
+			strncasecmp(buf + field->name.at, buf + option.at, option.len) == 0;
+	}
+}
+
+static void facts_read(struct facts *f, struct head *h, const char *buf)
 {
 	unsigned i, k;
 	uint64_t n;
@@ -2116,19 +2125,22 @@ static void facts_read(struct facts *f, const struct head *h, const char *buf)
 	for (i = 0; i < h->nfields; i++) {
 		const unsigned is = h->field[i].is;
 		const struct span value = h->field[i].value;
+		struct span rest = value, s;
 
 		if (is == NAME_CONNECTION) {
-			f->upgrade |= list_has(buf, value, "upgrade", 7);
-			f->close |= list_has(buf, value, "close", 5);
 			for (f->options++, k = 0; k < value.len; k++)
 				f->options += buf[value.at + k] == ',';
+			while (f->options <= OPTIONS_MAX && list_next(buf, &rest, &s))
+				option_read(f, h, buf, s);
 		} else if (is == NAME_UPGRADE) {
-			f->websocket |= list_has(buf, value, "websocket", 9);
+			while (list_next(buf, &rest, &s))
+				f->websocket |= span_is(buf, s, "websocket");
 		} else if (is == NAME_LENGTH) {
 			if (!number_parse(buf + value.at, value.len, &n) ||
 			    (f->count[is] > 0 && n != f->length))
 				f->bad_framing = 1;
 			f->length = n;
+			h->field[i].dropped = f->count[is] > 0;
 		}
 		f->value[is] = value;
 		f->count[is]++;
@@ -2193,6 +2205,9 @@ static enum why target_parse(struct request *r, const char *buf)
 		return WHY_TARGET;
 	r->host = host;
 	r->target = span_of(i, end);
+	for (i = 0; i < r->head.nfields; i++)
+		if (r->head.field[i].is == NAME_HOST)
+			r->head.field[i].value = host;
 	return WHY_NONE;
 }
 
@@ -2266,7 +2281,7 @@ static enum why upgrade_check(struct request *r, const char *buf, const struct f
 
 static enum why request_check(struct request *r, const char *buf)
 {
-	const struct head *h = &r->head;
+	struct head *h = &r->head;
 	struct facts f;
 	enum why why;
 
@@ -2332,30 +2347,22 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
 	return WHY_NONE;
 }
 
-/* Whether field i is not passed on: hop-by-hop, listed in Connection, or Content-Length again. */
-static int is_dropped(const struct head *h, const char *buf, unsigned i)
+/* The fields as they came, white space around their values normalized, but for those that Connection
+ * lists, a Content-Length said again, and those that have one of some flags. */
+static void text_fields(struct text *t, const struct head *h, const char *buf, int without)
 {
-	const struct field *f = &h->field[i];
-	const int flags = field_names[f->is].flags;
-	unsigned k;
+	unsigned i;
 
-	for (k = 0; k < h->nfields && !(flags & (HOP | KEPT)); k++)
-		if (h->field[k].is == NAME_CONNECTION &&
-		    list_has(buf, h->field[k].value, buf + f->name.at, f->name.len))
-			return 1;
-	for (k = 0; k < i && f->is == NAME_LENGTH; k++)
-		if (h->field[k].is == NAME_LENGTH)
-			return 1;
-	return flags & HOP;
-}
+	for (i = 0; i < h->nfields; i++) {
+		const struct field *f = &h->field[i];
 
-/* A field as it came, white space around the value normalized. */
-static void text_field(struct text *t, const char *buf, const struct field *f)
-{
-	text_span(t, buf, f->name);
-	text_string(t, ": ");
-	text_span(t, buf, f->value);
-	text_string(t, "\r\n");
+		if (f->dropped || (field_names[f->is].flags & without))
+			continue;
+		text_span(t, buf, f->name);
+		text_string(t, ": ");
+		text_span(t, buf, f->value);
+		text_string(t, "\r\n");
+	}
 }
 
 static void render_forwarded(struct text *t, const struct head *h, const char *buf,
@@ -2379,7 +2386,6 @@ static size_t request_render(const struct request *r, const char *buf, const str
 {
 	const struct head *h = &r->head;
 	struct text t = { .p = out, .size = size };
-	unsigned i;
 
 	text_span(&t, buf, h->part[0]);
 	text_string(&t, " ");
@@ -2394,17 +2400,8 @@ static size_t request_render(const struct request *r, const char *buf, const str
 		text_span(&t, buf, r->host);
 		text_string(&t, "\r\n");
 	}
-	for (i = 0; i < h->nfields; i++) {
-		struct field field = h->field[i];
-		const int ours = x_forwarded_for != OFF && (field_names[field.is].flags & OURS);
-
-		if (f->renamed && (field.is == NAME_HOST || field.is == NAME_ASKED))
-			continue;
-		if (field.is == NAME_HOST)
-			field.value = r->host;
-		if (!ours && field.is != NAME_SUBJECT && !is_dropped(h, buf, i))
-			text_field(&t, buf, &field);
-	}
+	text_fields(&t, h, buf, HOP | OURS | (x_forwarded_for == OFF ? 0 : PEER) |
+		(f->renamed ? SITE : 0));
 	if (x_forwarded_for != OFF)
 		render_forwarded(&t, h, buf, f);
 	if (f->subject && *f->subject)
@@ -2419,22 +2416,13 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 {
 	const struct head *h = &r->head;
 	struct text t = { .p = out, .size = size };
-	const int bodiless = r->status < 200 || r->status == 204;
-	unsigned i;
 
 	text_string(&t, "HTTP/1.1 ");
 	text_span(&t, buf, h->part[1]);
 	text_string(&t, " ");
 	text_span(&t, buf, h->part[2]);
 	text_string(&t, "\r\n");
-	for (i = 0; i < h->nfields; i++) {
-		const unsigned is = h->field[i].is;
-
-		/* RFC 9110 8.6, RFC 9112 6.1: answers that have no body say nothing of it */
-		if (is == NAME_CODING ? !bodiless : !is_dropped(h, buf, i) &&
-		    !(is == NAME_LENGTH && bodiless))
-			text_field(&t, buf, &h->field[i]);
-	}
+	text_fields(&t, h, buf, HOP | (r->status < 200 || r->status == 204 ? BODY : 0));
 	if (r->framing == BODY_TUNNEL)
 		text_string(&t, "Connection: Upgrade\r\nUpgrade: websocket\r\n");
 	else if (r->status >= 200 && !r->keep)

@@ -177,6 +177,7 @@ struct span {                   /* bytes of the head buffer */
 struct field {
 	struct span name, value;    /* value without the white space around it */
 	uint8_t is;                 /* which of field_names[] */
+	uint8_t dropped;            /* 1: not passed on; not known before the head is judged */
 };
 
 /* What a parser knows of a head; zero it before the first call. All spans point into the buffer
