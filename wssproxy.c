@@ -1985,13 +1985,10 @@ static unsigned name_find(const char *buf, struct span s)
 static int field_parse(struct head *h, const char *buf, size_t at, size_t end)
 {
 	struct field *f = &h->field[h->nfields];
-	size_t colon = word_end(buf, at, end, in_token), i;
+	const size_t colon = word_end(buf, at, end, in_token);
 
 	if (colon == at || colon == end || buf[colon] != ':')
 		return 0;
-	for (i = colon; i < end; i++)
-		if (is_control((unsigned char)buf[i]))
-			return 0;
 	f->name = span_of(at, colon);
 	f->is = (uint8_t)name_find(buf, f->name);
 	f->value = span_trimmed(buf, colon + 1, end);
@@ -2026,7 +2023,6 @@ static enum why request_line_parse(struct head *h, const char *buf, size_t end)
 static enum why status_line_parse(struct head *h, const char *buf, size_t end)
 {
 	const char *code = buf + 9;
-	size_t i;
 
 	/* the reason phrase and even the space before it may be missing */
 	if (end < 12 || buf[8] != ' ' || (end > 12 && buf[12] != ' ') ||
@@ -2035,13 +2031,10 @@ static enum why status_line_parse(struct head *h, const char *buf, size_t end)
 		return WHY_BAD_RESPONSE;
 	h->part[1] = span_of(9, 12);
 	h->part[2] = span_of(end > 12 ? 13 : 12, end);
-	for (i = 12; i < end; i++)
-		if (is_control((unsigned char)buf[i]))
-			return WHY_BAD_RESPONSE;
 	return WHY_NONE;
 }
 
-/* The common part of both parsers; see wssproxy.h. */
+/* The common part of both parsers; see wssproxy.h. `start` reads the first line. */
 static enum why head_parse(struct head *h, const char *buf, size_t len,
 	enum why (*start)(struct head *, const char *, size_t))
 {
@@ -2071,6 +2064,9 @@ static enum why head_parse(struct head *h, const char *buf, size_t len,
 		} else if (!field_parse(h, buf, h->at, end - 1)) {
 			return WHY_FIELD;
 		}
+		for (; h->at < end - 1; h->at++)
+			if (is_control((unsigned char)buf[h->at]))
+				return WHY_FIELD;
 		h->at = h->scanned = (uint16_t)(end + 1);
 	}
 }
