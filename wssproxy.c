@@ -1137,9 +1137,9 @@ static const char *key_add(void *owner, const char *name, const unsigned char *d
 }
 
 /* For the log: a subject's common name, or its last attribute of X.520. */
-static void subject_text(char *out, size_t size, const br_x500_name *dn)
+static void subject_text(char *out, size_t size, const unsigned char *p, const unsigned char *end)
 {
-	const unsigned char *p = dn->data, *end = p + dn->len, *name = NULL;
+	const unsigned char *name = NULL;
 
 	for (; end - p > 7 && !(name && name[4] == 3); p++)
 		if (memcmp(p, "\6\3\x55\4", 4) == 0 && p[6] < 0x80 && p[6] <= end - p - 7)
@@ -1178,7 +1178,7 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 	if (!kept->full && (!pk || (pk->key_type == BR_KEYTYPE_RSA && pk->key.rsa.nlen > 512))) {
 		if (ring->read->one)
 			return "it is not valid X.509 with an RSA (up to 4096 bits) or EC key";
-		subject_text(subject, sizeof subject, &a->dn);
+		subject_text(subject, sizeof subject, a->dn.data, a->dn.data + a->dn.len);
 		log_line(LOG_WARNING, "warning %s: %s: subject=%s is skipped: not valid X.509 with "
 			"an RSA (up to 4096 bits) or EC key", checked, ring->read->path, subject);
 		*kept = before;
@@ -4098,37 +4098,29 @@ static int tls_start(struct session *s)
 /* ---- what certificates say of themselves: their dates by BearSSL's decoder, their names ---- */
 
 /* Takes the next element of some. Its tag, or 0: there is none. */
-static unsigned der_next(br_x500_name *from, br_x500_name *out)
+static unsigned der_take(struct bytes *from, struct bytes *out)
 {
-	unsigned char *p = from->data;
-	size_t at = 2, len = from->len < 2 ? 0x80 : p[1], more = len < 0x80 ? 0 : len - 0x80;
+	const unsigned tag = (unsigned)number_take(from, 1);
+	const size_t len = number_take(from, 1);
 
-	if (from->len < 2 + more)
-		return 0;
-	for (len = more > 0 ? 0 : len; more > 0; more--)
-		len = (len << 8 | p[at++]) & 0xffffff;
-	if (len > from->len - at)
-		return 0;
-	from->data += at + len;
-	from->len -= at + len;
-	*out = (br_x500_name){ p + at, len };   /* it may be the same */
-	return p[0];
+	*out = bytes_take(from, len < 0x80 ? len : number_take(from, len - 0x80));
+	return out->p ? tag : 0;
 }
 
 /* Names of hosts among the extensions, in the one subjectAltName, with commas between. */
-static void der_names(br_x500_name list, struct text *names)
+static void der_names(struct bytes list, struct text *names)
 {
-	unsigned char *id = bytes_find(list.data, list.len, "\6\3\x55\x1d\x11", 5);
-	br_x500_name value = { id, id ? list.len - (size_t)(id - list.data) : 0 };
+	struct bytes value;
 	unsigned tag;
 
-	for (list = value; (tag = der_next(&list, &value)) && tag != 4; )
+	list.p = bytes_find(list.p, (size_t)(list.end - list.p), "\6\3\x55\x1d\x11", 5);
+	while ((tag = der_take(&list, &value)) && tag != 4)
 		;                               /* the id, and a flag or not */
-	der_next(&value, &list);
-	while ((tag = der_next(&list, &value)))
+	der_take(&value, &list);
+	while ((tag = der_take(&list, &value)))
 		if (tag == 0x82) {
 			text_add(names, ",", names->len > 0);
-			text_add(names, value.data, value.len);
+			text_add(names, value.p, (size_t)(value.end - value.p));
 		}
 }
 
@@ -4137,7 +4129,7 @@ static void cert_say(const br_x509_certificate *c, const char *path, const char 
 {
 	const uint64_t t = (uint64_t)clock_floor() + 719528 * 86400ull; /* since the year 0 */
 	uint64_t day = t;
-	br_x500_name cert = { c->data, c->data_len }, part;
+	struct bytes cert = { c->data, c->data + c->data_len }, part;
 	char raw[LOG_LINE / 4], names[LOG_LINE / 2] = "-", issuer[100] = "-", date[16];
 	struct text list = { .p = raw, .size = sizeof raw };
 	br_x509_decoder_context dc;
@@ -4146,14 +4138,14 @@ static void cert_say(const br_x509_certificate *c, const char *path, const char 
 	divide(&day, 86400);
 	br_x509_decoder_init(&dc, NULL, NULL);
 	br_x509_decoder_push(&dc, c->data, c->data_len);
-	der_next(&cert, &cert);
-	der_next(&cert, &cert);
-	while ((tag = der_next(&cert, &part))) {
+	der_take(&cert, &cert);
+	der_take(&cert, &cert);
+	while ((tag = der_take(&cert, &part))) {
 		n += tag == 0x30;               /* algorithm, issuer, validity, subject, key */
 		if (tag == 0x30 && n == 2)
-			subject_text(issuer, sizeof issuer, &part);
+			subject_text(issuer, sizeof issuer, part.p, part.end);
 		else if (tag == 0x30 && n == 4)
-			subject_text(names, sizeof names, &part);
+			subject_text(names, sizeof names, part.p, part.end);
 		else if (tag == 0xa3)
 			der_names(part, &list);
 	}
