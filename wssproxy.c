@@ -2874,21 +2874,19 @@ static int server_dial(unsigned i, unsigned which)
  * `from` NULL: for one of our own (LOCAL, UNSPEC). Bytes written, at most PROXY_MAX. */
 static size_t proxy_header(const struct address *from, const struct address *to, unsigned char *out)
 {
-	const size_t ip = !from ? 0 : from->any.sa_family == AF_INET ? 4 : 16;
-	const size_t len = ip ? 2 * ip + 4 : 0;
+	struct text t = { .p = (char *)out, .size = PROXY_MAX };
+	const int v4 = from && from->any.sa_family == AF_INET;
+	const size_t ip = v4 ? 4 : 16;
 
-	memcpy(out, "\r\n\r\n\0\r\nQUIT\n", 12);
-	out[12] = ip ? 0x21 : 0x20;
-	out[13] = ip == 4 ? 0x11 : ip ? 0x21 : 0;
-	out[14] = 0;
-	out[15] = (unsigned char)len;
-	if (ip) {
-		memcpy(out + 16, address_ip(from), ip);
-		memcpy(out + 16 + ip, address_ip(to), ip);
-		memcpy(out + 16 + 2 * ip, &from->in.sin_port, 2);
-		memcpy(out + 18 + 2 * ip, &to->in.sin_port, 2);
+	text_add(&t, "\r\n\r\n\0\r\nQUIT\n", 12);
+	text_add(&t, v4 ? "\x21\x11\0\x0c" : from ? "\x21\x21\0\x24" : "\x20\0\0\0", 4);
+	if (from) {
+		text_add(&t, address_ip(from), ip);
+		text_add(&t, address_ip(to), ip);
+		text_add(&t, &from->in.sin_port, 2);
+		text_add(&t, &to->in.sin_port, 2);
 	}
-	return 16 + len;
+	return t.len;
 }
 
 /* Tells a backend that wants to know whom a new connection is for, before all else: that client,
