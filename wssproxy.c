@@ -448,7 +448,6 @@ struct server {
 	uint8_t addresses, turn;        /* of them, which is next */
 	uint8_t by_name;        /* 1: the resolver is asked */
 	uint8_t pending;        /* 1: the resolver was asked and has not answered */
-	uint8_t asked_before;   /* 1: it has answered at least once */
 	uint8_t down;           /* 1: has its line `down` in the log, */
 	uint64_t down_since;    /* and is so since then, */
 	uint64_t down_after;    /* which may be said again then, */
@@ -2755,7 +2754,7 @@ static int server_pick(const struct session *s)
 		if (!(s->group & ~s->tried & bit))
 			continue;
 		if (v->addresses == 0)
-			pending |= v->pending && !v->asked_before;
+			pending |= v->pending && !v->down;      /* its first answer is awaited */
 		else if (backends[i].max_conns > 0 && v->active >= backends[i].max_conns)
 			full = 1;
 		else
@@ -2806,7 +2805,19 @@ static void server_down(struct server *v, const char *why)
 		(unsigned long long)s, v->lost);
 }
 
-static void resolver_ask(struct server *v);
+/* Asks for the addresses of a backend's name, if it has one; see 'names'. */
+static void resolver_ask(struct server *v)
+{
+	unsigned char index = (unsigned char)(v - servers);
+
+	if (!v->by_name || v->pending || fds[FD_RESOLVER].fd < 0)
+		return;
+	link_drop(&v->retry.link);
+	if (send(fds[FD_RESOLVER].fd, &index, 1, MSG_NOSIGNAL) == 1)
+		v->pending = 1;
+	else
+		timer_start(&queues[Q_RESOLVE], &v->retry);
+}
 
 /* A connection failed, for all its addresses. */
 static void server_failed(struct server *v, const char *why)
@@ -3023,19 +3034,6 @@ static void resolver_start(void)
 		resolver_ask(&servers[i]);
 }
 
-static void resolver_ask(struct server *v)
-{
-	unsigned char index = (unsigned char)(v - servers);
-
-	if (!v->by_name || v->pending || fds[FD_RESOLVER].fd < 0)
-		return;
-	link_drop(&v->retry.link);
-	if (send(fds[FD_RESOLVER].fd, &index, 1, MSG_NOSIGNAL) == 1)
-		v->pending = 1;
-	else
-		timer_start(&queues[Q_RESOLVE], &v->retry);
-}
-
 /* No address: the old ones stay, if any, and the resolver, while there is one, is asked again.
  * Others: an address that is not among them gets no new sessions. */
 static void resolver_answer(const struct resolved *r)
@@ -3044,7 +3042,6 @@ static void resolver_answer(const struct resolved *r)
 
 	link_drop(&v->retry.link);
 	v->pending = 0;
-	v->asked_before = 1;
 	if (r->count > 0) {
 		memcpy(v->address, r->address, r->count * sizeof r->address[0]);
 		if (v->addresses == 0 && v->down)

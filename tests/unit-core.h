@@ -947,15 +947,11 @@ static void test_sources_family(void)
 
 static void servers_up(void)
 {
-	unsigned i;
-
 	tables_init();
 	memset(servers, 0, sizeof servers);
 	memset(currents, 0, sizeof currents);
 	servers_init();
 	now = 1000000;
-	for (i = 0; i < BACKENDS; i++)
-		servers[i].asked_before = 1;
 	servers[NAMED].addresses = 1;           /* as if it had been resolved */
 }
 
@@ -1146,9 +1142,9 @@ static void test_server_pick_none(void)
 	CHECK_INT(server_pick(s), PICK_FULL);           /* 503 */
 	s->tried = everywhere & ~SET(NAMED);
 	servers[NAMED].addresses = 0;
+	servers[NAMED].pending = servers[NAMED].down = 1;
 	CHECK_INT(server_pick(s), PICK_NONE);           /* the resolver said no: 502 */
-	servers[NAMED].asked_before = 0;
-	servers[NAMED].pending = 1;
+	servers[NAMED].down = 0;
 	CHECK_INT(server_pick(s), PICK_WAIT);           /* the resolver has not answered yet */
 }
 
@@ -2175,13 +2171,13 @@ static void test_resolver_answer(void)
 	servers_up();
 	log_open_pipe();
 	fds[FD_RESOLVER].fd = 0;        /* there is one to ask again */
-	v->addresses = v->asked_before = 0;
+	v->addresses = 0;
 	v->pending = 1;
 
 	at("no address");
 	r.count = 0;
 	resolver_answer(&r);
-	CHECK(!v->pending && v->asked_before && v->addresses == 0);
+	CHECK(!v->pending && v->down && v->addresses == 0);
 	CHECK_STR(log_read(), "backend name=name.example:3000 down why=unresolved s=0 requests=0\n");
 	CHECK(!link_alone(&v->retry.link));             /* asked again */
 	CHECK_INT(v->retry.due, now + resolve_ms);
