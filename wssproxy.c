@@ -2144,8 +2144,9 @@ static void facts_read(struct facts *f, struct head *h, const char *buf)
 		f->bad_framing = 1;
 }
 
-/* Host or authority: uri-host [ ":" port ] (RFC 9110 7.2, RFC 3986 3.2.2), the host not empty. */
-static int host_valid(const char *buf, struct span s)
+/* Host or authority: uri-host [ ":" port ] (RFC 9110 7.2, RFC 3986 3.2.2), the host not empty: that is
+ * the name. */
+static int host_parse(const char *buf, struct span s, struct span *name)
 {
 	size_t i = s.at, end = i + s.len;
 
@@ -2159,20 +2160,11 @@ static int host_valid(const char *buf, struct span s)
 	} else if ((i = word_end(buf, i, end, "-._~!$&'()*+,;=%")) == s.at) {
 		return 0;
 	}
+	*name = span_of(s.at, i);
 	if (i < end && buf[i] == ':')
 		for (i++; i < end && is_digit(buf[i]); i++)
 			;
 	return i == end;
-}
-
-/* A valid one without its port. */
-static struct span host_name(const char *buf, struct span s)
-{
-	const char *colon = memrchr(buf + s.at, ':', s.len);
-
-	if (colon && !memchr(colon, ']', (size_t)(buf + s.at + s.len - colon)))
-		s.len = (uint16_t)(colon - (buf + s.at));
-	return s;
 }
 
 /* The target in origin-form, its authority as Host (RFC 9112 3.2). Behind it is a space. */
@@ -2196,7 +2188,7 @@ static enum why target_parse(struct request *r, const char *buf)
 	for (i = at; i < end && buf[i] != '/' && buf[i] != '?'; i++)
 		;
 	host = span_of(at, i);
-	if (!host_valid(buf, host))
+	if (!host_parse(buf, host, &r->name))
 		return WHY_TARGET;
 	r->host = host;
 	r->target = span_of(i, end);
@@ -2285,7 +2277,7 @@ static enum why request_check(struct request *r, const char *buf)
 	r->origin = f.value[NAME_ORIGIN];
 	if (h->part[0].len == 7 && memcmp(buf, "CONNECT", 7) == 0)
 		return WHY_METHOD;
-	if (f.count[NAME_HOST] != 1 || !host_valid(buf, r->host))
+	if (f.count[NAME_HOST] != 1 || !host_parse(buf, r->host, &r->name))
 		return WHY_HOST;
 	if ((why = target_parse(r, buf)) != WHY_NONE)
 		return why;
@@ -4997,7 +4989,7 @@ static void text_location(struct text *t, const struct head_buffer *hd)
 	unsigned i;
 
 	text_string(t, "Location: https://");
-	text_span(t, hd->bytes, host_name(hd->bytes, r->host));
+	text_span(t, hd->bytes, r->name);
 	for (i = 0; i < LISTENERS && !port; i++)
 		port = listeners[i].kind == WSS ? listeners[i].port : NULL;
 	if (port && strcmp(port, "443") != 0)
@@ -5357,7 +5349,6 @@ static enum why request_note(struct session *s)
 	const struct span target = r->target.len > 0 ? r->target : r->head.part[1];
 	const char *path = hd->bytes + target.at, *query = memchr(path, '?', target.len);
 	size_t len = query ? (size_t)(query - path) : target.len;
-	const struct span name = host_name(hd->bytes, r->host);
 
 	if (target.len == 0)
 		return WHY_NONE;
@@ -5367,7 +5358,7 @@ static enum why request_note(struct session *s)
 	}
 	log_escape(s->note->path, sizeof s->note->path, path, len);
 	log_escape(s->note->host, sizeof s->note->host, hd->bytes + r->host.at, r->host.len);
-	return servers_for(hd->bytes + name.at, name.len, path, len, &s->group);
+	return servers_for(hd->bytes + r->name.at, r->name.len, path, len, &s->group);
 }
 
 /* Whether a REDIRECT listener passes a request on: one for the proof that a certificate authority
@@ -5379,10 +5370,9 @@ static int is_challenge(const struct session *s)
 	const struct request *r = &s->hd->u.request;
 	const char *buf = s->hd->bytes, *method = buf + r->head.part[0].at;
 	const size_t token = r->target.at + sizeof under - 1, end = r->target.at + r->target.len;
-	const struct span name = host_name(buf, r->host);
 	uint64_t beside;
 
-	servers_for(buf + name.at, name.len, under, sizeof "/.well-known/" - 1, &beside);
+	servers_for(buf + r->name.at, r->name.len, under, sizeof "/.well-known/" - 1, &beside);
 	return token < end && memcmp(buf + r->target.at, under, sizeof under - 1) == 0 &&
 		word_end(buf, token, end, "-_") == end && !r->upgrade && !r->chunked &&
 		r->length == 0 && (memcmp(method, "GET ", 4) == 0 ||
@@ -6779,11 +6769,12 @@ static int name_valid(const char *name)
 	const int wild = strncmp(name, "*.", 2) == 0;
 	const char *rest = name + 2 * wild;
 	const size_t len = strlen(rest);
+	struct span whole = span_of(0, len);
 
 	if (len == 0 || len > 253 || *rest == '.')
 		return 0;
 	return !rest[word_end(rest, 0, len, "-._")] || (!wild && *rest == '[' &&
-		rest[len - 1] == ']' && host_valid(rest, span_of(0, len)));
+		rest[len - 1] == ']' && host_parse(rest, whole, &whole));
 }
 
 static void backend_check(const struct backend *b)
@@ -6797,7 +6788,7 @@ static void backend_check(const struct backend *b)
 	const char *sni = b->host || b->sni ? text_or(backend_sni(b)) : "";
 	const int trusts = b->tls == TLS_VERIFY || b->tls == TLS_PIN;
 	const char *named = text_or(b->host_header);
-	const struct span whole = span_of(0, strlen(named));
+	struct span whole = span_of(0, strlen(named));
 
 	wrong(!*host, ".host is missing");
 	wrong(url != NULL, ".host \"%s\" has a scheme: give the name alone; its port is .port, its "
@@ -6818,7 +6809,7 @@ static void backend_check(const struct backend *b)
 		text_or(b->name));
 	wrong(b->path && *b->path && *b->path != '/', ".path \"%s\": begin it with /",
 		text_or(b->path));
-	wrong(b->host_header && (strlen(named) > 128 || !host_valid(named, whole)), ".host_header "
+	wrong(b->host_header && (strlen(named) > 128 || !host_parse(named, whole, &whole)), ".host_header "
 		"\"%s\": give a name or address of at most 128 characters, no scheme or path",
 		named);
 	wrong(b->weight > WEIGHT_MAX, ".weight = %u: at most %d", b->weight, WEIGHT_MAX);

@@ -194,7 +194,8 @@ struct head {
 struct request {
 	struct head head;
 	struct span target;         /* path and query, to be sent in origin-form */
-	struct span host;           /* Host, or the authority of an absolute-form target */
+	struct span host;           /* Host, or the authority of an absolute-form target, */
+	struct span name;           /* and that without a port */
 	struct span origin;         /* Origin, the last one; empty: none */
 	struct span key;            /* Sec-WebSocket-Key, of an upgrade */
 	int upgrade;                /* 1: a well-formed WebSocket upgrade */
@@ -232,7 +233,7 @@ struct forwarded {
 static enum why request_parse(struct request *r, const char *buf, size_t len);
 static enum why response_parse(struct response *r, const char *buf, size_t len);
 
-/* Judges a whole request head: Host, framing, upgrade. Fills target, host, key, upgrade, length. */
+/* Judges a whole request head: Host, framing, upgrade. Fills the rest. */
 static enum why request_check(struct request *r, const char *buf);
 
 /* Judges a whole response head for a request of that kind: framing; a 101 must be an answer to an

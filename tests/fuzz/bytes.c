@@ -176,7 +176,7 @@ static void hosts_must(const char *p, size_t len)
 	struct span whole = { 0, (uint16_t)(len & 0xfff) }, list = whole, s;
 	size_t i;
 
-	if (host_valid(p, whole))
+	if (host_parse(p, whole, &s))
 		for (i = 0; i < whole.len; i++)
 			MUST(isgraph((unsigned char)p[i]) && !strchr("/?#@\\\"<>", p[i]));
 	while (list_next(p, &list, &s))
