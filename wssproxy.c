@@ -3601,37 +3601,27 @@ static struct bytes vector_take(struct bytes *from, size_t size)
 	return bytes_take(from, len);
 }
 
-/* What a ClientHello says that a session must not be resumed in spite of. */
-struct hello {
-	struct bytes name;      /* its server name; empty: none */
-	int alpn;               /* 1: it lists protocols, and ours is among them */
-};
-
 /* An extension: a server name, of which there is one (RFC 6066 3), or protocols, of which one is
- * ours (RFC 7301 3.1). Neither comes twice. */
-static int hello_extension(size_t type, struct bytes v, struct hello *h)
+ * ours (RFC 7301 3.1). 0: it is not like that. */
+static int hello_extension(size_t type, struct bytes v, struct bytes *name)
 {
 	const size_t len = strlen(protocols[0]);
-	struct bytes list, name;
+	struct bytes list, protocol;
+	int good = 0;
 
 	if (type != 0 && type != 16)
 		return 1;
 	list = vector_take(&v, 2);
 	if (type == 0) {
-		if (h->name.p < h->name.end || number_take(&list, 1) != 0)
-			return 0;
-		h->name = vector_take(&list, 2);
-	} else if (h->alpn) {
-		return 0;
+		good = name->p == name->end && number_take(&list, 1) == 0;
+		*name = vector_take(&list, 2);
 	}
 	while (type == 16 && list.p < list.end) {
-		name = vector_take(&list, 1);
-		if (name.p == name.end)
-			return 0;
-		h->alpn |= (size_t)(name.end - name.p) == len &&
-			memcmp(name.p, protocols[0], len) == 0;
+		protocol = vector_take(&list, 1);
+		good |= (size_t)(protocol.end - protocol.p) == len &&
+			memcmp(protocol.p, protocols[0], len) == 0;
 	}
-	return list.p && list.p == list.end && v.p == v.end && (type == 0 || h->alpn);
+	return good && list.p && list.p == list.end && v.p == v.end;
 }
 
 /* Reads the first record of a handshake (RFC 5246 7.4.1.2). BearSSL looks a session up before it
@@ -3639,17 +3629,16 @@ static int hello_extension(size_t type, struct bytes v, struct hello *h)
  * protocols without ours its answer would even be read from far behind our table. So whoever asks
  * to resume is read here first, and strictly. (Twice by BearSSL would cost as much as a resumed
  * handshake.) 0: not known, or not to be resumed: in doubt a full handshake is the answer, in which
- * BearSSL does check. */
-static int hello_read(struct bytes b, struct hello *h)
+ * BearSSL does check. Else 1, and its server name; empty: none. */
+static int hello_read(struct bytes b, struct bytes *name)
 {
-	const unsigned char *const end = b.end;
 	const size_t content = number_take(&b, 3) >> 16;
 	struct bytes record = vector_take(&b, 2), hello, list;
 	const size_t message = number_take(&record, 1);
 	size_t type;
 
+	*name = (struct bytes){ b.end, b.end };
 	hello = vector_take(&record, 3);
-	*h = (struct hello){ .name = { end, end } };
 	if (content != 22 || message != 1 || !record.p || record.p != record.end)
 		return 0;
 	bytes_take(&hello, 2 + 32);                     /* version, random */
@@ -3659,7 +3648,7 @@ static int hello_read(struct bytes b, struct hello *h)
 	list = hello.p < hello.end ? vector_take(&hello, 2) : hello;
 	while (list.p < list.end) {
 		type = number_take(&list, 2);
-		if (!hello_extension(type, vector_take(&list, 2), h))
+		if (!hello_extension(type, vector_take(&list, 2), name))
 			return 0;
 	}
 	return list.p && hello.p == hello.end;
@@ -3782,10 +3771,10 @@ static void leg_start(struct leg *l, br_ssl_engine_context *eng, size_t largest)
 static void cache_offer(struct session *s)
 {
 	const struct leg *l = &s->client;
-	struct hello h;
-	const int good = hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end }, &h);
+	struct bytes name;
+	const int good = hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end }, &name);
 
-	note_take(s)->name_hash = hash_bytes(0, h.name.p, (size_t)(h.name.end - h.name.p));
+	note_take(s)->name_hash = hash_bytes(0, name.p, (size_t)(name.end - name.p));
 	br_ssl_server_set_cache(&s->tls, session_cache > 0 && good && !client_asked(s) ?
 		&named_cache : NULL);
 }

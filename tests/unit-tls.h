@@ -330,7 +330,7 @@ static void test_hello_short(void)
 	static const unsigned char types[] = { 22, 21, 23, 0 };
 	static const size_t claims[] = { 39, 64, 200, 16384, READ_AHEAD, 65535 };
 	unsigned char hello[64] = { 0 };
-	struct hello h;
+	struct bytes name;
 	const unsigned char *p;
 	size_t i, k, n;
 
@@ -344,9 +344,9 @@ static void test_hello_short(void)
 				hello[7] = (unsigned char)((claims[k] - 4) >> 8);
 				hello[8] = (unsigned char)(claims[k] - 4);
 				p = (unsigned char *)guard_copy(&input, hello, n);
-				if (hello_read((struct bytes){ p, p + n }, &h))
+				if (hello_read((struct bytes){ p, p + n }, &name))
 					CHECK(claims[k] + 5 <= n);
-				CHECK(h.name.p == h.name.end && !h.alpn);
+				CHECK(name.p == name.end);
 			}
 }
 
@@ -371,10 +371,10 @@ static size_t hello_make(unsigned char *out, const char *extensions, size_t len,
 	return 5 + 4 + all;
 }
 
-static int hello_good(const unsigned char *p, size_t len, struct hello *h)
+static int hello_good(const unsigned char *p, size_t len, struct bytes *name)
 {
 	p = (unsigned char *)guard_copy(&input, p, len);
-	return hello_read((struct bytes){ p, p + len }, h);
+	return hello_read((struct bytes){ p, p + len }, name);
 }
 
 #define SNI(extension, list, type, name, text) \
@@ -390,70 +390,69 @@ static void test_hello_resumes(void)
 	static const struct {
 		const char *bytes;
 		size_t len;
-		int good, alpn;
+		int good;
 		const char *name;       /* NULL: whatever */
 	} hellos[] = {
-		{ LIT(""), 1, 0, "" },
-		{ LIT(SNI_A), 1, 0, "a.example" },
-		{ LIT("\0\x17\0\0" SNI_A ALPN_H1 "\xff\x01\0\x01\0"), 1, 1, "a.example" },
-		{ LIT(ALPN_H1 SNI_A), 1, 1, "a.example" },
-		{ LIT(ALPN("\x0e", "\x0c", "\x02h2\x08http/1.1")), 1, 1, "" },
-		{ LIT(ALPN("\x0e", "\x0c", "\x08http/1.1\x02h2")), 1, 1, "" },
+		{ LIT(""), 1, "" },
+		{ LIT(SNI_A), 1, "a.example" },
+		{ LIT("\0\x17\0\0" SNI_A ALPN_H1 "\xff\x01\0\x01\0"), 1, "a.example" },
+		{ LIT(ALPN_H1 SNI_A), 1, "a.example" },
+		{ LIT(ALPN("\x0e", "\x0c", "\x02h2\x08http/1.1")), 1, "" },
+		{ LIT(ALPN("\x0e", "\x0c", "\x08http/1.1\x02h2")), 1, "" },
 		/* protocols without ours, or none */
-		{ LIT(ALPN_H2), 0, 0, "" },
-		{ LIT(ALPN("\x0b", "\x09", "\x08http/1.0")), 0, 0, "" },
-		{ LIT(ALPN("\x0b", "\x09", "\x08HTTP/1.1")), 0, 0, "" },
-		{ LIT(ALPN("\x0c", "\x0a", "\x09http/1.1\0")), 0, 0, "" },
-		{ LIT(ALPN("\x02", "\0", "")), 0, 0, "" },
-		{ LIT("\0\x10\0\0"), 0, 0, "" },
-		/* said twice: which counts? */
-		{ LIT(ALPN_H1 ALPN_H2), 0, 1, "" }, { LIT(ALPN_H2 ALPN_H1), 0, 0, "" },
-		{ LIT(ALPN_H1 ALPN_H1), 0, 1, "" }, { LIT(SNI_A SNI_A), 0, 0, NULL },
-		/* lists that end amid a name, before their extension or behind it; an empty name */
-		{ LIT(ALPN("\x0b", "\x09", "\x09http/1.1")), 0, 0, "" },
-		{ LIT(ALPN("\x0b", "\x08", "\x08http/1.1")), 0, 0, "" },
-		{ LIT(ALPN("\x0b", "\x0a", "\x08http/1.1")), 0, 0, "" },
-		{ LIT(ALPN("\x0c", "\x09", "\x08http/1.1\0")), 0, 1, "" },
-		{ LIT(ALPN("\x0c", "\x0a", "\x08http/1.1\0")), 0, 1, "" },
-		{ LIT(ALPN("\x0c", "\x09", "\x08http/1.1")), 0, 0, "" },
-		{ LIT(ALPN_H1 "\0"), 0, 1, "" }, { LIT(ALPN_H1 "\0\x17\0"), 0, 1, "" },
+		{ LIT(ALPN_H2), 0, "" },
+		{ LIT(ALPN("\x0b", "\x09", "\x08http/1.0")), 0, "" },
+		{ LIT(ALPN("\x0b", "\x09", "\x08HTTP/1.1")), 0, "" },
+		{ LIT(ALPN("\x0c", "\x0a", "\x09http/1.1\0")), 0, "" },
+		{ LIT(ALPN("\x02", "\0", "")), 0, "" },
+		{ LIT("\0\x10\0\0"), 0, "" },
+		/* said twice: the protocols are ours whichever counts, or not; and which name does? */
+		{ LIT(ALPN_H1 ALPN_H2), 0, "" }, { LIT(ALPN_H2 ALPN_H1), 0, "" },
+		{ LIT(ALPN_H1 ALPN_H1), 1, "" }, { LIT(SNI_A SNI_A), 0, NULL },
+		/* lists that end amid a name, before their extension or behind it */
+		{ LIT(ALPN("\x0b", "\x09", "\x09http/1.1")), 0, "" },
+		{ LIT(ALPN("\x0b", "\x08", "\x08http/1.1")), 0, "" },
+		{ LIT(ALPN("\x0b", "\x0a", "\x08http/1.1")), 0, "" },
+		{ LIT(ALPN("\x0c", "\x09", "\x08http/1.1\0")), 0, "" },
+		{ LIT(ALPN("\x0c", "\x0a", "\x08http/1.1\0")), 1, "" },        /* an empty name */
+		{ LIT(ALPN("\x0c", "\x09", "\x08http/1.1")), 0, "" },
+		{ LIT(ALPN_H1 "\0"), 0, "" }, { LIT(ALPN_H1 "\0\x17\0"), 0, "" },
 		/* names of another type, two of them, none, cut */
-		{ LIT(SNI("\x0e", "\x0c", "\x01", "\x09", "a.example")), 0, 0, NULL },
-		{ LIT(SNI("\x12", "\x10", "\0", "\x09", "a.example\0\0\x01" "b")), 0, 0, NULL },
-		{ LIT("\0\0\0\x02\0\0"), 0, 0, NULL },
-		{ LIT(SNI("\x0e", "\x0c", "\0", "\x0a", "a.example")), 0, 0, NULL },
-		{ LIT(SNI("\x0e", "\x0d", "\0", "\x09", "a.example")), 0, 0, NULL },
+		{ LIT(SNI("\x0e", "\x0c", "\x01", "\x09", "a.example")), 0, NULL },
+		{ LIT(SNI("\x12", "\x10", "\0", "\x09", "a.example\0\0\x01" "b")), 0, NULL },
+		{ LIT("\0\0\0\x02\0\0"), 0, NULL },
+		{ LIT(SNI("\x0e", "\x0c", "\0", "\x0a", "a.example")), 0, NULL },
+		{ LIT(SNI("\x0e", "\x0d", "\0", "\x09", "a.example")), 0, NULL },
 	};
 	unsigned char out[256];
-	struct hello h;
+	struct bytes name;
 	size_t i, k, n;
 
 	for (i = 0; i < COUNT(hellos); i++) {
 		at("hello %zu", i);
 		n = hello_make(out, hellos[i].bytes, hellos[i].len, 1);
-		CHECK(!hello_good(out, n, &h));
+		CHECK(!hello_good(out, n, &name));
 		n = hello_make(out, hellos[i].bytes, hellos[i].len, 0);
 		for (k = 0; k < n; k++)
-			CHECK(!hello_good(out, k, &h));
-		CHECK_INT(hello_good(out, n, &h), hellos[i].good);
-		CHECK_INT(h.alpn, hellos[i].alpn);
+			CHECK(!hello_good(out, k, &name));
+		CHECK_INT(hello_good(out, n, &name), hellos[i].good);
 		if (!hellos[i].name)
 			continue;
-		CHECK_INT(h.name.end - h.name.p, (long)strlen(hellos[i].name));
+		CHECK_INT(name.end - name.p, (long)strlen(hellos[i].name));
 		CHECK(!*hellos[i].name ||
-			memcmp(h.name.p, hellos[i].name, strlen(hellos[i].name)) == 0);
+			memcmp(name.p, hellos[i].name, strlen(hellos[i].name)) == 0);
 	}
 	n = hello_make(out, LIT(SNI_A), 0);
-	CHECK(hello_good(out, n + 7, &h));              /* another record behind it */
-	CHECK(!hello_good(out, n - 1, &h));
+	CHECK(hello_good(out, n + 7, &name));              /* another record behind it */
+	CHECK(!hello_good(out, n - 1, &name));
 	out[0] = 21;                                    /* other records, other messages, */
-	CHECK(!hello_good(out, n, &h));
+	CHECK(!hello_good(out, n, &name));
 	out[0] = 22;
 	out[5] = 2;
-	CHECK(!hello_good(out, n, &h));
+	CHECK(!hello_good(out, n, &name));
 	out[5] = 1;
 	out[4]++;                                       /* more than one message */
-	CHECK(!hello_good(out, n + 1, &h));
+	CHECK(!hello_good(out, n + 1, &name));
 }
 
 /* Of those whose handshake waits for its turn, who has begun goes before who has not; and the last two
