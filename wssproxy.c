@@ -301,8 +301,8 @@ struct records {
 
 /* Judges the certificate chain of the other side during a handshake. */
 struct verifier {
-	int begun;                      /* 1: it has seen of a chain what nobody will show again */
-	int certs;                      /* of the chain, so far */
+	unsigned begun;                 /* above 0: it has seen of a chain what nobody will show
+					 * again; of one to be validated, so many certificates + 1 */
 	br_ssl_engine_context *eng;
 	br_name_element name;           /* where the subject's common name goes */
 	union {
@@ -3804,7 +3804,7 @@ static void chain_start_cert(const br_x509_class **ctx, uint32_t len)
 {
 	struct verifier *v = OWNER(ctx, struct verifier, u.minimal.vtable);
 
-	br_x509_minimal_vtable.start_cert(ctx, v->certs++ < CHAIN_MAX ? len : 0);
+	br_x509_minimal_vtable.start_cert(ctx, v->begun++ <= CHAIN_MAX ? len : 0);
 }
 
 /* Validates a chain up to the given anchors (RFC 5280, as far as BearSSL's minimal engine goes). */
@@ -3827,7 +3827,6 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	class.start_chain = chain_start;
 	class.start_cert = chain_start_cert;
 	m->vtable = &class;
-	v->certs = 0;
 	v->eng = eng;
 	br_ssl_engine_set_x509(eng, &m->vtable);
 }
@@ -3851,23 +3850,15 @@ static void tls_ring_release(struct session *s)
 	s->ring = NULL;
 }
 
-/* Pinned or unverified backends: only the chain's first certificate counts, and of it the key. */
-static void first_start_cert(const br_x509_class **ctx, uint32_t len)
-{
-	struct verifier *v = OWNER(ctx, struct verifier, u.first.known.vtable);
-
-	(void)len;
-	v->begun = 1;
-	v->certs++;
-}
-
+/* Pinned or unverified backends: only the chain's first certificate counts, and of it the key. Bytes
+ * behind its end, which crash BearSSL's decoder, are left out, and with them the others. */
 static void first_append(const br_x509_class **ctx, const unsigned char *buf, size_t len)
 {
 	struct verifier *v = OWNER(ctx, struct verifier, u.first.known.vtable);
 	br_x509_decoder_context *dc = &v->u.first.decoder;
 
-	/* bytes behind the certificate's end crash BearSSL's decoder */
-	if (v->certs == 1 && br_x509_decoder_last_error(dc) == BR_ERR_X509_TRUNCATED)
+	v->begun = 1;
+	if (br_x509_decoder_last_error(dc) == BR_ERR_X509_TRUNCATED)
 		br_x509_decoder_push(dc, buf, len);
 }
 
@@ -3901,14 +3892,12 @@ static void verifier_first(struct verifier *v, br_ssl_engine_context *eng,
 	static br_x509_class class;
 
 	class = br_x509_knownkey_vtable;
-	class.start_cert = first_start_cert;
 	class.append = first_append;
 	class.end_chain = first_end_chain;
 	v->u.first.known.vtable = &class;
 	v->u.first.known.usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
 	v->u.first.pinned = pinned;
 	br_x509_decoder_init(&v->u.first.decoder, NULL, NULL);
-	v->certs = 0;
 	br_ssl_engine_set_x509(eng, &v->u.first.known.vtable);
 }
 

@@ -24,14 +24,28 @@ static struct session *tls_session(void)
 	return s;
 }
 
+static int peer_certs;          /* that it was shown */
+
+static void peer_start_cert(const br_x509_class **ctx, uint32_t len)
+{
+	(void)ctx;
+	(void)len;
+	peer_certs++;
+}
+
 static void peer_start(const char *name)
 {
+	static br_x509_class counting;
 	unsigned char seed[32] = { 1 };
 	br_x509_minimal_context unused;
 
 	br_ssl_client_init_full(&peer, &unused, NULL, 0);
 	memset(&peer_trust, 0, sizeof peer_trust);
 	verifier_first(&peer_trust, &peer.eng, NULL);
+	counting = *peer_trust.u.first.known.vtable;
+	counting.start_cert = peer_start_cert;
+	peer_trust.u.first.known.vtable = &counting;
+	peer_certs = 0;
 	br_ssl_engine_inject_entropy(&peer.eng, seed, sizeof seed);
 	br_ssl_engine_set_buffer(&peer.eng, peer_buf, sizeof peer_buf, 1);
 	CHECK_INT(br_ssl_client_reset(&peer, name, 0), 1);
@@ -212,7 +226,7 @@ static void test_tls_names(void)
 		tls_handshake(s);
 		CHECK_INT(peer_trust.u.first.known.pkey.key_type,
 			cases[i].key_type);
-		CHECK_INT(peer_trust.certs, cases[i].chain_len);
+		CHECK_INT(peer_certs, cases[i].chain_len);
 		br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
 		CHECK_INT(p.version, BR_TLS12);
 		CHECK(suite_find(p.cipher_suite) >= 0);
