@@ -2802,10 +2802,10 @@ static void resolver_ask(struct server *v)
 {
 	unsigned char index = (unsigned char)(v - servers);
 
+	link_drop(&v->retry.link);
 	if (!v->by_name || v->pending || fds[FD_RESOLVER].fd < 0)
 		return;
-	link_drop(&v->retry.link);
-	if (send(fds[FD_RESOLVER].fd, &index, 1, MSG_NOSIGNAL) == 1)
+	if (send(fds[FD_RESOLVER].fd, &index, 1, MSG_NOSIGNAL | MSG_DONTWAIT) == 1)
 		v->pending = 1;
 	else
 		timer_start(&queues[Q_RESOLVE], &v->retry);
@@ -2817,11 +2817,10 @@ static void server_failed(struct server *v, const char *why)
 	v->failures++;
 	if (v->held_until <= now)
 		v->held_until = 0;
-	if (v->fails == 0 || now - v->fail_since > fail_ms) {
+	if (now - v->fail_since > fail_ms)
 		v->fails = 0;
+	if (v->fails++ == 0)
 		v->fail_since = now;
-	}
-	v->fails++;
 	if (max_fails == 0 || v->fails < max_fails)
 		return;
 	v->aside_until = now + fail_ms;
@@ -3020,7 +3019,6 @@ static void resolver_start(void)
 		resolver_child(pair[1]);
 	}
 	close(pair[1]);
-	fcntl(pair[0], F_SETFL, O_NONBLOCK);
 	fds[FD_RESOLVER].fd = pair[0];
 	for (i = 0; i < BACKENDS; i++)
 		resolver_ask(&servers[i]);
@@ -3032,7 +3030,6 @@ static void resolver_answer(const struct resolved *r)
 {
 	struct server *v = &servers[r->index];
 
-	link_drop(&v->retry.link);
 	v->pending = 0;
 	if (r->count > 0) {
 		memcpy(v->address, r->address, r->count * sizeof r->address[0]);
@@ -3075,7 +3072,7 @@ static int resolved_valid(const struct resolved *r)
 static void resolver_event(void)
 {
 	struct resolved r;
-	ssize_t n = recv(fds[FD_RESOLVER].fd, &r, sizeof r, 0);
+	ssize_t n = recv(fds[FD_RESOLVER].fd, &r, sizeof r, MSG_DONTWAIT);
 
 	if (n == sizeof r && resolved_valid(&r)) {
 		resolver_answer(&r);
