@@ -302,7 +302,7 @@ struct records {
 /* Judges the certificate chain of the other side during a handshake. */
 struct verifier {
 	unsigned begun;                 /* above 0: it has seen of a chain what nobody will show
-					 * again; of one to be validated, so many certificates + 1 */
+					 * again; of one to be validated, certificates + 1 */
 	br_ssl_engine_context *eng;
 	br_name_element name;           /* where the subject's common name goes */
 	union {
@@ -2144,8 +2144,8 @@ static void facts_read(struct facts *f, struct head *h, const char *buf)
 		f->bad_framing = 1;
 }
 
-/* Host or authority: uri-host [ ":" port ] (RFC 9110 7.2, RFC 3986 3.2.2), the host not empty: that is
- * the name. */
+/* Host or authority: uri-host [ ":" port ] (RFC 9110 7.2, RFC 3986 3.2.2), the host not empty: that
+ * is the name. */
 static int host_parse(const char *buf, struct span s, struct span *name)
 {
 	size_t i = s.at, end = i + s.len;
@@ -2334,8 +2334,8 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
 	return WHY_NONE;
 }
 
-/* The fields as they came, white space around their values normalized, but for those that Connection
- * lists, a Content-Length said again, and those that have one of some flags. */
+/* The fields as they came, white space around their values normalized, but for those that
+ * Connection lists, a Content-Length said again, and those that have one of some flags. */
 static void text_fields(struct text *t, const struct head *h, const char *buf, int without)
 {
 	unsigned i;
@@ -3847,8 +3847,8 @@ static void tls_ring_release(struct session *s)
 	s->ring = NULL;
 }
 
-/* Pinned or unverified backends: only the chain's first certificate counts, and of it the key. Bytes
- * behind its end, which crash BearSSL's decoder, are left out, and with them the others. */
+/* Pinned or unverified backends: only the chain's first certificate counts, and of it the key.
+ * Bytes behind its end, which crash BearSSL's decoder, are left out, and with them the others. */
 static void first_append(const br_x509_class **ctx, const unsigned char *buf, size_t len)
 {
 	struct verifier *v = OWNER(ctx, struct verifier, u.first.known.vtable);
@@ -6784,8 +6784,9 @@ static void backend_check(const struct backend *b)
 		text_or(b->name));
 	wrong(b->path && *b->path && *b->path != '/', ".path \"%s\": begin it with /",
 		text_or(b->path));
-	wrong(b->host_header && (strlen(named) > 128 || !host_parse(named, whole, &whole)), ".host_header "
-		"\"%s\": give a name or address of at most 128 characters, no scheme or path",
+	wrong(b->host_header && (strlen(named) > 128 || !host_parse(named, whole, &whole)),
+		".host_header \"%s\": give a name or address of at most 128 characters, no "
+		"scheme or path",
 		named);
 	wrong(b->weight > WEIGHT_MAX, ".weight = %u: at most %d", b->weight, WEIGHT_MAX);
 	wrong(b->tls != TLS_OFF && !tls_backends, ".tls: set tls_backends to 1");
