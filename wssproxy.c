@@ -4575,23 +4575,6 @@ static int leg_fill(struct session *s, struct leg *l)
 	return moved;
 }
 
-/* Tells a side the end: close_notify behind all that is pending, then FIN. Again while fin is 0. */
-static void leg_finish(struct session *s, struct leg *l)
-{
-	size_t len;
-
-	leg_send(s, l);         /* or the engine is not asked to close */
-	if (l->eng && l->buf && (br_ssl_engine_current_state(l->eng) & BR_SSL_SENDAPP))
-		br_ssl_engine_close(l->eng);
-	leg_send(s, l);
-	if (leg_pending(l, &len) || s->broken)
-		return;
-	if (l->fd >= 0)
-		shutdown(l->fd, SHUT_WR);
-	leg_mark(l, 0);         /* the kernel tells what that kept back, one before 4.18 later */
-	l->fin = 1;
-}
-
 /* ---- relaying ---- */
 
 static void code_note(struct session *s, unsigned code, enum party by)
@@ -4734,17 +4717,28 @@ static int tunnel_survives(struct session *s)
 	return 1;
 }
 
-/* leg_finish(), and before, of a tunnel, a Close to who has not ended, and had none. */
-static void side_finish(struct session *s, struct leg *l)
+/* Tells a side the end, behind all that is pending: of a tunnel, a Close to who has not ended, and
+ * had none; close_notify; then FIN. Again while fin is 0. */
+static void leg_finish(struct session *s, struct leg *l)
 {
 	const unsigned way = l == &s->client ? TO_CLIENT : TO_BACKEND;
-	size_t room;
+	size_t len;
 
+	if (s->broken)
+		return;
 	if (!l->fin && (!l->eof || tunnel_leaving(s)) && !tunnel_taken(s, way) &&
-	    (!l->buf || leg_room(l, &room)))
+	    (!l->buf || leg_room(l, &len)))
 		frame_put(s, way, tunnel_leaving(s) ? GOING_AWAY : s->code ? s->code :
 			way == TO_CLIENT ? SERVICE_RESTART : GOING_AWAY);
-	leg_finish(s, l);
+	leg_send(s, l);         /* or the engine is not asked to close */
+	if (l->eng && l->buf && (br_ssl_engine_current_state(l->eng) & BR_SSL_SENDAPP))
+		br_ssl_engine_close(l->eng);
+	leg_send(s, l);
+	if (leg_pending(l, &len) || s->broken)
+		return;
+	shutdown(l->fd, SHUT_WR);
+	leg_mark(l, 0);         /* the kernel tells what that kept back, one before 4.18 later */
+	l->fin = 1;
 }
 
 /* Whether a whole record of application data was read ahead behind the one that is being taken. */
@@ -5843,26 +5837,26 @@ static enum state relay_step(struct session *s)
 			return FREE;
 		b->eof = 1;
 	}
-	if (!c->fin) {
-		if (!records_borrow(s))
-			return tunnel_leaving(s) ? DRAIN : s->state;
+	if (!c->fin && records_borrow(s)) {
 		if (head_len(s) > 0)
 			head_load(s);
 		relay_pump(s);
 		if (s->broken && !tunnel_survives(s))
 			return FREE;
-		if (!s->broken && s->state == EXCHANGE && exchange_over(s))
+		if (s->state == EXCHANGE && exchange_over(s))
 			return request_over(s);
-		if (!s->broken && c->eof && !b->fin && relay_up_over(s)) {
+		if (c->eof && !b->fin && relay_up_over(s)) {
 			/* an engine that was closed takes nothing more: the answer would be cut */
 			if (s->state == EXCHANGE && b->eng && !b->eof && !leg_closed(c))
 				return FREE;
-			side_finish(s, b);
+			leg_finish(s, b);
 		}
-		if (!s->broken && relay_down_over(s))
-			side_finish(s, c);
-		if (!s->broken && c->fin && !b->fin)
-			side_finish(s, b);
+		if (relay_down_over(s))
+			leg_finish(s, c);
+		if (c->fin && !b->fin)
+			leg_finish(s, b);
+		if (s->broken)
+			return FREE;
 	}
 	if (c->fin) {
 		/* no one takes what may still come */
@@ -5870,7 +5864,7 @@ static enum state relay_step(struct session *s)
 		leg_discard(c);
 		leg_discard(b);
 	}
-	if (s->broken || (c->fin && c->eof && b->eof))
+	if (c->fin && c->eof && b->eof)
 		return FREE;
 	return c->fin || tunnel_leaving(s) || (s->state == RELAY && (b->fin || leg_closed(c))) ?
 		DRAIN : s->state;
