@@ -4316,15 +4316,18 @@ static void leg_unsent(struct session *s, struct leg *l)
 	l->fin = l->in = l->last = 1;
 }
 
-/* send(), with a hint when more follows at once, that the kernel fills its segments and wakes the
- * other side once; leg_push lets go of what it held back when nothing followed after all. */
-static ssize_t leg_write(struct leg *l, const void *p, size_t len)
+/* Memory to socket, with a hint when more follows at once, that the kernel fills its segments and
+ * wakes the other side once; leg_push lets go of what it held back when nothing followed after all.
+ * Bytes taken. */
+static size_t leg_write(struct session *s, struct leg *l, const void *p, size_t len)
 {
 	ssize_t n = send(l->fd, p, len, MSG_NOSIGNAL | (l->more ? MSG_MORE : 0));
 
 	l->full = n < (ssize_t)len;
 	l->corked = l->more && !l->full;
-	return n;
+	if (n < 0)
+		leg_unsent(s, l);
+	return n > 0 ? (size_t)n : 0;
 }
 
 static void leg_push(struct leg *l)
@@ -4342,14 +4345,11 @@ static int leg_send(struct session *s, struct leg *l)
 	int moved = 0;
 
 	while (!l->full && !l->fin && !s->broken && (p = leg_pending(l, &len)) != NULL) {
-		ssize_t n = leg_write(l, p, len);
-
-		if (n > 0) {
-			leg_sent(l, (size_t)n);
-			moved = 1;
-		} else if (n < 0) {
-			leg_unsent(s, l);
-		}
+		len = leg_write(s, l, p, len);
+		if (len == 0)
+			break;
+		leg_sent(l, len);
+		moved = 1;
 	}
 	return moved;
 }
@@ -4386,14 +4386,12 @@ static size_t leg_read(struct session *s, struct leg *l, unsigned char *p, size_
 	leg_mark(l, 0);
 	leg_took(l, n, room);
 	l->filled = n < (ssize_t)room ? 0 : l->filled < 2 ? l->filled + 1 : 2;
-	if (n == 0 && l->reset) {
-		errno = ECONNRESET;
-		n = -1;
-	}
-	if (n == 0)
-		leg_ended(s, l);
-	else if (n < 0)
+	if (n < 0)
 		leg_error(s, l);
+	else if (n == 0 && l->reset)
+		session_broke(s, l, WHY_RESET);
+	else if (n == 0)
+		leg_ended(s, l);
 	return n > 0 ? (size_t)n : 0;
 }
 
@@ -4600,14 +4598,10 @@ static size_t tunnel_passed(struct session *s, unsigned way, const void *p, size
 static size_t backend_write(struct session *s, const void *p, size_t len)
 {
 	struct leg *l = &s->backend;
-	ssize_t n;
 
 	if (l->eng)
 		return leg_copy(l, p, len);
-	n = l->full ? 0 : leg_write(l, p, len);
-	if (n < 0)
-		leg_unsent(s, l);
-	return n > 0 ? (size_t)n : 0;
+	return l->full ? 0 : leg_write(s, l, p, len);
 }
 
 /* Puts a frame of our own where one may stand: a Close, or a Ping; masked for a backend (5.3). */
