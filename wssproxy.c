@@ -4782,6 +4782,8 @@ static int relay_up(struct session *s)
 		return 0;
 	to->more = leg_has_more(&s->client);
 	len = body_write(s, p, len);
+	if (s->body.bad)
+		session_broke(s, &s->client, WHY_CHUNKS);
 	if (len == 0)
 		return 0;
 	if (frames && is_tunnel(s)) {
@@ -5695,17 +5697,14 @@ static enum state response_step(struct session *s)
 		return RESPONSE;
 	do {
 		relay_pump(s);
-		if (s->body.bad)
-			return session_fail(s, WHY_CHUNKS);
-		if (s->broken || (s->client.eof && s->up_left > 0 &&
-		    !leg_readable(&s->client, &len))) {
-			session_end(s, BY_CLIENT, WHY_EOF);     /* amid the request's body */
-			return s->by == BY_BACKEND ? session_fail(s, WHY_BAD_RESPONSE) : FREE;
-		}
 		hd = head_load(s);
 		n = backend_read(s, (unsigned char *)hd->bytes + hd->len, head_max - hd->len);
-		if (s->broken || s->backend.eof)
-			return session_fail(s, WHY_BAD_RESPONSE);
+		if (s->broken || s->backend.eof || (s->client.eof && s->up_left > 0 &&
+		    !leg_readable(&s->client, &len))) {
+			session_end(s, BY_CLIENT, WHY_EOF);     /* amid the request's body */
+			return session_fail(s, s->by == BY_BACKEND ? WHY_BAD_RESPONSE :
+				(enum why)s->why);
+		}
 		hd->len += n;
 		s->moved |= n > 0;
 		do {
@@ -5776,13 +5775,11 @@ static int exchange_over(struct session *s)
 {
 	struct leg *b = &s->backend;
 
-	if (s->body.bad) {
-		session_broke(s, &s->client, WHY_CHUNKS);
-	} else if (b->eof && b->fd >= 0) {
+	if (b->eof && b->fd >= 0) {
 		leg_finish(s, b);
 		backend_leave(s);       /* whatever its client takes its time for */
 	}
-	return !s->broken && s->keep && s->why == WHY_DONE && relay_down_over(s);
+	return s->keep && s->why == WHY_DONE && relay_down_over(s);
 }
 
 /* Between two requests: owns nothing but its slot and its note. What has come is HEAD's to read,
