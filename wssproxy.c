@@ -4916,10 +4916,8 @@ static void relay_pump(struct session *s)
 	do {
 		moved = (s->up_left > 0 || (answered && !s->keep)) && leg_fill(s, &s->client);
 		moved |= relay_up(s);
-		if (s->backend.eng) {
-			moved |= leg_send(s, &s->backend);
-			moved |= leg_fill(s, &s->backend);
-		}
+		moved |= leg_send(s, &s->backend);
+		moved |= s->backend.eng && leg_fill(s, &s->backend);
 		moved |= answered && relay_down(s);
 		moved |= leg_send(s, &s->client);
 	} while (moved && !s->broken);
