@@ -4379,9 +4379,9 @@ static void leg_took(struct leg *l, ssize_t n, size_t room)
 }
 
 /* Socket to memory. Bytes, 0: none now. */
-static size_t leg_read(struct session *s, struct leg *l, unsigned char *p, size_t room)
+static size_t leg_read(struct session *s, struct leg *l, unsigned char *p, size_t room, int flags)
 {
-	ssize_t n = recv(l->fd, p, room, 0);
+	ssize_t n = recv(l->fd, p, room, flags);
 
 	leg_mark(l, 0);
 	leg_took(l, n, room);
@@ -4492,7 +4492,7 @@ static int leg_recv(struct session *s, struct leg *l)
 		room = head_fit(s, room, tls);
 		l->in = l->in || room == 0;     /* whatever the peek saw, it is there yet */
 	}
-	n = room > 0 ? leg_read(s, l, l->ahead + l->end, room) : 0;
+	n = room > 0 ? leg_read(s, l, l->ahead + l->end, room, 0) : 0;
 	l->end = (uint16_t)(l->end + n);
 	return n > 0;
 }
@@ -4816,8 +4816,8 @@ static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 			return 0;
 		leg_place(s, l);
 		if (!l->spare)
-			return leg_read(s, l, out, size);
-		l->end = (uint16_t)leg_read(s, l, l->ahead, BULK); /* makes full records */
+			return leg_read(s, l, out, size, 0);
+		l->end = (uint16_t)leg_read(s, l, l->ahead, BULK, 0);   /* makes full records */
 	}
 	p = leg_readable(l, &len);
 	len = len < size ? len : size;
@@ -5786,23 +5786,15 @@ static int exchange_over(struct session *s)
 static enum state between_step(struct session *s)
 {
 	struct leg *c = &s->client;
+	const int none = c->at == c->end && (!c->eng || !c->buf || leg_between(c));
 	unsigned char byte;
-	ssize_t n;
 
 	if (s->expired && c->eng && records_borrow(s))
 		leg_finish(s, c);
 	if (s->expired)
 		return FREE;
-	if (c->at == c->end && (!c->eng || !c->buf || leg_between(c))) {
-		if (!leg_in(c))
-			return BETWEEN;
-		n = recv(c->fd, &byte, 1, MSG_PEEK);
-		leg_took(c, n, 1);
-		if (n < 0)
-			leg_error(s, c);
-		if (n <= 0)
-			return n == 0 || s->broken ? FREE : BETWEEN;
-	}
+	if (none && !(leg_in(c) && leg_read(s, c, &byte, 1, MSG_PEEK)))
+		return c->eof || s->broken ? FREE : BETWEEN;
 	s->born = now;
 	return HEAD;
 }
