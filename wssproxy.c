@@ -4898,8 +4898,7 @@ static int relay_down(struct session *s)
 	to->more = s->backend.eng ? leg_has_more(&s->backend) :
 		s->backend.at < s->backend.end || (len == size && leg_in(&s->backend));
 	len = answer_take(s, (char *)room, len);
-	if (s->backend.eof)
-		to->more = 0;
+	to->more &= !s->backend.eof;
 	s->tx += len;
 	if (len > 0)
 		leg_put(to, len);
