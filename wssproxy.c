@@ -5330,15 +5330,14 @@ static int is_challenge(const struct session *s)
 {
 	static const char under[] = "/.well-known/acme-challenge/";
 	const struct request *r = &s->hd->u.request;
-	const char *buf = s->hd->bytes, *method = buf + r->head.part[0].at;
+	const char *buf = s->hd->bytes;
 	const size_t token = r->target.at + sizeof under - 1, end = r->target.at + r->target.len;
 	uint64_t beside;
 
 	servers_for(buf + r->name.at, r->name.len, under, sizeof "/.well-known/" - 1, &beside);
 	return token < end && memcmp(buf + r->target.at, under, sizeof under - 1) == 0 &&
 		word_end(buf, token, end, "-_") == end && !r->upgrade && !r->chunked &&
-		r->length == 0 && (memcmp(method, "GET ", 4) == 0 ||
-		memcmp(method, "HEAD ", 5) == 0) &&
+		r->length == 0 && (s->head || memcmp(buf + r->head.part[0].at, "GET ", 4) == 0) &&
 		s->group != beside;
 }
 
@@ -5613,22 +5612,20 @@ static size_t cookie_add(const struct session *s, char *head, size_t len)
 static int answer_place(struct session *s, const struct response *r)
 {
 	struct head_buffer *hd = s->hd;
-	size_t tail = hd->len - r->head.size;
-	size_t len = response_render(r, hd->bytes, scratch, HEAD_ROOM);
+	const char *tail = hd->bytes + r->head.size;
+	struct text t = { .p = scratch, .size = HEAD_ROOM };
 
-	if (len == 0)
+	t.len = response_render(r, hd->bytes, scratch, HEAD_ROOM);
+	if (t.len == 0)
 		return 0;
 	if (balance == STICKY_COOKIE && s->sticky != s->server)
-		len = cookie_add(s, scratch, len);
-	tail = answer_take(s, hd->bytes + r->head.size, tail);
-	if (len + tail > HEAD_ROOM)
-		return 0;
-	memmove(hd->bytes + len, hd->bytes + r->head.size, tail);
-	memcpy(hd->bytes, scratch, len);
-	hd->len = len + tail;
+		t.len = cookie_add(s, scratch, t.len);
+	s->tx = answer_take(s, tail, hd->len - r->head.size);
+	text_add(&t, tail, (size_t)s->tx);
+	memcpy(hd->bytes, scratch, t.len);
+	hd->len = t.len;
 	hd->off = 0;
-	s->tx = tail;
-	return 1;
+	return !t.full;
 }
 
 /* A 1xx before the answer goes to the client if there is room for it at once. */
