@@ -162,8 +162,9 @@ _Static_assert(sizeof cookie_name > 1 && sizeof cookie_name <= 100,
 
 enum party { BY_PROXY, BY_CLIENT, BY_BACKEND };
 
-/* Directions of a tunnel; the codes of our own Closes (RFC 6455 7.4.1), and a Ping. */
-enum { TO_BACKEND, TO_CLIENT, SAY_PING = 1, GOING_AWAY = 1001, SERVICE_RESTART = 1012 };
+/* Directions of a tunnel; what its client is to be told: a Ping, nothing behind our Close, a Close
+ * of one of our codes (RFC 6455 7.4.1). */
+enum { TO_BACKEND, TO_CLIENT, SAY_PING, SAID, GOING_AWAY = 1001, SERVICE_RESTART = 1012 };
 
 enum state {
 	FREE,           /* no session; from a step: close it */
@@ -407,10 +408,11 @@ struct session {
 		struct flow flow[2];    /* of a tunnel */
 	};
 	uint32_t heard, active; /* of a tunnel: when its client, and when either side sent last */
-	uint16_t say;           /* what it is to be told: a Close of that code, SAY_PING; 0 */
+	uint16_t say;           /* what its client is to be told: 0, SAY_PING, a Close of that code;
+				 * SAID: it had one of ours */
 	uint16_t code;          /* of the first Close that went by, 0: none did, */
 	uint8_t code_by;        /* and whose it was, enum party */
-	uint8_t said, pinged;   /* 1: its client was sent a Close of ours, a Ping; */
+	uint8_t pinged;         /* 1: its client was sent a Ping; */
 	uint8_t answered;       /* its backend was the last to send something */
 	uint64_t rx, tx;        /* application bytes from and for the client */
 	uint64_t stall_from;    /* their sum when the timer `stall` was started */
@@ -4594,12 +4596,11 @@ static size_t tunnel_passed(struct session *s, unsigned way, const void *p, size
 	return end;
 }
 
-/* To the backend, straight from where it is: to its socket, or into its engine. Bytes taken. */
-static size_t backend_write(struct session *s, const void *p, size_t len)
+/* To a side, straight from where it is: into its buffers, or, of a backend in the clear, to its
+ * socket. Bytes taken. */
+static size_t leg_pass(struct session *s, struct leg *l, const void *p, size_t len)
 {
-	struct leg *l = &s->backend;
-
-	if (l->eng)
+	if (l->eng || l->buf)
 		return leg_copy(l, p, len);
 	return l->full ? 0 : leg_write(s, l, p, len);
 }
@@ -4618,15 +4619,12 @@ static void frame_put(struct session *s, unsigned way, unsigned code)
 		s->flow[way].over = 1;
 		code_note(s, code, BY_PROXY);
 	}
-	if (way == TO_BACKEND) {
-		backend_write(s, p, 2 + mask + text);
-		return;
+	leg_pass(s, way == TO_BACKEND ? &s->backend : &s->client, p, 2 + mask + text);
+	if (way == TO_CLIENT) {
+		s->say = text > 0 ? SAID : 0;
+		s->pinged = text == 0;
+		s->heard = (uint32_t)now;
 	}
-	leg_copy(&s->client, p, 2 + text);
-	s->say = 0;
-	s->said = text > 0;
-	s->pinged = text == 0;
-	s->heard = (uint32_t)now;
 }
 
 /* A tunnel is to end for a reason of ours. Its client is told at a frame's end; what the backend
@@ -4642,7 +4640,7 @@ static void tunnel_leave(struct session *s, enum why why)
 
 static int tunnel_leaving(const struct session *s)
 {
-	return s->say > SAY_PING || s->said;
+	return s->say > SAY_PING;
 }
 
 /* A tunnel's client was not heard for ping_ms: asks it, once, unless it is seen to live. */
@@ -4754,9 +4752,9 @@ static size_t body_write(struct session *s, const unsigned char *p, size_t len)
 	size_t n;
 
 	if (s->upgrade || s->up_left != UINT64_MAX)
-		return backend_write(s, p, len < s->up_left ? len : (size_t)s->up_left);
+		return leg_pass(s, &s->backend, p, len < s->up_left ? len : (size_t)s->up_left);
 	len = chunked_scan(&ahead, (const char *)p, len, &kept);
-	n = kept && len > 0 ? backend_write(s, p, len) : len;
+	n = kept && len > 0 ? leg_pass(s, &s->backend, p, len) : len;
 	if (n == len)
 		s->body = ahead;
 	else
@@ -4834,7 +4832,7 @@ static size_t tunnel_take(struct session *s, const char *p, size_t len)
 {
 	size_t end;
 
-	if (s->said)
+	if (s->say == SAID)
 		return 0;
 	end = tunnel_passed(s, TO_CLIENT, p, len);
 	if (s->say <= SAY_PING || end == 0 || s->flow[TO_CLIENT].over)
@@ -5579,7 +5577,7 @@ static enum state request_step(struct session *s)
 	t = head_address(s);
 	if (t.full)
 		return session_fail(s, WHY_LARGE_HEAD);
-	n = backend_write(s, t.p + hd->off, t.len - hd->off);
+	n = leg_pass(s, &s->backend, t.p + hd->off, t.len - hd->off);
 	sent = leg_send(s, &s->backend);        /* what its engine made of that */
 	if (s->broken || s->backend.fin)
 		return hd->off > 0 || sent ? session_fail(s, WHY_BAD_RESPONSE) :
@@ -5975,7 +5973,7 @@ static void session_settle(struct session *s)
 		s->stall_from = s->rx + s->tx;
 	}
 	/* a client that was told our Close may finish its frame */
-	if (s->fed && !(s->said && s->flow[TO_BACKEND].seen == 0))
+	if (s->fed && !(s->say == SAID && s->flow[TO_BACKEND].seen == 0))
 		state_timer_start(s);
 	if (s->fed)
 		s->active = (uint32_t)now;
