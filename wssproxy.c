@@ -401,10 +401,10 @@ struct session {
 	const char *fault;      /* why an address of this backend failed; NULL: none yet */
 	uint64_t tried;         /* backends */
 	uint64_t group;         /* backends that its Host and path allow */
-	uint64_t up_left;       /* bytes that may still go to the backend, UINT64_MAX: no limit, */
-	struct chunked body;    /* or, of a request that is no upgrade, the end of these chunks */
+	struct chunked body;    /* what may go to the backend: the request's, or what a tunnel's
+				 * client sends */
 	union {
-		struct chunked chunked; /* of the answer; of BODY_LENGTH as well: what is left */
+		struct chunked answer;  /* its body */
 		struct flow flow[2];    /* of a tunnel */
 	};
 	uint32_t heard, active; /* of a tunnel: when its client, and when either side sent last */
@@ -2476,6 +2476,12 @@ static int chunked_byte(struct chunked *c, char b)
 	return b == ';' ? CHUNK_EXT : b == ' ' || b == '\t' ? CHUNK_BLANK : -1;
 }
 
+static struct chunked body_start(int chunks, uint64_t length)
+{
+	return (struct chunked){ .left = chunks ? 0 : length, .plain = !chunks,
+		.state = chunks ? CHUNK_SIZE : CHUNK_DATA, .done = !chunks && length == 0 };
+}
+
 static size_t chunked_scan(struct chunked *c, const char *buf, size_t len, int *kept)
 {
 	size_t i, n;
@@ -2493,7 +2499,7 @@ static size_t chunked_scan(struct chunked *c, const char *buf, size_t len, int *
 		c->left -= data ? n : 0;
 		c->dropped += !keep;
 		c->bad = next < 0 || (kept && c->dropped > head_max);
-		c->done = next == CHUNK_END;
+		c->done = c->plain ? c->left == 0 : next == CHUNK_END;
 		c->state = (uint8_t)(data && c->left == 0 ? CHUNK_DATA_END : next);
 		n = c->bad ? 0 : n;
 	}
@@ -4297,8 +4303,8 @@ static void leg_sent(struct leg *l, size_t len)
 /* What is left of the request's body goes nowhere; so what comes behind is no request. */
 static void body_drop(struct session *s)
 {
-	s->keep = s->keep && s->up_left == 0;
-	s->up_left = 0;
+	s->keep = s->keep && s->body.done;
+	s->body.done = 1;
 }
 
 /* A send has failed. A backend that takes no more may have sent something before that is still
@@ -4419,7 +4425,7 @@ static int leg_heard(struct session *s, struct leg *l)
 
 	if (!to->full && to->fd >= 0 && records_scarce() && poll(&p, 1, 0) == 0)
 		to->full = 1;
-	return !to->full || to->fin || (l == &s->client && s->up_left == 0);
+	return !to->full || to->fin || (l == &s->client && s->body.done);
 }
 
 /* Chooses the place to read ahead into, when all before was taken. A side that twice in a row has
@@ -4703,7 +4709,7 @@ static int tunnel_survives(struct session *s)
 	(void)connect(lost->fd, &nowhere, sizeof nowhere);      /* a reset, if it had none */
 	lost->at = lost->end;
 	lost->eof = lost->fin = 1;
-	s->up_left = 0;
+	s->body.done = 1;
 	s->broken = 0;
 	leg_send(s, other);
 	return 1;
@@ -4742,17 +4748,15 @@ static int leg_has_more(const struct leg *l)
 	return l->eng && len >= 5 && p[0] == 23 && len >= 5 + (size_t)(p[3] << 8 | p[4]);
 }
 
-/* To the backend, what is its of what a client sent: bytes of a tunnel, or of a body of known
- * length; of chunks one piece, without extensions and trailers. Bytes taken. What was not taken is
- * judged anew the next time; body.bad: it is no chunk. */
+/* To the backend, what is its of what a client sent: bytes of a tunnel, or of a body; of chunks one
+ * piece, without extensions and trailers. Bytes taken. What was not taken is judged anew the next
+ * time; body.bad: it is no chunk. */
 static size_t body_write(struct session *s, const unsigned char *p, size_t len)
 {
 	struct chunked ahead = s->body;
 	int kept = 1;
 	size_t n;
 
-	if (s->upgrade || s->up_left != UINT64_MAX)
-		return leg_pass(s, &s->backend, p, len < s->up_left ? len : (size_t)s->up_left);
 	len = chunked_scan(&ahead, (const char *)p, len, &kept);
 	n = kept && len > 0 ? leg_pass(s, &s->backend, p, len) : len;
 	if (n == len)
@@ -4772,11 +4776,11 @@ static int relay_up(struct session *s)
 
 	if (leg_over(to))
 		body_drop(s);
-	if (p && s->up_left == 0 && s->state == EXCHANGE && !s->keep) {
+	if (p && s->body.done && s->state == EXCHANGE && !s->keep) {
 		leg_consume(&s->client, len);   /* nobody's; its end is awaited */
 		return 1;
 	}
-	if (!p || s->up_left == 0 || to->fin)
+	if (!p || s->body.done || to->fin)
 		return 0;
 	to->more = leg_has_more(&s->client);
 	len = body_write(s, p, len);
@@ -4792,10 +4796,6 @@ static int relay_up(struct session *s)
 	}
 	leg_consume(&s->client, len);
 	s->rx += len;
-	if (s->body.done)
-		s->up_left = 0;
-	else if (s->up_left != UINT64_MAX)
-		s->up_left -= len;
 	s->answered = 0;
 	s->moved = 1;
 	s->fed |= !asked;       /* what only our Ping has brought makes no tunnel less idle */
@@ -4844,25 +4844,13 @@ static size_t tunnel_take(struct session *s, const char *p, size_t len)
 /* How many of `len` bytes from the backend belong to the answer; notes its end. */
 static size_t answer_take(struct session *s, const char *p, size_t len)
 {
-	switch (s->framing) {
-	case BODY_LENGTH:
-		len = len < s->chunked.left ? len : (size_t)s->chunked.left;
-		s->chunked.left -= len;
-		if (s->chunked.left > 0)
-			return len;
-		break;
-	case BODY_CHUNKED:
-		len = chunked_scan(&s->chunked, p, len, NULL);
-		if (!s->chunked.done && !s->chunked.bad)
-			return len;
-		break;
-	case BODY_TUNNEL:
+	if (s->framing == BODY_TUNNEL)
 		return frames ? tunnel_take(s, p, len) : len;
-	default:
-		return len;
+	len = chunked_scan(&s->answer, p, len, NULL);
+	if (s->answer.done || s->answer.bad) {
+		session_end(s, BY_BACKEND, s->answer.bad ? WHY_SHORT : WHY_DONE);
+		s->backend.eof = 1;
 	}
-	session_end(s, BY_BACKEND, s->chunked.bad ? WHY_SHORT : WHY_DONE);
-	s->backend.eof = 1;
 	return len;
 }
 
@@ -4911,7 +4899,7 @@ static void relay_pump(struct session *s)
 	int moved;
 
 	do {
-		moved = (s->up_left > 0 || (answered && !s->keep)) && leg_fill(s, &s->client);
+		moved = (!s->body.done || (answered && !s->keep)) && leg_fill(s, &s->client);
 		moved |= relay_up(s);
 		moved |= leg_send(s, &s->backend);
 		moved |= s->backend.eng && leg_fill(s, &s->backend);
@@ -5363,7 +5351,7 @@ static enum state head_done(struct session *s, enum why why)
 		s->sticky = cookie_find(&r->head, hd->bytes, s->group);
 	s->upgrade = (uint8_t)r->upgrade;
 	s->keep = http_idle_ms > 0 && !r->close;
-	s->up_left = r->chunked ? UINT64_MAX : r->length;
+	s->body = body_start(r->chunked, r->length);
 	if (r->upgrade)
 		accept_key(hd->bytes + r->key.at, s->note->accept);
 	f.client = address_format(&s->peer, 0);
@@ -5658,9 +5646,13 @@ static enum state response_done(struct session *s)
 	if (r->status < 200 && r->status != 101)
 		return interim_done(s);
 	s->framing = (uint8_t)r->framing;
-	s->chunked.left = r->framing == BODY_LENGTH ? r->length : 0;
+	if (r->framing == BODY_TUNNEL)
+		s->body = body_start(0, UINT64_MAX);
+	else
+		s->answer = body_start(r->framing == BODY_CHUNKED,
+			r->framing == BODY_LENGTH ? r->length : UINT64_MAX);
 	/* what follows an upgrade, or a body that was not taken, may be no request */
-	s->keep = s->keep && !s->upgrade && s->up_left == 0 && r->framing != BODY_EOF &&
+	s->keep = s->keep && !s->upgrade && s->body.done && r->framing != BODY_EOF &&
 		!drain_until;
 	r->keep = s->keep;
 	if (!answer_place(s, r))
@@ -5669,8 +5661,6 @@ static enum state response_done(struct session *s)
 	s->opened = 1;
 	log_session(s, OPEN, r->status, WHY_NONE);
 	s->heard = s->active = (uint32_t)now;
-	if (s->upgrade)
-		s->up_left = r->framing == BODY_TUNNEL ? UINT64_MAX : 0;
 	return r->framing == BODY_TUNNEL ? RELAY : EXCHANGE;
 }
 
@@ -5683,15 +5673,13 @@ static enum state response_step(struct session *s)
 	enum why why;
 	size_t len, n;
 
-	if (s->up_left == 0 && !leg_in(&s->backend) && !s->rec)
-		return RESPONSE;
-	if (!records_borrow(s))
+	if ((s->body.done && !leg_in(&s->backend) && !s->rec) || !records_borrow(s))
 		return RESPONSE;
 	do {
 		relay_pump(s);
 		hd = head_load(s);
 		n = backend_read(s, (unsigned char *)hd->bytes + hd->len, head_max - hd->len);
-		if (s->broken || s->backend.eof || (s->client.eof && s->up_left > 0 &&
+		if (s->broken || s->backend.eof || (s->client.eof && !s->body.done &&
 		    !leg_readable(&s->client, &len))) {
 			session_end(s, BY_CLIENT, WHY_EOF);     /* amid the request's body */
 			return session_fail(s, s->by == BY_BACKEND ? WHY_BAD_RESPONSE :
@@ -5715,7 +5703,7 @@ static int relay_up_over(const struct session *s)
 {
 	size_t len;
 
-	return s->up_left == 0 || !leg_readable(&s->client, &len);
+	return s->body.done || !leg_readable(&s->client, &len);
 }
 
 /* Whether nothing more goes down: the backend has ended, or its answer, and all is sent. A tunnel
@@ -5872,7 +5860,7 @@ static int is_watched(const struct session *s)
 {
 	if (s->state < CONNECT)
 		return !link_alone(&s->wait);
-	return s->state <= RESPONSE && !(s->state == RESPONSE && s->up_left > 0);
+	return s->state <= RESPONSE && !(s->state == RESPONSE && !s->body.done);
 }
 
 static void session_enter(struct session *s, enum state state)

@@ -249,15 +249,17 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 /* Sec-WebSocket-Accept for a key of 24 characters (RFC 6455 4.2.2): 28 characters and NUL. */
 static void accept_key(const char *key, char out[29]);
 
-/* The end of a chunked body (RFC 9112 7.1): takes up to `len` bytes of it and returns how many
- * belong to it; c->done is set behind its last one, c->bad where it breaks the grammar. `kept` not
- * NULL: those that it takes are either all to be passed on, *kept 1, or none, 0 (extensions and
- * trailers, which are bad above head_max bytes in all). */
+/* The end of a body, in chunks (RFC 9112 7.1) or of so many bytes: takes up to `len` of it, and
+ * returns how many belong to it; c->done is set behind its last one, c->bad where it breaks the
+ * grammar. `kept` not NULL: those that it takes are either all to be passed on, *kept 1, or none, 0
+ * (extensions and trailers, which are bad above head_max bytes in all). */
 struct chunked {
-	uint64_t left;              /* of the chunk's data, or the size read so far */
+	uint64_t left;              /* of the data, or the chunk's size read so far */
 	uint32_t dropped;           /* bytes of extensions and trailers */
 	uint8_t state, digits, done, bad;
+	uint8_t plain;              /* 1: no chunks, only data */
 };
+static struct chunked body_start(int chunks, uint64_t length);  /* UINT64_MAX: it has no end */
 static size_t chunked_scan(struct chunked *c, const char *buf, size_t len, int *kept);
 
 /* Where one direction of a tunnel stands among its frames (RFC 6455 5.2). Zeroed: at the start of

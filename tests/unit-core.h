@@ -1901,7 +1901,7 @@ static struct session *tunnel_open(int *backend)
 	*backend = pair[1];
 	s->framing = BODY_TUNNEL;
 	s->upgrade = 1;
-	s->up_left = UINT64_MAX;
+	s->body = body_start(0, UINT64_MAX);
 	session_enter(s, RELAY);
 	session_run(s, 0);
 	return s;
@@ -2096,7 +2096,7 @@ static void test_answer_take(void)
 
 	at("a length");
 	s->framing = BODY_LENGTH;
-	s->chunked.left = 10;
+	s->answer = body_start(0, 10);
 	CHECK_INT(answer_take(s, "01234", 5), 5);
 	CHECK(!s->backend.eof && s->why == WHY_NONE);
 	CHECK_INT(answer_take(s, "56789abc", 8), 5);
@@ -2105,6 +2105,7 @@ static void test_answer_take(void)
 	at("a length of 0");
 	s = session_make(0);
 	s->framing = BODY_LENGTH;
+	s->answer = body_start(0, 0);
 	CHECK_INT(answer_take(s, "x", 1), 0);
 	CHECK(s->backend.eof && s->why == WHY_DONE);
 
@@ -2125,6 +2126,7 @@ static void test_answer_take(void)
 	at("up to the end of the connection");
 	s = session_make(0);
 	s->framing = BODY_EOF;
+	s->answer = body_start(0, UINT64_MAX);
 	CHECK_INT(answer_take(s, "hello", 5), 5);
 	s->framing = BODY_TUNNEL;
 	CHECK_INT(answer_take(s, "hello", 5), 5);

@@ -727,7 +727,7 @@ static int leg_dammed(const struct session *s, const struct leg *l)
 {
 	const struct leg *to = l == &s->client ? &s->backend : &s->client;
 
-	return to->full && !to->fin && (l == &s->backend || s->up_left > 0);
+	return to->full && !to->fin && (l == &s->backend || !s->body.done);
 }
 
 /* What a leg would be polled for, if it were polled. One with buffers reads when all before was taken; an
@@ -763,7 +763,7 @@ static unsigned backend_wish(const struct session *s)
 		return leg_wish(s, l);
 	in = !l->eof && !leg_dammed(s, l) && (s->state == RESPONSE || s->client.fin || !s->rec ||
 		(head_len(s) == 0 && leg_room(&s->client, &len)));
-	out = !l->fin && (l->full || (s->up_left > 0 && leg_readable(&s->client, &len)));
+	out = !l->fin && (l->full || (!s->body.done && leg_readable(&s->client, &len)));
 	return (in ? POLLIN : 0u) | (out ? POLLOUT : 0u);
 }
 
