@@ -5738,19 +5738,8 @@ static void request_begin(struct session *s)
 	s->request++;
 }
 
-/* A request is over, and its connection kept. The note stays, for the name of the client. */
-static enum state request_over(struct session *s)
-{
-	log_session(s, CLOSE, 0, s->why);
-	totals.rx += s->rx;
-	totals.tx += s->tx;
-	s->note->interim = 0;
-	s->note->path[0] = '\0';
-	request_begin(s);
-	return BETWEEN;
-}
-
-/* Whether a plain answer is over, and its client's connection kept. */
+/* Whether a plain answer is over, and its client's connection kept: then its request is one of the
+ * past. The note stays, for the name of the client. */
 static int exchange_over(struct session *s)
 {
 	struct leg *b = &s->backend;
@@ -5759,7 +5748,15 @@ static int exchange_over(struct session *s)
 		leg_finish(s, b);
 		backend_leave(s);       /* whatever its client takes its time for */
 	}
-	return s->keep && s->why == WHY_DONE && relay_down_over(s);
+	if (!s->keep || s->why != WHY_DONE || !relay_down_over(s))
+		return 0;
+	log_session(s, CLOSE, 0, s->why);
+	totals.rx += s->rx;
+	totals.tx += s->tx;
+	s->note->interim = 0;
+	s->note->path[0] = '\0';
+	request_begin(s);
+	return 1;
 }
 
 /* Between two requests: owns nothing but its slot and its note. What has come is HEAD's to read,
@@ -5807,7 +5804,7 @@ static enum state relay_step(struct session *s)
 		if (s->broken && !tunnel_survives(s))
 			return FREE;
 		if (s->state == EXCHANGE && exchange_over(s))
-			return request_over(s);
+			return BETWEEN;
 		if (c->eof && !b->fin && relay_up_over(s)) {
 			/* an engine that was closed takes nothing more: the answer would be cut */
 			if (s->state == EXCHANGE && b->eng && !b->eof && !leg_closed(c))
