@@ -4742,10 +4742,10 @@ static void leg_finish(struct session *s, struct leg *l)
 /* Whether a whole record of application data was read ahead behind the one that is being taken. */
 static int leg_has_more(const struct leg *l)
 {
-	const unsigned char *p = l->ahead + l->at;
-	size_t len = l->end - l->at;
+	size_t need;
 
-	return l->eng && len >= 5 && p[0] == 23 && len >= 5 + (size_t)(p[3] << 8 | p[4]);
+	return l->eng && l->at < l->end && l->ahead[l->at] == 23 &&
+		records_whole(l->ahead + l->at, l->end - l->at, &need) > 0;
 }
 
 /* To the backend, what is its of what a client sent: bytes of a tunnel, or of a body; of chunks one
@@ -5056,9 +5056,9 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 		text_format(&t, status ? " status=%u" : " status=-", status);
 	if (event != OPEN)
 		text_format(&t, " why=%s", whys[why].text);
-	if (event != OPEN && why == WHY_TLS_ALERT)
+	if (why == WHY_TLS_ALERT)
 		text_format(&t, " alert=%d", error - BR_ERR_RECV_FATAL_ALERT);
-	else if (event != OPEN && error && (why == WHY_TLS_ERROR || why == WHY_CLIENT_CERT))
+	else if (error && (why == WHY_TLS_ERROR || why == WHY_CLIENT_CERT))
 		text_format(&t, " cause=%s", fault_find(error)->word);
 	if (event != CLOSE)
 		text_asked(&t, s, why);
