@@ -359,7 +359,7 @@ struct leg {
 	uint16_t empty_records;         /* in a row, without application data */
 	uint16_t mark;                  /* its SO_RCVLOWAT: bytes of an awaited record; 0: any */
 	uint16_t left;                  /* bytes that it may still be read in this run */
-	uint32_t tag;                   /* of its events in the epoll set, which told of */
+	/* what the epoll set told of: */
 	uint8_t in;                     /* something to read, and no read found the end of that; */
 	uint8_t last;                   /* behind what a read stops at: the end, an urgent byte; */
 	uint8_t gone;                   /* its end: 1, in order; 2, or reset */
@@ -491,10 +491,9 @@ static struct pool POOL(session_pool, sessions), POOL(records_pool, records),
 static struct queue queues[QUEUES];
 /* Sessions whose handshake has input: begun, not begun. */
 static struct link turns[2] = { { &turns[0], &turns[0] }, { &turns[1], &turns[1] } };
-/* Sessions that were given what they waited for, or go on. */
+/* Sessions that the epoll set told of, that were given what they waited for, or go on. */
 static struct link runnable = { &runnable, &runnable };
 static struct pollfd fds[FD_COUNT];
-static uint32_t last_tag;
 static int log_fd = STDERR_FILENO;
 static int log_flags = -1;      /* those of log_fd, a terminal that others share; -1: none does */
 static int log_socket = -1;     /* of the syslog daemon, */
@@ -4191,8 +4190,7 @@ static int leg_watch(const struct session *s, struct leg *l)
 	struct epoll_event ev = { .events = (uint32_t)EPOLLIN | (uint32_t)EPOLLOUT |
 		(uint32_t)EPOLLRDHUP | (uint32_t)EPOLLPRI | (uint32_t)EPOLLET };
 
-	l->tag = ++last_tag;
-	ev.data.u64 = (uint64_t)l->tag << 32 | (uint32_t)(s - sessions) * 2 | (l == &s->backend);
+	ev.data.u64 = (uint64_t)s->id << 32 | (uint32_t)(s - sessions) * 2 | (l == &s->backend);
 	return epoll_ctl(fds[FD_EPOLL].fd, EPOLL_CTL_ADD, l->fd, &ev) == 0;
 }
 
@@ -5903,6 +5901,13 @@ static void session_close(struct session *s)
 	pool_return(&session_pool, s);
 }
 
+/* We end it, unless it has its end already. */
+static void session_drop(struct session *s, enum why why)
+{
+	session_end(s, BY_PROXY, why);
+	session_close(s);
+}
+
 /* Whether nothing is on its way in a leg's buffers: its engine is at a record boundary both ways
  * (in a handshake its room is 0, and nothing is put there), or its side has ended amid one. */
 static int leg_rests(const struct leg *l)
@@ -5971,13 +5976,13 @@ static void session_settle(struct session *s)
 		link_append(&runnable, &s->wait);
 }
 
-/* Whether the client's end is the session's: its connection is dead, and is not read any more, or
- * nothing is to be computed for who has gone. */
-static int client_gone(struct session *s, int unread)
+/* Whether the client's end is the session's: its connection is dead, and is not read any more (a
+ * backend that takes nothing keeps it from that), or nothing is to be computed for who has gone. */
+static int client_gone(struct session *s)
 {
 	const struct leg *c = &s->client;
 
-	if (c->gone > 1 && unread)
+	if (c->gone > 1 && (s->state <= RESPONSE || (leg_in(c) && !c->fin)))
 		session_broke(s, c, socket_error(c->fd) == ETIMEDOUT ? WHY_TIMEOUT : WHY_RESET);
 	else if (c->gone && is_watched(s))
 		session_end(s, BY_CLIENT, WHY_EOF);
@@ -5989,40 +5994,26 @@ static int client_gone(struct session *s, int unread)
 /* Steps a session until its state stays, then settles it. The one place where states change. */
 static void session_run(struct session *s, int expired)
 {
-	const struct leg *c = &s->client;
-	const int gone = client_gone(s, s->state <= RESPONSE);
-	enum state next = FREE;
+	enum state next;
 
 	link_drop(&s->wait);
 	s->expired = (uint8_t)expired;
 	s->client.more = s->backend.more = 0;
 	s->client.left = s->backend.left = SHARE;
 	s->moved = s->fed = 0;
-	if (!gone && expired && states[s->state].expired)
-		next = session_fail(s, states[s->state].expired);
-	else if (!gone)
-		next = states[s->state].step(s);
+	next = expired && states[s->state].expired ? session_fail(s, states[s->state].expired) :
+		states[s->state].step(s);
 	while (next != FREE && next != (enum state)s->state) {
 		session_enter(s, next);
 		s->expired = 0;
 		next = states[next].step(s);
 	}
-	/* a backend that takes nothing keeps its client from being read */
-	if (next != FREE && (client_gone(s, leg_in(c) && !c->fin) || !head_store(s))) {
-		session_end(s, BY_PROXY, WHY_NO_RESOURCES);     /* it has its cause, or this */
-		next = FREE;
-	}
 	if (next == FREE)
 		session_close(s);
+	else if (client_gone(s) || !head_store(s))
+		session_drop(s, WHY_NO_RESOURCES);      /* it has its cause, or this */
 	else
 		session_settle(s);
-}
-
-/* We end it. */
-static void session_drop(struct session *s, enum why why)
-{
-	session_end(s, BY_PROXY, why);
-	session_close(s);
 }
 
 static void session_open(int fd, const struct address *peer, unsigned listener)
@@ -6042,19 +6033,18 @@ static void session_open(int fd, const struct address *peer, unsigned listener)
 		session_drop(s, WHY_NO_RESOURCES);
 }
 
-/* A session can go on: a handshake waits for its turn, everything else runs. So does who has gone,
- * to its end, unless its turn is next: its last words may say why. */
+/* A session can go on: a handshake waits for its turn, everything else runs. Who has gone ends,
+ * unless its turn is next: its last words may say why. */
 static void session_resume(struct session *s)
 {
 	const int turn = s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE;
-	int first;
+	const int next = turn && link_alone(&turns[0]) && link_alone(&turns[1]);
 
 	if (turn)
-		link_drop(&s->wait);
-	first = link_alone(&turns[0]) && link_alone(&turns[1]);
-	if (turn)
 		turn_await(s);
-	if (!turn || s->client.gone > first)
+	if (s->state <= RESPONSE && s->client.gone > next && client_gone(s))
+		session_close(s);
+	else if (!turn)
 		session_run(s, 0);
 }
 
@@ -6337,8 +6327,9 @@ static void timers_run(void)
 	stallers_close();
 }
 
-/* All that the set has to tell, but no end of it: timers run behind, and may be those of sessions
- * whose bytes are there. */
+/* Notes all that the set has to tell, but no end of it: timers run behind, and may be those of
+ * sessions whose bytes are there. Nobody runs meanwhile, so none of it is of a descriptor that was
+ * closed, unless the process that this is a copy of has yet to end. */
 static void sessions_epoll(void)
 {
 	struct epoll_event ev[64];
@@ -6351,31 +6342,30 @@ static void sessions_epoll(void)
 			struct leg *l = ev[i].data.u64 % 2 ? &s->backend : &s->client;
 
 			/* who waits for a buffer or its turn wishes but to see its client's end */
-			if (s->state != FREE && l->tag == ev[i].data.u64 >> 32 &&
+			if (s->state != FREE && s->id == ev[i].data.u64 >> 32 &&
 			    leg_told(l, ev[i].events) &&
 			    (link_alone(&s->wait) || (s->client.gone && is_watched(s))))
-				session_resume(s);
+				link_append(&runnable, &s->wait);
 		}
 	}
 }
 
-/* All that were given what they waited for or stopped for others, once, after one handshake step.
- * Of those that have not begun, the last to come is first: the others are nearer to giving up. */
+/* All that the set told of, were given what they waited for or stopped for others, once; then one
+ * handshake step. Of those that have not begun, the last to come is first: the others are nearer to
+ * giving up. */
 static void sessions_turn(void)
 {
-	const int begun = !link_alone(&turns[0]);
-	struct link *l = begun ? turns[0].next : turns[1].prev, end = { &end, &end };
+	struct link *l, end = { &end, &end };
 
-	if (l != &turns[1]) {
-		link_drop(l);
-		session_run(OWNER(l, struct session, wait), 0);
-	}
 	link_append(&runnable, &end);
 	while ((l = runnable.next) != &end) {
 		link_drop(l);
 		session_resume(OWNER(l, struct session, wait));
 	}
 	link_drop(&end);
+	l = link_alone(&turns[0]) ? turns[1].prev : turns[0].next;
+	if (l != &turns[1])
+		session_run(OWNER(l, struct session, wait), 0);
 }
 
 /* ---- signals ---- */
@@ -6581,8 +6571,8 @@ static void loop(void)
 		}
 		if (make_way)
 			doors_poll();   /* what it finds if poll failed, it has seen before */
-		timers_run();
 		sessions_turn();
+		timers_run();
 		if (reload_due)
 			reload();       /* a handshake that it waited for may have ended */
 		for (i = 0; n > 0 && i < LISTENERS; i++)
