@@ -900,12 +900,15 @@ static void timer_start(struct queue *q, struct timer *t)
 	link_append(&q->list, &t->link);
 }
 
-/* The first timer of a queue if it is due, else NULL. */
-static struct timer *timer_due(const struct queue *q)
+/* Takes out the first timer of a queue if it is due, else NULL. */
+static struct timer *timer_take(const struct queue *q)
 {
 	struct timer *t = OWNER(q->list.next, struct timer, link);
 
-	return link_alone(&q->list) || t->due > now ? NULL : t;
+	if (link_alone(&q->list) || t->due > now)
+		return NULL;
+	link_drop(&t->link);
+	return t;
 }
 
 /* ---- pools ---- */
@@ -6169,7 +6172,7 @@ static void listener_event(unsigned i)
 
 	if (pool_empty(&session_pool) && knock_after <= now) {
 		knock_after = now + KNOCK_MS;
-		for (n = 0; n < LOOKS && (t = timer_due(&queues[Q_GROWN])) != NULL; n++)
+		for (n = 0; n < LOOKS && (t = timer_take(&queues[Q_GROWN])) != NULL; n++)
 			place_look(OWNER(t, struct session, place));
 	}
 	for (n = 0; n < ACCEPTS && place_find(); n++) {
@@ -6276,7 +6279,7 @@ static void stallers_close(void)
 {
 	struct timer *t;
 
-	while (buffers_wanted() && (t = timer_due(&queues[Q_STALL])) != NULL) {
+	while (buffers_wanted() && (t = timer_take(&queues[Q_STALL])) != NULL) {
 		struct session *s = OWNER(t, struct session, stall);
 
 		if (!link_alone(&s->wait) || !((s->rec && pool_wanted(&records_pool)) ||
@@ -6297,20 +6300,17 @@ static void timers_run(void)
 	struct timer *t;
 	unsigned i;
 
-	for (i = 0; i < STATES; i++) {
-		while ((t = timer_due(&queues[i])) != NULL) {
-			link_drop(&t->link);
+	for (i = 0; i < STATES; i++)
+		while ((t = timer_take(&queues[i])) != NULL)
 			session_run(OWNER(t, struct session, timer), 1);
-		}
-	}
-	while ((t = timer_due(&queues[Q_RESOLVE])) || (t = timer_due(&queues[Q_REFRESH])))
+	while ((t = timer_take(&queues[Q_RESOLVE])) || (t = timer_take(&queues[Q_REFRESH])))
 		resolver_ask(OWNER(t, struct server, retry));
-	while ((t = timer_due(&queues[Q_CHECK])) != NULL) {
+	while ((t = timer_take(&queues[Q_CHECK])) != NULL) {
 		timer_start(&queues[Q_CHECK], t);
 		i = (unsigned)(OWNER(t, struct server, check) - servers);
 		check_next(i, fds[FD_CHECK + i].fd >= 0 ? ETIMEDOUT : 0);
 	}
-	if (timer_due(&queues[Q_REJECTS]))
+	if (timer_take(&queues[Q_REJECTS]))
 		rejects_over();
 	while (leave_next() <= now) {
 		struct session *s = leave_choose();
@@ -6318,12 +6318,10 @@ static void timers_run(void)
 		tunnel_leave(s, WHY_DRAIN);
 		session_run(s, 0);
 	}
-	while ((t = timer_due(&queues[Q_ASKED])) != NULL)
+	while ((t = timer_take(&queues[Q_ASKED])) != NULL)
 		place_look(OWNER(t, struct session, place));
-	while ((t = timer_due(&queues[Q_REDIAL])) != NULL) {
-		link_drop(&t->link);
+	while ((t = timer_take(&queues[Q_REDIAL])) != NULL)
 		session_run(OWNER(t, struct session, stall), 0);
-	}
 	stallers_close();
 }
 

@@ -372,30 +372,27 @@ static void test_timers(void)
 
 	link_drop(&q.list);
 	link_drop(&never.list);
-	CHECK(timer_due(&q) == NULL);
+	CHECK(timer_take(&q) == NULL);
 	for (i = 0; i < 3; i++) {
 		now = 1000 + 10 * i;
 		timer_start(&q, &t[i]);
 	}
 	now = 1099;
-	CHECK(timer_due(&q) == NULL);
+	CHECK(timer_take(&q) == NULL);
 	now = 1100;
-	CHECK(timer_due(&q) == &t[0]);
-	CHECK(timer_due(&q) == &t[0]);          /* it stays until it is taken out */
-	link_drop(&t[0].link);
-	CHECK(timer_due(&q) == NULL);
+	CHECK(timer_take(&q) == &t[0]);
+	CHECK(timer_take(&q) == NULL);
 	timer_start(&q, &t[1]);                 /* restarted: behind the others */
 	now = 1120;
-	CHECK(timer_due(&q) == &t[2]);
-	link_drop(&t[2].link);
-	CHECK(timer_due(&q) == NULL);
+	CHECK(timer_take(&q) == &t[2] && link_alone(&t[2].link));
+	CHECK(timer_take(&q) == NULL);
 	now = 1200;
-	CHECK(timer_due(&q) == &t[1]);
+	CHECK(timer_take(&q) == &t[1]);
 	timer_start(&never, &t[1]);             /* moves to another queue, where it is never due, */
 	timer_start(&never, &t[0]);             /* but in order */
-	CHECK(timer_due(&q) == NULL);
+	CHECK(timer_take(&q) == NULL);
 	now = UINT64_MAX / 2;
-	CHECK(timer_due(&never) == NULL && never.list.next == &t[1].link);
+	CHECK(timer_take(&never) == NULL && never.list.next == &t[1].link);
 }
 
 /* A million starts and ends later the queue is still in order, and holds whom it should. */
@@ -577,7 +574,7 @@ static void test_shelf_rob(void)
 	CHECK_INT(shelf_borrow(s[SHELVES]), 1);
 	CHECK(s[SHELVES]->shelf == shelf && shelf->owner == s[SHELVES]);
 	CHECK(s[2]->shelf == NULL && s[2]->note->len == 0);
-	CHECK(timer_due(&queues[HEAD]) == &s[2]->timer);
+	CHECK(timer_take(&queues[HEAD]) == &s[2]->timer);
 	CHECK(s[0]->shelf && s[1]->shelf && s[3]->shelf);
 	CHECK_INT(many.shelves, 2);
 	CHECK_INT(none.shelves, 1);
