@@ -182,7 +182,8 @@ enum state {
 	STATES
 };
 
-/* Queues of timers, each of one timeout, so in order of deadlines: the states' own, and these. */
+/* Queues of timers, each of one timeout, so in order of deadlines: the states' own (FREE: of those
+ * whose time in theirs was cut short), and these. */
 enum {
 	Q_STALL = STATES,       /* sessions that hold what others may want, by last progress */
 	Q_RESOLVE,              /* backends whose name is to be tried again, */
@@ -230,7 +231,7 @@ struct session;
 
 struct pool {
 	char *base;
-	size_t size;            /* of an item; its first pointer is ours while it is free */
+	size_t size;            /* of an item; its first bytes are ours while it is free */
 	unsigned count, lent;
 	unsigned fresh;         /* from here on none was ever lent, so their pages are untouched */
 	void *free;             /* last in, first out: what is lent again is still in the cache */
@@ -293,7 +294,6 @@ struct buffers {
 
 /* Lent while bytes are on their way. A spare one serves to read ahead of a side that sends bulk. */
 struct records {
-	void *next_free;
 	union {
 		struct buffers side[1 + tls_backends];  /* the client's, the backend's */
 		unsigned char bulk[READ_BULK];
@@ -329,15 +329,12 @@ struct head_buffer {
 
 /* Lent for what has to stay where it is while a peer is awaited. */
 struct shelf {
-	void *next_free;
-	struct session *owner;          /* NULL: none */
 	struct verifier verifier;       /* of a handshake that asks for certificates, */
 	char text[HEAD_ROOM];           /* a head too long for the note */
 };
 
 /* What is remembered of a session until its answer; there is one for each. */
 struct note {
-	void *next_free;
 	uint64_t name_hash;     /* of the server name in its ClientHello */
 	uint16_t len, off;      /* of a head that was put aside; 0: none */
 	char text[NOTE_TEXT];   /* where it lies unless it is longer */
@@ -3238,7 +3235,6 @@ static void records_attach(struct session *s, void *item)
 static void shelf_attach(struct session *s, void *item)
 {
 	s->shelf = item;
-	s->shelf->owner = s;
 	s->shelf->verifier.begun = 0;
 	s->source->shelves++;
 }
@@ -3313,7 +3309,6 @@ static void *shelf_release(struct session *s)
 {
 	struct shelf *shelf = s->shelf;
 
-	shelf->owner = NULL;
 	s->shelf = NULL;
 	s->source->shelves--;
 	return shelf;
@@ -3330,14 +3325,15 @@ static void shelf_return(struct session *s)
  * (Heads of 1.1 KB without an end, from one address.) */
 static void shelf_rob(struct session *s)
 {
-	unsigned i, most = s->source->shelves + 1;
+	const struct link *list = &queues[Q_STALL].list, *l;    /* all who hold one are there */
+	unsigned most = s->source->shelves + 1;
 	struct session *victim = NULL;
-	struct link *t;
 
-	for (i = 0; i < LENGTH(shelves); i++) {
-		struct session *o = shelves[i].owner;
+	for (l = list->next; l != list; l = l->next) {
+		struct session *o = OWNER(l, struct session, stall.link);
 
-		if (o && o->state == HEAD && link_alone(&o->wait) && o->source->shelves > most) {
+		if (o->shelf && o->state == HEAD && link_alone(&o->wait) &&
+		    o->source->shelves > most) {
 			most = o->source->shelves;
 			victim = o;
 		}
@@ -3347,9 +3343,7 @@ static void shelf_rob(struct session *s)
 	shelf_attach(s, shelf_release(victim));
 	victim->note->len = 0;
 	victim->timer.due = now;
-	t = &victim->timer.link;
-	link_drop(t);
-	link_append(queues[HEAD].list.next, t);
+	link_append(&queues[FREE].list, &victim->timer.link);
 }
 
 static int shelf_borrow(struct session *s)
@@ -3412,11 +3406,8 @@ static int head_store(struct session *s)
 	s->hd = NULL;
 	if (!hd || hd->off == hd->len)
 		return 1;
-	if (hd->len > NOTE_TEXT && !s->shelf) {
-		if (pool_empty(&shelf_pool))
-			return 0;
-		shelf_attach(s, pool_lend(&shelf_pool));
-	}
+	if (hd->len > NOTE_TEXT && !shelf_borrow(s))
+		return 0;
 	note->len = (uint16_t)hd->len;
 	note->off = (uint16_t)hd->off;
 	memcpy(head_place(s), hd->bytes, hd->len);
