@@ -4317,8 +4317,8 @@ static void leg_unsent(struct session *s, struct leg *l)
 }
 
 /* Memory to socket, with a hint when more follows at once, that the kernel fills its segments and
- * wakes the other side once; leg_push lets go of what it held back when nothing followed after all.
- * Bytes taken. */
+ * wakes the other side once; leg_settle lets go of what it held back when nothing followed. Bytes
+ * taken. */
 static size_t leg_write(struct session *s, struct leg *l, const void *p, size_t len)
 {
 	ssize_t n = send(l->fd, p, len, MSG_NOSIGNAL | (l->more ? MSG_MORE : 0));
@@ -4330,11 +4330,14 @@ static size_t leg_write(struct session *s, struct leg *l, const void *p, size_t 
 	return n > 0 ? (size_t)n : 0;
 }
 
-static void leg_push(struct leg *l)
+/* After a run. */
+static void leg_settle(struct leg *l)
 {
 	if (l->corked)
 		socket_option(l->fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	l->corked = 0;
+	if (l->at == l->end)
+		spare_return(l);
 }
 
 /* Buffer to socket. */
@@ -4422,7 +4425,7 @@ static int leg_heard(struct session *s, struct leg *l)
 
 /* Chooses the place to read ahead into, when all before was taken. A side that twice in a row has
  * filled its room sends bulk: it is read into a spare set of buffers as long as they abound, and
- * one call brings several records. session_settle gives that back when it is empty. */
+ * one call brings several records. leg_settle gives that back when it is empty. */
 static void leg_place(struct session *s, struct leg *l)
 {
 	l->at = l->end = 0;
@@ -5939,10 +5942,8 @@ static void session_settle(struct session *s)
 	const struct leg *l = s->state == HANDSHAKE ? &s->client :
 		s->state == BACKEND_HANDSHAKE ? &s->backend : NULL;
 
-	if (s->client.at == s->client.end)
-		spare_return(&s->client);
-	if (s->backend.at == s->backend.end)
-		spare_return(&s->backend);
+	leg_settle(&s->client);
+	leg_settle(&s->backend);
 	if (s->rec && session_rests(s))
 		records_return(s);
 	if (s->shelf && shelf_rests(s))
@@ -5961,8 +5962,6 @@ static void session_settle(struct session *s)
 		state_timer_start(s);
 	if (s->fed)
 		s->active = (uint32_t)now;
-	leg_push(&s->client);
-	leg_push(&s->backend);
 	/* it stopped for others to have their turn, or with records of a handshake that were not
 	 * read yet; when what keeps the others ends, the set tells */
 	if (link_alone(&s->wait) && (l ? l->in && !l->full :
