@@ -382,7 +382,6 @@ struct session {
 	/* From here up to the client's leg all is of the request: see request_begin. */
 	uint8_t why, by;        /* enum why, party */
 	uint8_t opened;         /* 1: has its line `open` in the log */
-	uint8_t rejected;       /* 1: has its line `reject` */
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
 	uint8_t framing;        /* enum framing, of the answer */
 	uint8_t keep;           /* 1: the client's connection outlives it */
@@ -5145,7 +5144,6 @@ static enum state session_fail(struct session *s, enum why why)
 	if (!whys[why].status)
 		return FREE;
 	session_reject(s, whys[why].status, why);
-	s->rejected = 1;
 	s->keep = 0;
 	reply_compose(s, why);
 	backend_leave(s);
@@ -5872,7 +5870,7 @@ static void session_close(struct session *s)
 	s->tx -= unsent < s->tx ? unsent : s->tx;
 	if (s->opened)
 		log_session(s, CLOSE, 0, s->why);
-	else if (!s->rejected && s->state != BETWEEN)
+	else if (s->state < RELAY && s->state != BETWEEN)       /* those in REPLY were rejected */
 		session_reject(s, 0, s->why);
 	totals.rx += s->rx;
 	totals.tx += s->tx;
@@ -6181,8 +6179,8 @@ static void listener_event(unsigned i)
 	}
 }
 
-/* Listeners are polled while there is a place, and now and then: does somebody want one? Says when
- * there is none any more, and when there is again. */
+/* Listeners and their doors are polled while there is a place, and now and then: does somebody want
+ * one? Says when there is none any more, and when there is again. */
 static void listeners_watch(void)
 {
 	const int can = accept_after <= now && (knock_after <= now || place_find());
@@ -6196,10 +6194,8 @@ static void listeners_watch(void)
 		log_line(full ? LOG_WARNING : LOG_NOTICE, "%s sessions=%u", full ? "full" : "room",
 			session_pool.lent);
 	}
-	for (i = 0; i < LISTENERS; i++) {
-		fds[FD_LISTEN + i].events = can ? POLLIN : 0;
-		fds[FD_DOOR + i].events = accept_after <= now ? POLLIN : 0;
-	}
+	for (i = FD_LISTEN; i < FD_CHECK; i++)
+		fds[i].events = can ? POLLIN : 0;
 }
 
 /* When the next tunnel is to leave, UINT64_MAX: none is. They do one by one, evenly over nine
