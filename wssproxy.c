@@ -5152,14 +5152,6 @@ static enum state session_fail(struct session *s, enum why why)
 
 /* ---- steps ---- */
 
-/* Has the session wait for its turn. When everybody comes at once, after a reboot or a flap of the
- * uplink, there is work for longer than anyone has patience: who has begun is served first, or all
- * would have their first half, and nobody the second before it has gone. */
-static void turn_await(struct session *s)
-{
-	link_append(&turns[s->state == HANDSHAKE && !s->client.eng], &s->wait);
-}
-
 /* One step of a leg's TLS handshake: a record, for its arithmetic takes 2 ms on a PC and 100 ms on
  * a small MIPS; and a ChangeCipherSpec with the Finished behind it, for theirs takes none. What
  * remains in the read-ahead takes its turn again. 1: TLS stands; 0: not yet, or never, for the leg
@@ -5207,8 +5199,6 @@ static int leg_handshake(struct session *s, struct leg *l)
 		tls_ring_release(s);
 		return 1;
 	}
-	if (l->at < l->end && !l->full)
-		turn_await(s);
 	return 0;
 }
 
@@ -5961,8 +5951,8 @@ static void session_settle(struct session *s)
 	if (s->fed)
 		s->active = (uint32_t)now;
 	/* it stopped for others to have their turn, or with records of a handshake that were not
-	 * read yet; when what keeps the others ends, the set tells */
-	if (link_alone(&s->wait) && (l ? l->in && !l->full :
+	 * taken or read yet; when what keeps the others ends, the set tells */
+	if (link_alone(&s->wait) && (l ? (l->in || (l->eng && l->at < l->end)) && !l->full :
 	    s->client.left == 0 || s->backend.left == 0))
 		link_append(&runnable, &s->wait);
 }
@@ -6024,15 +6014,17 @@ static void session_open(int fd, const struct address *peer, unsigned listener)
 		session_drop(s, WHY_NO_RESOURCES);
 }
 
-/* A session can go on: a handshake waits for its turn, everything else runs. Who has gone ends,
- * unless its turn is next: its last words may say why. */
+/* A session can go on: a handshake waits for its turn, everything else runs. When everybody comes
+ * at once, after a reboot or a flap of the uplink, there is work for longer than anyone has
+ * patience: who has begun goes first, or all would have their first half, and nobody the second
+ * before it has gone. Who has gone ends, unless its turn is next: its last words may say why. */
 static void session_resume(struct session *s)
 {
 	const int turn = s->state == HANDSHAKE || s->state == BACKEND_HANDSHAKE;
 	const int next = turn && link_alone(&turns[0]) && link_alone(&turns[1]);
 
 	if (turn)
-		turn_await(s);
+		link_append(&turns[s->state == HANDSHAKE && !s->client.eng], &s->wait);
 	if (s->state <= RESPONSE && s->client.gone > next && client_gone(s))
 		session_close(s);
 	else if (!turn)

@@ -482,7 +482,7 @@ static void test_turns_finish(void)
 	for (i = 1; i <= 3; i++) {
 		other = session_make(i);
 		other->state = HANDSHAKE;
-		turn_await(other);
+		session_resume(other);
 	}
 	CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends), 0);
 	s->state = HANDSHAKE;
@@ -497,7 +497,7 @@ static void test_turns_finish(void)
 			s->client.end += n;
 			br_ssl_engine_sendrec_ack(&peer.eng, n);
 		}
-		turn_await(s);
+		session_resume(s);
 		CHECK(turns[0].next == &s->wait && turns[0].prev == &s->wait);
 		link_drop(&s->wait);
 		s->client.full = 0;
