@@ -3352,15 +3352,6 @@ static int shelf_borrow(struct session *s)
 	return s->shelf || session_borrow(s, &shelf_pool);
 }
 
-static struct note *note_take(struct session *s)
-{
-	if (!s->note) {
-		s->note = pool_lend(&note_pool);
-		memset(s->note, 0, sizeof *s->note);
-	}
-	return s->note;
-}
-
 static void note_return(struct session *s)
 {
 	if (s->note)
@@ -3383,7 +3374,7 @@ static char *head_place(const struct session *s)
 static struct head_buffer *head_load(struct session *s)
 {
 	struct head_buffer *hd = &head_buffer;
-	struct note *note = note_take(s);
+	struct note *note = s->note;
 
 	if (s->hd)
 		return s->hd;
@@ -3771,7 +3762,7 @@ static void cache_offer(struct session *s)
 	struct bytes name;
 	const int good = hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end }, &name);
 
-	note_take(s)->name_hash = hash_bytes(0, name.p, (size_t)(name.end - name.p));
+	s->note->name_hash = hash_bytes(0, name.p, (size_t)(name.end - name.p));
 	br_ssl_server_set_cache(&s->tls, session_cache > 0 && good && !client_asked(s) ?
 		&named_cache : NULL);
 }
@@ -6008,6 +5999,8 @@ static void session_open(int fd, const struct address *peer, unsigned listener)
 	s->client.fd = fd;
 	s->peer = *peer;
 	s->source = source_take(peer);
+	s->note = pool_lend(&note_pool);
+	memset(s->note, 0, sizeof *s->note);
 	request_begin(s);
 	session_enter(s, s->plain ? HEAD : HANDSHAKE);
 	if (!leg_watch(s, &s->client))

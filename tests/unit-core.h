@@ -232,6 +232,7 @@ static struct session *session_make(unsigned i)
 
 	memset(s, 0, sizeof *s);
 	s->source = &nobody;
+	s->note = memset(&notes[i], 0, sizeof notes[i]);
 	s->client.fd = s->backend.fd = -1;
 	s->server = s->sticky = -1;
 	s->id = i;
@@ -561,7 +562,7 @@ static void test_shelf_rob(void)
 		s[i] = session_make(i);
 		s[i]->source = i < 3 ? &many : i < SHELVES ? &some[i] : &none;
 		session_enter(s[i], HEAD);
-		note_take(s[i])->len = NOTE_TEXT + 1;
+		s[i]->note->len = NOTE_TEXT + 1;
 		if (i < SHELVES)
 			CHECK_INT(shelf_borrow(s[i]), 1);
 		if (i < SHELVES)
@@ -1511,7 +1512,6 @@ static struct session *session_asking(const char *request)
 	struct session *s = session_make(0);
 	const char *buf;
 
-	pool_reset(&note_pool);
 	tables_init();
 	head_load(s);
 	request_feed(&s->hd->u.request, request, strlen(request), ONCE, 0, &buf);
