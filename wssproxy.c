@@ -495,8 +495,7 @@ static int log_flags = -1;      /* those of log_fd, a terminal that others share
 static int log_socket = -1;     /* of the syslog daemon, */
 static int log_syslog;          /* which has this one's other end: 1, or 0: it is not there */
 static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
-static uint64_t accept_after;   /* listeners rest until then, */
-static uint64_t knock_after;    /* and while there is no place until then */
+static uint64_t accept_after;   /* listeners rest until then */
 static uint64_t way_until;      /* 0: not waiting for who takes over the listeners */
 static uint64_t drain_until;    /* 0: not draining */
 static unsigned tunnels;        /* sessions in RELAY, */
@@ -5874,6 +5873,8 @@ static void session_close(struct session *s)
 	link_drop(&s->place.link);
 	tunnels -= s->state == RELAY;
 	s->state = FREE;
+	if (pool_empty(&session_pool))
+		accept_after = 0;       /* there is a place */
 	pool_return(&session_pool, s);
 }
 
@@ -6120,7 +6121,6 @@ static void listener_take(int fd, const struct address *peer, unsigned listener)
 {
 	unsigned char key[9];
 	const struct source *o = *source_place(peer, key);
-	struct session *s;
 
 	if (max_per_ip > 0 && o && o->sessions >= max_per_ip) {
 		if (reject_counts())
@@ -6130,9 +6130,8 @@ static void listener_take(int fd, const struct address *peer, unsigned listener)
 		close(fd);
 		return;
 	}
-	s = pool_empty(&session_pool) ? displace_find() : NULL;
-	if (s)
-		session_drop(s, WHY_DISPLACED);
+	if (pool_empty(&session_pool))
+		session_drop(displace_find(), WHY_DISPLACED);
 	session_open(fd, peer, listener);
 }
 
@@ -6143,8 +6142,8 @@ static void listener_event(unsigned i)
 	struct timer *t;
 	int fd, n;
 
-	if (pool_empty(&session_pool) && knock_after <= now) {
-		knock_after = now + KNOCK_MS;
+	if (!place_find()) {
+		accept_after = now + KNOCK_MS;
 		for (n = 0; n < LOOKS && (t = timer_take(&queues[Q_GROWN])) != NULL; n++)
 			place_look(OWNER(t, struct session, place));
 	}
@@ -6164,11 +6163,10 @@ static void listener_event(unsigned i)
 	}
 }
 
-/* Listeners and their doors are polled while there is a place, and now and then: does somebody want
- * one? Says when there is none any more, and when there is again. */
+/* Listeners and their doors are polled unless they rest. Says when there is no place any more, and
+ * when there is again. */
 static void listeners_watch(void)
 {
-	const int can = accept_after <= now && (knock_after <= now || place_find());
 	const int full = pool_empty(&session_pool) && !between_first();
 	unsigned i;
 
@@ -6180,7 +6178,7 @@ static void listeners_watch(void)
 			session_pool.lent);
 	}
 	for (i = FD_LISTEN; i < FD_CHECK; i++)
-		fds[i].events = can ? POLLIN : 0;
+		fds[i].events = accept_after <= now ? POLLIN : 0;
 }
 
 /* When the next tunnel is to leave, UINT64_MAX: none is. They do one by one, evenly over nine
@@ -6226,7 +6224,7 @@ static int buffers_wanted(void)
 /* Milliseconds until the next timer, -1: none. */
 static int timers_next(void)
 {
-	const uint64_t also[] = { accept_after, knock_after, way_until, drain_until,
+	const uint64_t also[] = { accept_after, way_until, drain_until,
 		!full_said && pool_empty(&session_pool) ? full_after : 0 };
 	uint64_t due = leave_next();
 	unsigned i;

@@ -1762,7 +1762,7 @@ static void table_fill(void)
 
 	tables_init();
 	log_open_pipe();
-	now = accept_after = knock_after = 5000;
+	now = accept_after = 5000;
 	for (i = 0; i < max_sessions; i++, now++) {
 		CHECK(place_find());
 		sprintf(literal, "198.51.100.%u", i);
