@@ -388,7 +388,7 @@ struct session {
 	uint8_t broken;         /* enum party: whose side was reset, or its TLS failed: no order any
 				 * more; 0: none */
 	uint8_t expired;        /* in this run: the state's time is over; */
-	uint8_t moved, fed;     /* there moved bytes, application bytes */
+	uint8_t moved, fed;     /* it, or bytes of a head, moved; application bytes did */
 	uint8_t first, address; /* of the backend's: where it began, and how many had their try */
 	uint8_t starved;        /* 1: a backend could not be tried for lack of something of ours */
 	int unsent;             /* bytes in its sockets' queues when its time to end began */
@@ -4781,7 +4781,6 @@ static int relay_up(struct session *s)
 	leg_consume(&s->client, len);
 	s->rx += len;
 	s->answered = 0;
-	s->moved = 1;
 	s->fed |= !asked;       /* what only our Ping has brought makes no tunnel less idle */
 	return 1;
 }
@@ -4864,7 +4863,7 @@ static int relay_down(struct session *s)
 	if (len == 0)
 		return 0;
 	to->started = 1;
-	s->answered = s->moved = s->fed = 1;
+	s->answered = s->fed = 1;
 	to->more = s->backend.eng ? leg_has_more(&s->backend) :
 		s->backend.at < s->backend.end || (len == size && leg_in(&s->backend));
 	len = answer_take(s, (char *)room, len);
@@ -5932,8 +5931,8 @@ static void session_settle(struct session *s)
 		note_return(s);
 	if (!s->rec && !s->shelf && !redial)
 		link_drop(&s->stall.link);
-	else if (link_alone(&s->stall.link) || (s->moved && (!s->fed ||
-	    s->rx + s->tx - s->stall_from >= STALL_BYTES))) {
+	else if (link_alone(&s->stall.link) || s->moved ||
+	    s->rx + s->tx - s->stall_from >= STALL_BYTES) {
 		timer_start(&queues[redial ? Q_REDIAL : Q_STALL], &s->stall);
 		s->stall_from = s->rx + s->tx;
 	}
