@@ -5802,22 +5802,25 @@ static enum state relay_step(struct session *s)
 		DRAIN : s->state;
 }
 
-/* Each state's step, and why its time there ends a session; WHY_NONE: the step decides. */
+/* Each state's step, and how long and why its time there ends a session; WHY_NONE: the step
+ * decides; 0: never, but see look_ms. */
 static const struct {
 	enum state (*step)(struct session *);
 	enum why expired;
+	unsigned ms;
 } states[STATES] = {
-	[HANDSHAKE] = { handshake_step, WHY_HANDSHAKE_TIMEOUT },
-	[BETWEEN]   = { between_step, WHY_NONE },
-	[HEAD]      = { head_step, WHY_HEAD_TIMEOUT },
-	[CONNECT]   = { connect_step, WHY_NONE },
-	[BACKEND_HANDSHAKE] = { tls_backends ? backend_handshake_step : NULL, WHY_NONE },
-	[REQUEST]   = { request_step, WHY_RESPONSE_TIMEOUT },
-	[RESPONSE]  = { response_step, WHY_RESPONSE_TIMEOUT },
-	[RELAY]     = { relay_step, WHY_NONE },
-	[EXCHANGE]  = { relay_step, WHY_NONE },
-	[REPLY]     = { relay_step, WHY_NONE },
-	[DRAIN]     = { relay_step, WHY_NONE },
+	[HANDSHAKE] = { handshake_step, WHY_HANDSHAKE_TIMEOUT, handshake_ms },
+	[BETWEEN]   = { between_step, WHY_NONE, http_idle_ms },
+	[HEAD]      = { head_step, WHY_HEAD_TIMEOUT, head_ms },
+	[CONNECT]   = { connect_step, WHY_NONE, connect_ms },
+	[BACKEND_HANDSHAKE] = { tls_backends ? backend_handshake_step : NULL, WHY_NONE,
+		handshake_ms },
+	[REQUEST]   = { request_step, WHY_RESPONSE_TIMEOUT, response_ms },
+	[RESPONSE]  = { response_step, WHY_RESPONSE_TIMEOUT, response_ms },
+	[RELAY]     = { relay_step, WHY_NONE, 0 },
+	[EXCHANGE]  = { relay_step, WHY_NONE, idle_ms },
+	[REPLY]     = { relay_step, WHY_NONE, linger_ms },
+	[DRAIN]     = { relay_step, WHY_NONE, linger_ms },
 };
 
 /* ---- sessions: opened, run, watched, closed ---- */
@@ -6562,20 +6565,17 @@ static uint64_t look_ms(void)
 
 static void tables_init(void)
 {
-	static const struct { unsigned queue; uint64_t ms; } times[] = {
-		{ HANDSHAKE, handshake_ms }, { BETWEEN, http_idle_ms }, { HEAD, head_ms },
-		{ CONNECT, connect_ms }, { BACKEND_HANDSHAKE, handshake_ms },
-		{ REQUEST, response_ms }, { RESPONSE, response_ms }, { EXCHANGE, idle_ms },
-		{ REPLY, linger_ms }, { DRAIN, linger_ms }, { Q_STALL, stall_ms },
-		{ Q_RESOLVE, resolve_ms }, { Q_REFRESH, refresh_ms }, { Q_CHECK, check_ms },
-		{ Q_REJECTS, 1000 },
-		{ Q_REDIAL, REDIAL_MS }, { Q_YOUNG, DISPLACE_MS }, { Q_GROWN, SILENT_MS },
-		{ Q_ASKED, ASK_MS },
+	static const struct { unsigned queue, ms; } times[] = {
+		{ Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms }, { Q_REFRESH, refresh_ms },
+		{ Q_CHECK, check_ms }, { Q_REDIAL, REDIAL_MS }, { Q_YOUNG, DISPLACE_MS },
+		{ Q_GROWN, SILENT_MS }, { Q_ASKED, ASK_MS }, { Q_REJECTS, 1000 },
 	};
 	unsigned i;
 
-	for (i = 0; i < QUEUES; i++)
+	for (i = 0; i < QUEUES; i++) {
 		link_drop(&queues[i].list);
+		queues[i].ms = i < STATES ? states[i].ms : 0;
+	}
 	for (i = 0; i < LENGTH(times); i++)
 		queues[times[i].queue].ms = times[i].ms;
 	queues[RELAY].ms = look_ms();
