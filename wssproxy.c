@@ -352,7 +352,6 @@ struct leg {
 	struct buffers *buf;            /* NULL: at rest, or a backend in the clear */
 	struct records *spare;          /* of who sends bulk: where it is read ahead */
 	unsigned char *ahead;           /* in there or in buf */
-	uint16_t room;                  /* what an empty output buffer of the engine offers */
 	uint16_t empty_records;         /* in a row, without application data */
 	uint16_t mark;                  /* its SO_RCVLOWAT: bytes of an awaited record; 0: any */
 	uint16_t left;                  /* bytes that it may still be read in this run */
@@ -5149,7 +5148,6 @@ static int leg_handshake(struct session *s, struct leg *l)
 {
 	static const unsigned char ccs[] = { 0, 1, 1 };
 	int light, ended, fed;
-	size_t room;
 
 	if (leg_in(l) && l->at == l->end)
 		leg_recv(s, l);
@@ -5182,8 +5180,7 @@ static int leg_handshake(struct session *s, struct leg *l)
 		session_broke(s, l, (enum why)f->why);
 		return 0;
 	}
-	if (br_ssl_engine_sendapp_buf(l->eng, &room) != NULL) {
-		l->room = (uint16_t)room;
+	if (br_ssl_engine_current_state(l->eng) & BR_SSL_SENDAPP) {
 		l->empty_records = 0;
 		tls_ring_release(s);
 		return 1;
@@ -5864,7 +5861,6 @@ static void session_close(struct session *s)
 	close(s->client.fd);
 	server_leave(s);
 	tls_ring_release(s);
-	s->hd = NULL;
 	records_return(s);
 	shelf_return(s);
 	note_return(s);
@@ -5888,17 +5884,14 @@ static void session_drop(struct session *s, enum why why)
 }
 
 /* Whether nothing is on its way in a leg's buffers: its engine is at a record boundary both ways
- * (in a handshake its room is 0, and nothing is put there), or its side has ended amid one. */
+ * (what is put there makes a record at once), or its side has ended amid one. */
 static int leg_rests(const struct leg *l)
 {
 	size_t len;
 
 	if (l->at != l->end || leg_pending(l, &len))
 		return 0;
-	if (!l->buf || !l->eng)
-		return 1;
-	br_ssl_engine_sendapp_buf(l->eng, &len);
-	return len == l->room && (leg_between(l) || (l->eof && !leg_readable(l, &len)));
+	return !l->buf || !l->eng || leg_between(l) || (l->eof && !leg_readable(l, &len));
 }
 
 /* Whether the record buffers are of no use to a session now. */

@@ -80,15 +80,11 @@ static void records_pump(struct session *s)
 
 static void tls_handshake(struct session *s)
 {
-	size_t room;
-
 	records_pump(s);
 	CHECK(br_ssl_engine_current_state(&peer.eng) & BR_SSL_SENDAPP);
 	CHECK(br_ssl_engine_current_state(&s->tls.eng) & BR_SSL_SENDAPP);
 	CHECK_INT(br_ssl_engine_last_error(&peer.eng), 0);
 	CHECK_INT(br_ssl_engine_last_error(&s->tls.eng), 0);
-	br_ssl_engine_sendapp_buf(&s->tls.eng, &room);
-	s->client.room = (uint16_t)room;
 	s->state = RELAY;
 	tls_ring_release(s);
 }
