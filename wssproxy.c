@@ -193,7 +193,6 @@ enum {
 	Q_YOUNG,                /* sessions that have yet to ask: due ones may be displaced; */
 	Q_GROWN,                /* the others: due ones may be looked at, whether they are there; */
 	Q_ASKED,                /* those of them that are asked */
-	Q_REJECTS,              /* the second in which lines `reject` are counted */
 	QUEUES
 };
 
@@ -505,10 +504,8 @@ static struct {
 } totals;
 static int full_said;           /* the last line was `full`, not `room` */
 static uint64_t full_after;     /* the next `full` may be said */
-static struct {                 /* within a second; the timer runs while there are any */
-	struct timer timer;
-	unsigned count;
-} rejects;
+static unsigned rejects;        /* within a second, */
+static uint64_t rejects_until;  /* which ends then; 0: there were none */
 static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, what is thrown away */
 static char file_text[ANCHORS_MAX * 2048];      /* a PEM file */
 static int reload_due;          /* SIGHUP came; 0 again when it was done */
@@ -5055,9 +5052,9 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 static int reject_counts(void)
 {
 	totals.rejected++;
-	if (link_alone(&rejects.timer.link))
-		timer_start(&queues[Q_REJECTS], &rejects.timer);
-	return rejects.count++ < log_rejects || log_rejects == 0;
+	if (rejects_until == 0)
+		rejects_until = now + 1000;
+	return rejects++ < log_rejects || log_rejects == 0;
 }
 
 /* Whether a client that left, or whose time is over, has asked nothing: not a byte, or TLS and then
@@ -5091,10 +5088,10 @@ static void session_reject(const struct session *s, unsigned status, enum why wh
 /* A second of rejects is over: says how many had no line of their own. */
 static void rejects_over(void)
 {
-	link_drop(&rejects.timer.link);
-	if (rejects.count > log_rejects && log_rejects > 0)
-		log_line(LOG_NOTICE, "reject suppressed=%u", rejects.count - log_rejects);
-	rejects.count = 0;
+	if (rejects > log_rejects && log_rejects > 0)
+		log_line(LOG_NOTICE, "reject suppressed=%u", rejects - log_rejects);
+	rejects = 0;
+	rejects_until = 0;
 }
 
 /* Forgets the connection to a backend. */
@@ -5827,9 +5824,8 @@ static const struct {
  * is read, and its end found behind that. */
 static int is_watched(const struct session *s)
 {
-	if (s->state < CONNECT)
-		return !link_alone(&s->wait);
-	return s->state <= RESPONSE && !(s->state == RESPONSE && !s->body.done);
+	return s->state < CONNECT ? !link_alone(&s->wait) :
+		s->state <= RESPONSE && !(s->state == RESPONSE && !s->body.done);
 }
 
 static void session_enter(struct session *s, enum state state)
@@ -6219,7 +6215,7 @@ static int buffers_wanted(void)
 /* Milliseconds until the next timer, -1: none. */
 static int timers_next(void)
 {
-	const uint64_t also[] = { accept_after, way_until, drain_until,
+	const uint64_t also[] = { accept_after, way_until, drain_until, rejects_until,
 		!full_said && pool_empty(&session_pool) ? full_after : 0 };
 	uint64_t due = leave_next();
 	unsigned i;
@@ -6274,7 +6270,7 @@ static void timers_run(void)
 		i = (unsigned)(OWNER(t, struct server, check) - servers);
 		check_next(i, fds[FD_CHECK + i].fd >= 0 ? ETIMEDOUT : 0);
 	}
-	if (timer_take(&queues[Q_REJECTS]))
+	if (rejects_until && rejects_until <= now)
 		rejects_over();
 	while (leave_next() <= now) {
 		struct session *s = leave_choose();
@@ -6561,7 +6557,7 @@ static void tables_init(void)
 	static const struct { unsigned queue, ms; } times[] = {
 		{ Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms }, { Q_REFRESH, refresh_ms },
 		{ Q_CHECK, check_ms }, { Q_REDIAL, REDIAL_MS }, { Q_YOUNG, DISPLACE_MS },
-		{ Q_GROWN, SILENT_MS }, { Q_ASKED, ASK_MS }, { Q_REJECTS, 1000 },
+		{ Q_GROWN, SILENT_MS }, { Q_ASKED, ASK_MS },
 	};
 	unsigned i;
 
