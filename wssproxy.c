@@ -354,8 +354,7 @@ struct leg {
 	uint16_t empty_records;         /* in a row, without application data */
 	uint16_t mark;                  /* its SO_RCVLOWAT: bytes of an awaited record; 0: any */
 	uint16_t left;                  /* bytes that it may still be read in this run */
-	/* what the epoll set told of: */
-	uint8_t in;                     /* something to read, and no read found the end of that; */
+	uint8_t in;                     /* the set told of bytes, and no read found their end; */
 	uint8_t last;                   /* behind what a read stops at: the end, an urgent byte; */
 	uint8_t gone;                   /* its end: 1, in order; 2, or reset */
 	uint8_t full;                   /* its socket takes no more until the set says so */
@@ -3212,7 +3211,6 @@ static void leg_attach(struct leg *l, struct buffers *b)
 	b->out_at = b->out_end = 0;
 	l->buf = b;
 	l->ahead = b->ahead;
-	l->at = l->end = 0;
 	l->started = 0;
 	if (l->eng)
 		engine_lend(l->eng, b->ibuf, b->obuf);
@@ -6308,9 +6306,9 @@ static void sessions_epoll(void)
 	}
 }
 
-/* All that the set told of, were given what they waited for or stopped for others, once; then one
- * handshake step. Of those that have not begun, the last to come is first: the others are nearer to
- * giving up. */
+/* All that the set told of, or that were given what they waited for, or stopped for others, once;
+ * then one handshake step. Of those that have not begun, the last to come is first: the others are
+ * nearer to giving up. */
 static void sessions_turn(void)
 {
 	struct link *l, end = { &end, &end };
