@@ -6395,7 +6395,8 @@ static void stats(void)
 static void listener_close(unsigned i)
 {
 	close(fds[FD_LISTEN + i].fd);
-	close(fds[FD_DOOR + i].fd);     /* if there is one */
+	if (fds[FD_DOOR + i].fd >= 0)
+		close(fds[FD_DOOR + i].fd);
 	fds[FD_LISTEN + i].fd = fds[FD_DOOR + i].fd = -1;
 }
 
