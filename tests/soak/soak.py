@@ -76,7 +76,7 @@ class Follower(Log):
             elif line.event == "stats":
                 self.totals = line.fields if "rx" in line.fields else self.totals
             else:
-                self.lines.append(line)
+                self.fed.append(line)
             self.news.notify_all()
 
     def session(self, client):
