@@ -5854,7 +5854,6 @@ static void session_close(struct session *s)
 		socket_abort(s->backend.fd);
 	close(s->client.fd);
 	server_leave(s);
-	tls_ring_release(s);
 	records_return(s);
 	shelf_return(s);
 	note_return(s);
