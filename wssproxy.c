@@ -545,31 +545,9 @@ static void text_string(struct text *t, const char *s)
 	text_add(t, s, strlen(s));
 }
 
-static void text_span(struct text *t, const char *buf, struct span s)
-{
-	text_add(t, buf + s.at, s.len);
-}
-
 static const char *text_or(const char *s)
 {
 	return s ? s : "NULL";
-}
-
-/* Divides by up to 131072, in digits of 15 bits: what 32-bit compilers bring for 64 is 2 KB. The
- * rest. */
-static unsigned divide(uint64_t *n, unsigned by)
-{
-	uint64_t quotient = 0;
-	unsigned rest = 0;
-	int i;
-
-	for (i = 60; i >= 0; i -= 15) {
-		rest = rest << 15 | (unsigned)(*n >> i & 0x7fff);
-		quotient = quotient << 15 | rest / by;
-		rest %= by;
-	}
-	*n = quotient;
-	return rest;
 }
 
 /* memmem(), of which musl has 1.4 KB. */
@@ -589,13 +567,17 @@ static void text_number(struct text *t, uint64_t n, unsigned base, unsigned digi
 	char buf[20], *const end = buf + sizeof buf, *p = end;
 
 	do {
-		*--p = "0123456789abcdef"[divide(&n, base)];
+		*--p = "0123456789abcdef"[n % base];
+		n /= base;
 	} while (n > 0 || p > end - digits);
 	text_add(t, p, (size_t)(end - p));
 }
 
+/* The two arguments of %.*s for a part of a head. */
+#define SPAN(buf, s) (int)(s).len, (buf) + (s).at
+
 /* The compiler checks arguments; what it would take and this does not, lint finds: there are only
- * %s %d %u %llu %x, and %0Nu %0Nx of at least N digits. */
+ * %s %.*s %d %u %llu %x, and %0Nu %0Nx of at least N digits. */
 __attribute__((format(printf, 2, 0)))
 static void text_append(struct text *t, const char *format, va_list ap)
 {
@@ -613,6 +595,11 @@ static void text_append(struct text *t, const char *format, va_list ap)
 		switch (*next) {
 		case 's':
 			text_string(t, va_arg(ap, const char *));
+			break;
+		case '.':
+			next += 2;
+			d = va_arg(ap, int);
+			text_add(t, va_arg(ap, const char *), (size_t)d);
 			break;
 		case 'd':
 			d = va_arg(ap, int);
@@ -674,8 +661,8 @@ static const char *date_format(unsigned day, char out[16])
 /* The time by UTC (ISO 8601). */
 static void text_time(struct text *t, const struct timespec *ts)
 {
-	uint64_t day = (uint64_t)ts->tv_sec;
-	const unsigned s = divide(&day, 86400);
+	const uint64_t day = (uint64_t)ts->tv_sec / 86400;
+	const unsigned s = (unsigned)(ts->tv_sec % 86400);
 	char date[16];
 
 	text_format(t, "%sT%02u:%02u:%02u.%03uZ ", date_format((unsigned)day + 719468, date),
@@ -2339,10 +2326,7 @@ static void text_fields(struct text *t, const struct head *h, const char *buf, i
 
 		if (f->dropped || (field_names[f->is].flags & without))
 			continue;
-		text_span(t, buf, f->name);
-		text_string(t, ": ");
-		text_span(t, buf, f->value);
-		text_string(t, "\r\n");
+		text_format(t, "%.*s: %.*s\r\n", SPAN(buf, f->name), SPAN(buf, f->value));
 	}
 }
 
@@ -2354,10 +2338,8 @@ static void render_forwarded(struct text *t, const struct head *h, const char *b
 	text_string(t, "X-Forwarded-For: ");
 	for (i = 0; i < h->nfields && x_forwarded_for == APPEND; i++)
 		if (h->field[i].value.len > 0 &&
-		    span_is(buf, h->field[i].name, "x-forwarded-for")) {
-			text_span(t, buf, h->field[i].value);
-			text_string(t, ", ");
-		}
+		    span_is(buf, h->field[i].name, "x-forwarded-for"))
+			text_format(t, "%.*s, ", SPAN(buf, h->field[i].value));
 	text_format(t, "%s\r\nX-Forwarded-Proto: %s\r\nX-Real-IP: %s\r\n", f->client, f->proto,
 		f->client);
 }
@@ -2367,20 +2349,13 @@ static size_t request_render(const struct request *r, const char *buf, const str
 {
 	const struct head *h = &r->head;
 	struct text t = { .p = out, .size = size };
+	const int none = r->target.len == 0;
 
-	text_span(&t, buf, h->part[0]);
-	text_string(&t, " ");
-	if (r->target.len == 0 && span_is(buf, h->part[0], "options"))
-		text_string(&t, "*");   /* RFC 9112 3.2.4 */
-	else if (r->target.len == 0 || buf[r->target.at] == '?')
-		text_string(&t, "/");
-	text_span(&t, buf, r->target);
-	text_string(&t, " HTTP/1.1\r\n");
-	if (f->renamed) {
-		text_string(&t, "Host: ");
-		text_span(&t, buf, r->host);
-		text_string(&t, "\r\n");
-	}
+	text_format(&t, "%.*s %s%.*s HTTP/1.1\r\n", SPAN(buf, h->part[0]),
+		none && span_is(buf, h->part[0], "options") ? "*" :     /* RFC 9112 3.2.4 */
+		none || buf[r->target.at] == '?' ? "/" : "", SPAN(buf, r->target));
+	if (f->renamed)
+		text_format(&t, "Host: %.*s\r\n", SPAN(buf, r->host));
 	text_fields(&t, h, buf, HOP | OURS | (x_forwarded_for == OFF ? 0 : PEER) |
 		(f->renamed ? SITE : 0));
 	if (x_forwarded_for != OFF)
@@ -2398,11 +2373,7 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 	const struct head *h = &r->head;
 	struct text t = { .p = out, .size = size };
 
-	text_string(&t, "HTTP/1.1 ");
-	text_span(&t, buf, h->part[1]);
-	text_string(&t, " ");
-	text_span(&t, buf, h->part[2]);
-	text_string(&t, "\r\n");
+	text_format(&t, "HTTP/1.1 %.*s %.*s\r\n", SPAN(buf, h->part[1]), SPAN(buf, h->part[2]));
 	text_fields(&t, h, buf, HOP | (r->status < 200 || r->status == 204 ? BODY : 0));
 	if (r->framing == BODY_TUNNEL)
 		text_string(&t, "Connection: Upgrade\r\nUpgrade: websocket\r\n");
@@ -2767,22 +2738,17 @@ static int server_pick(const struct session *s)
 /* A connection stands: the backend is no longer aside. */
 static void server_good(struct server *v)
 {
-	uint64_t s = now - v->down_since;
-
 	v->fails = 0;
 	v->aside_until = v->held_until = 0;
-	divide(&s, 1000);
 	if (v->down)
 		log_line(LOG_NOTICE, "backend name=%s up s=%llu requests=%u", v->name,
-			(unsigned long long)s, v->lost);
+			(now - v->down_since) / 1000ull, v->lost);
 	v->down = 0;
 }
 
 /* It is down: said at once, and again, if that is found again, once a minute. */
 static void server_down(struct server *v, const char *why)
 {
-	uint64_t s;
-
 	if (!v->down) {
 		v->down_since = v->down_after = now;
 		v->lost = 0;
@@ -2791,10 +2757,8 @@ static void server_down(struct server *v, const char *why)
 	if (now < v->down_after)
 		return;
 	v->down_after = now + DOWN_PAUSE_MS;
-	s = now - v->down_since;
-	divide(&s, 1000);
 	log_line(LOG_WARNING, "backend name=%s down why=%s s=%llu requests=%u", v->name, why,
-		(unsigned long long)s, v->lost);
+		(now - v->down_since) / 1000ull, v->lost);
 }
 
 /* Asks for the addresses of a backend's name, if it has one; see 'names'. */
@@ -3794,8 +3758,7 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 {
 	static br_x509_class class;
 	br_x509_minimal_context *m = &v->u.minimal;
-	uint64_t day = (uint64_t)clock_floor();
-	const unsigned s = divide(&day, 86400);
+	const time_t t = clock_floor();
 	int i;
 
 	br_x509_minimal_init(m, &br_sha256_vtable, ring->anchor + trust->first, trust->count);
@@ -3803,7 +3766,7 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	br_x509_minimal_set_ecdsa(m, br_ec_get_default(), br_ecdsa_vrfy_asn1_get_default());
 	for (i = br_sha224_ID; i < (int)LENGTH(hashes); i++)
 		br_x509_minimal_set_hash(m, i, hashes[i]);
-	br_x509_minimal_set_time(m, (uint32_t)day + 719528, s);
+	br_x509_minimal_set_time(m, (uint32_t)(t / 86400) + 719528, (uint32_t)(t % 86400));
 	class = br_x509_minimal_vtable;
 	class.start_chain = chain_start;
 	class.start_cert = chain_start_cert;
@@ -4074,14 +4037,12 @@ static void der_names(struct bytes list, struct text *names)
 static void cert_say(const br_x509_certificate *c, const char *path, const char *changed)
 {
 	const uint64_t t = (uint64_t)clock_floor() + 719528 * 86400ull; /* since the year 0 */
-	uint64_t day = t;
 	struct bytes cert = { c->data, c->data + c->data_len }, part;
 	char raw[LOG_LINE / 4], names[LOG_LINE / 2] = "-", issuer[100] = "-", date[16];
 	struct text list = { .p = raw, .size = sizeof raw };
 	br_x509_decoder_context dc;
 	unsigned tag, n = 0;
 
-	divide(&day, 86400);
 	br_x509_decoder_init(&dc, NULL, NULL);
 	br_x509_decoder_push(&dc, c->data, c->data_len);
 	der_take(&cert, &cert);
@@ -4104,7 +4065,7 @@ static void cert_say(const br_x509_certificate *c, const char *path, const char 
 		log_line(LOG_WARNING, "warning %s: %s has expired", checked, path);
 	log_line(LOG_NOTICE, "cert entry=%s names=%s issuer=%s until=%s days=%d%s", checked,
 		names, issuer, date_format(dc.notafter_days - 60, date),
-		(int)(dc.notafter_days - (unsigned)day), changed);
+		(int)(dc.notafter_days - (unsigned)(t / 86400)), changed);
 }
 
 /* What a keyring has, at its start or in place of another. How many are not what that had. */
@@ -4913,8 +4874,7 @@ static void text_location(struct text *t, const struct head_buffer *hd)
 	const char *port = redirect_port;
 	unsigned i;
 
-	text_string(t, "Location: https://");
-	text_span(t, hd->bytes, r->name);
+	text_format(t, "Location: https://%.*s", SPAN(hd->bytes, r->name));
 	for (i = 0; i < LISTENERS && !port; i++)
 		port = listeners[i].kind == WSS ? listeners[i].port : NULL;
 	if (port && strcmp(port, "443") != 0)
@@ -4922,7 +4882,7 @@ static void text_location(struct text *t, const struct head_buffer *hd)
 	if (r->target.len == 0 || hd->bytes[r->target.at] != '/')
 		text_string(t, "/");
 	if (hd->bytes[r->target.at] != '*')
-		text_span(t, hd->bytes, r->target);
+		text_format(t, "%.*s", SPAN(hd->bytes, r->target));
 	text_string(t, "\r\n");
 }
 
@@ -4996,8 +4956,7 @@ static const char *const parties[] = { "proxy", "client", "backend" };
 static void text_ended(struct text *t, const struct session *s)
 {
 	const int counted = frames && is_tunnel(s);
-	uint64_t seconds = now - s->born;
-	const unsigned tenths = divide(&seconds, 1000) / 100;
+	const uint64_t ms = now - s->born;
 
 	if (counted)
 		text_format(t, s->code ? " code=%u code-by=%s" : " code=-", s->code,
@@ -5006,7 +4965,7 @@ static void text_ended(struct text *t, const struct session *s)
 	if (counted)
 		text_format(t, " rx-frames=%u tx-frames=%u", s->flow[TO_BACKEND].frames_of_data,
 			s->flow[TO_CLIENT].frames_of_data);
-	text_format(t, " s=%llu.%u", (unsigned long long)seconds, tenths);
+	text_format(t, " s=%llu.%u", ms / 1000ull, (unsigned)(ms / 100 % 10));
 }
 
 enum event { OPEN, CLOSE, REJECT };
@@ -6177,12 +6136,10 @@ static uint64_t leave_next(void)
 {
 	const unsigned most = tunnels > tunnels_first ? tunnels : tunnels_first;
 	const unsigned room = drain_ms / 10;
-	uint64_t left = (uint64_t)(drain_ms - room) * tunnels;
 
 	if (!drain_until || tunnels == 0)
 		return UINT64_MAX;
-	divide(&left, most);
-	return drain_until - room - left;
+	return drain_until - room - (uint64_t)(drain_ms - room) * tunnels / most;
 }
 
 /* Which one that is: that has been silent longest, if it rests; of those that talk, one whose
