@@ -6082,10 +6082,24 @@ static void listener_take(int fd, const struct address *peer, unsigned listener)
 	session_open(fd, peer, listener);
 }
 
+/* A connection from a listener's or a door's queue, -1: none. For lack of something of ours to take
+ * it with, all of them rest for a while; where the peer has gone again, nothing is to be done. */
+static int connection_accept(int fd, struct address *peer)
+{
+	socklen_t len = sizeof *peer;
+
+	fd = accept4(fd, &peer->any, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+	if (fd < 0 && is_our_shortage(errno)) {
+		log_line(LOG_WARNING, "accept paused ms=%d why=\"%s\"", ACCEPT_PAUSE_MS,
+			strerror(errno));
+		accept_after = now + ACCEPT_PAUSE_MS;
+	}
+	return fd;
+}
+
 static void listener_event(unsigned i)
 {
 	struct address peer = { .in6.sin6_family = 0 };
-	socklen_t len;
 	struct timer *t;
 	int fd, n;
 
@@ -6095,14 +6109,7 @@ static void listener_event(unsigned i)
 			place_look(OWNER(t, struct session, place));
 	}
 	for (n = 0; n < ACCEPTS && place_find(); n++) {
-		len = sizeof peer;
-		fd = accept4(fds[FD_LISTEN + i].fd, &peer.any, &len,
-			SOCK_NONBLOCK | SOCK_CLOEXEC);
-		if (fd < 0 && is_our_shortage(errno)) {
-			log_line(LOG_WARNING, "accept paused ms=%d why=\"%s\"", ACCEPT_PAUSE_MS,
-				strerror(errno));
-			accept_after = now + ACCEPT_PAUSE_MS;
-		}
+		fd = connection_accept(fds[FD_LISTEN + i].fd, &peer);
 		if (fd < 0)
 			return;
 		address_unmap(&peer);
@@ -6401,10 +6408,9 @@ static void way_start(void)
 static void door_event(unsigned i)
 {
 	int pair[2] = { fds[FD_LISTEN + i].fd, fds[FD_DOOR + i].fd };
-	const int fd = accept4(pair[1], NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	struct address peer;
+	const int fd = connection_accept(pair[1], &peer);
 
-	if (fd < 0)
-		accept_after = now + ACCEPT_PAUSE_MS;
 	if (way_until && socket_user(fd) == socket_user(pair[1]) && handover(fd, pair, 0))
 		listener_close(i);
 	close(fd);

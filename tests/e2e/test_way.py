@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import selectors
+import shlex
 import signal
 import socket
 import struct
@@ -294,6 +295,48 @@ def test_sigusr2_while_it_ends_is_no_matter(ways, scripted):
     client.send(b"still here")
     assert server.read(10) == b"still here"
     assert p.process.poll() is None
+
+
+NO_VISITOR = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Who comes to a unix: socket has gone again. */
+int accept4(int fd, struct sockaddr *peer, socklen_t *len, int flags)
+{
+	struct sockaddr_storage own;
+	socklen_t own_len = sizeof own;
+	int taken = (int)syscall(SYS_accept4, fd, peer, len, flags);
+
+	if (getsockname(fd, (struct sockaddr *)&own, &own_len) < 0 || own.ss_family != AF_UNIX)
+		return taken;
+	close(taken);
+	errno = EAGAIN;
+	return -1;
+}
+"""
+
+
+def test_who_only_knocks_delays_nobody(ways, here, scripted, tmp_path):
+    """A door's visitor that has gone again is no lack of something of ours."""
+    library = tmp_path / "no_visitor.so"
+    library.with_suffix(".c").write_text(NO_VISITOR)
+    subprocess.run([*shlex.split(os.environ.get("CC", "cc")), "-shared", "-fPIC", "-o", library,
+                    library.with_suffix(".c")], check=True)
+    p = ways(scripted(), popen={"env": {**os.environ, "LD_PRELOAD": str(library),
+                                        "ASAN_OPTIONS": "verify_asan_link_order=0"}})
+
+    def delay():
+        with socket.socket(socket.AF_UNIX) as visitor:
+            visitor.connect(f"\0wssproxy {here.host}:{here.port}")
+            assert visitor.recv(1) == b""
+        begin = time.monotonic()
+        assert status(p) == 426
+        return time.monotonic() - begin
+    assert min(delay() for _ in range(5)) < 0.25
 
 
 # ---- what can't be done ----
