@@ -581,13 +581,11 @@ static void text_number(struct text *t, uint64_t n, unsigned base, unsigned digi
 __attribute__((format(printf, 2, 0)))
 static void text_append(struct text *t, const char *format, va_list ap)
 {
-	const char *next;
-	unsigned digits;
-	int d;
+	for (const char *next; *(next = strchrnul(format, '%')); format = next + 1) {
+		unsigned digits = 0;
+		int d;
 
-	for (; *(next = strchrnul(format, '%')); format = next + 1) {
 		text_add(t, format, (size_t)(next - format));
-		digits = 0;
 		if (*++next == '0') {
 			digits = (unsigned)(next[1] - '0');
 			next += 2;
@@ -646,12 +644,11 @@ static size_t string_format(char *out, size_t size, const char *format, ...)
 static const char *date_format(unsigned day, char out[16])
 {
 	const unsigned era = day / 146097;                      /* of 400 years */
-	unsigned year, month;
 
 	day %= 146097;
-	year = (day - day / 1460 + day / 36524 - day / 146096) / 365;
+	const unsigned year = (day - day / 1460 + day / 36524 - day / 146096) / 365;
 	day -= 365 * year + year / 4 - year / 100;
-	month = (5 * day + 2) / 153;
+	const unsigned month = (5 * day + 2) / 153;
 	day -= (153 * month + 2) / 5;
 	string_format(out, 16, "%04u-%02u-%02u", era * 400 + year + month / 10,
 		(month + 2) % 12 + 1, day + 1);
@@ -671,19 +668,14 @@ static void text_time(struct text *t, const struct timespec *ts)
 
 /* ---- diagnostics ---- */
 
-/* Before the loop: a line. 1, or 0: it can't be written. */
-__attribute__((format(printf, 2, 3)))
-static int print(int fd, const char *format, ...)
+/* Before the loop: a line, which is in scratch. 1, or 0: it can't be written. */
+static int scratch_print(int fd, size_t len)
 {
-	struct text t = { .p = scratch, .size = sizeof scratch - 1 };
-	va_list ap;
-
-	va_start(ap, format);
-	text_append(&t, format, ap);
-	va_end(ap);
-	scratch[t.len] = '\n';
-	return write(fd, scratch, t.len + 1) > 0;
+	scratch[len] = '\n';
+	return write(fd, scratch, len + 1) > 0;
 }
+
+#define print(fd, ...) scratch_print(fd, string_format(scratch, sizeof scratch, __VA_ARGS__))
 
 /* Before the loop: says what is wrong and ends. */
 #define die(...) (print(STDERR_FILENO, "wssproxy: " __VA_ARGS__), exit(1))
@@ -780,10 +772,9 @@ static void log_line(int priority, const char *format, ...)
 static void log_escape(char *out, size_t size, const char *in, size_t len)
 {
 	struct text t = { .p = out, .size = size };
-	size_t i;
 
-	for (i = 0; i < len && t.len + 5 <= size; i++) {
-		unsigned char c = (unsigned char)in[i];
+	for (size_t i = 0; i < len && t.len + 5 <= size; i++) {
+		const unsigned char c = (unsigned char)in[i];
 
 		if (c > ' ' && c < 0x7f && !strchr("\"\\=", c))
 			text_add(&t, in + i, 1);
@@ -970,8 +961,8 @@ static void text_ip6(struct text *t, const unsigned char ip[16])
 			text_string(t, "::");
 			i += longest - 1;
 		} else {
-			text_string(t, i == 0 || i == from + longest ? "" : ":");
-			text_number(t, (unsigned)ip[2 * i] << 8 | ip[2 * i + 1], 16, 0);
+			text_format(t, i == 0 || i == from + longest ? "%x" : ":%x",
+				(unsigned)ip[2 * i] << 8 | ip[2 * i + 1]);
 		}
 	}
 }
@@ -1005,10 +996,8 @@ static int is_digit(char c)
 /* Digits only, at most 18 of them. */
 static int number_parse(const char *p, size_t len, uint64_t *out)
 {
-	size_t i;
-
 	*out = 0;
-	for (i = 0; i < len; i++) {
+	for (size_t i = 0; i < len; i++) {
 		if (!is_digit(p[i]))
 			return 0;
 		*out = *out * 10 + (uint64_t)(p[i] - '0');
@@ -1143,7 +1132,6 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 	struct text *kept = &ring->kept, before = *kept;
 	br_x509_trust_anchor *a = &ring->anchor[ring->anchors];
 	br_x509_decoder_context dc;
-	const br_x509_pkey *pk;
 	char subject[80];
 
 	if (!is_certificate(name, len))
@@ -1152,10 +1140,10 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 		return "more certificates than ANCHORS_MAX";
 	br_x509_decoder_init(&dc, text_add, kept);
 	br_x509_decoder_push(&dc, der, len);
-	pk = br_x509_decoder_get_pkey(&dc);
+	const br_x509_pkey *pk = br_x509_decoder_get_pkey(&dc);
 	a->dn.data = (unsigned char *)before.p + before.len;
 	a->dn.len = kept->len - before.len;
-	if (!kept->full && (!pk || (pk->key_type == BR_KEYTYPE_RSA && pk->key.rsa.nlen > 512))) {
+	if (!pk || (pk->key_type == BR_KEYTYPE_RSA && pk->key.rsa.nlen > 512)) {
 		if (ring->read->one)
 			return "it is not valid X.509 with an RSA (up to 4096 bits) or EC key";
 		subject_text(subject, sizeof subject, a->dn.data, a->dn.data + a->dn.len);
@@ -1164,14 +1152,12 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 		*kept = before;
 		return pem_other;
 	}
-	if (pk) {
-		a->pkey = *pk;
-		a->flags = br_x509_decoder_isCA(&dc) ? BR_X509_TA_CA : 0;
-	}
-	if (pk && pk->key_type == BR_KEYTYPE_RSA) {
+	a->pkey = *pk;
+	a->flags = br_x509_decoder_isCA(&dc) ? BR_X509_TA_CA : 0;
+	if (pk->key_type == BR_KEYTYPE_RSA) {
 		a->pkey.key.rsa.n = anchor_keep(kept, pk->key.rsa.n, pk->key.rsa.nlen);
 		a->pkey.key.rsa.e = anchor_keep(kept, pk->key.rsa.e, pk->key.rsa.elen);
-	} else if (pk) {
+	} else {
 		a->pkey.key.ec.q = anchor_keep(kept, pk->key.ec.q, pk->key.ec.qlen);
 	}
 	if (kept->full)
@@ -1200,20 +1186,18 @@ static const char *identity_check(const struct identity *id)
 	const br_ec_private_key *ec = br_skey_decoder_get_ec(&id->key);
 	unsigned char q[BR_EC_KBUF_PUB_MAX_SIZE];
 	br_x509_decoder_context dc;
-	const br_x509_pkey *pk;
-	int match = 0;
 
 	br_x509_decoder_init(&dc, NULL, NULL);
 	br_x509_decoder_push(&dc, id->chain[0].data, id->chain[0].data_len);
-	pk = br_x509_decoder_get_pkey(&dc);
+	const br_x509_pkey *pk = br_x509_decoder_get_pkey(&dc);
 	if (!pk)
 		return "its first certificate is not valid X.509 with an RSA or EC key";
-	if (pk->key_type == BR_KEYTYPE_RSA && rsa)
-		match = key_matches_rsa(rsa, &pk->key.rsa);
-	else if (pk->key_type == BR_KEYTYPE_EC && ec && ec->curve == pk->key.ec.curve)
-		match = br_ec_compute_pub(br_ec_get_default(), NULL, q, ec) == pk->key.ec.qlen &&
-			memcmp(q, pk->key.ec.q, pk->key.ec.qlen) == 0;
-	return match ? NULL : "its first certificate is not that of the key";
+	if (pk->key_type == BR_KEYTYPE_RSA ? rsa && key_matches_rsa(rsa, &pk->key.rsa) :
+	    ec && ec->curve == pk->key.ec.curve &&
+	    br_ec_compute_pub(br_ec_get_default(), NULL, q, ec) == pk->key.ec.qlen &&
+	    memcmp(q, pk->key.ec.q, pk->key.ec.qlen) == 0)
+		return NULL;
+	return "its first certificate is not that of the key";
 }
 
 /* What files are read for: START; once, to say what SIGHUP will not find, and nothing is taken from
@@ -1241,17 +1225,15 @@ static int fault_none(const char *path, const char *what)
 static const char *file_read(const char *path, size_t *len)
 {
 	const size_t room = sizeof file_text - 1;
-	const char *what;
-	ssize_t n = 1;
-	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+	const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+	ssize_t n = fd;
 
 	*len = 0;
-	while (fd >= 0 && *len < room && (n = read(fd, file_text + *len, room - *len)) > 0)
+	while (n >= 0 && *len < room && (n = read(fd, file_text + *len, room - *len)) > 0)
 		*len += (size_t)n;
-	what = fd < 0 || n < 0 ? strerror(errno) : *len == room ? "too large" : NULL;
+	const char *what = n < 0 ? strerror(errno) : *len == room ? "too large" : NULL;
 	file_text[*len] = '\0';
-	if (fd >= 0)
-		close(fd);
+	close(fd);
 	return what;
 }
 
@@ -1330,29 +1312,26 @@ static int trust_load(struct keyring *ring, struct trust *t, const char *path, i
 /* Leaves nothing of its keys. */
 static void keyring_wipe(struct keyring *ring)
 {
-	unsigned i;
-
-	for (i = 0; i < LENGTH(ring->id); i++)
+	for (unsigned i = 0; i < LENGTH(ring->id); i++)
 		wipe(ring->id[i].room, sizeof ring->id[i].room);
 }
 
 /* Fills a keyring with what config.h names. 1, or 0: it said each fault. */
 static int keyring_load(struct keyring *ring)
 {
-	unsigned i;
 	int good = 1;
 
 	ring->anchors = 0;
 	ring->kept = (struct text){ .p = ring->bytes, .size = sizeof ring->bytes };
-	for (i = 0; i < CERTS; i++) {
+	for (unsigned i = 0; i < CERTS; i++) {
 		entry_look("certs", i);
 		good &= identity_load(&ring->id[i], certs[i].chain, certs[i].key);
 	}
-	for (i = 0; clients_asked() && i < LISTENERS; i++) {
+	for (unsigned i = 0; clients_asked() && i < LISTENERS; i++) {
 		entry_look(listeners[i].client_ca ? "listeners" : "client_ca", i);
 		good &= trust_load(ring, &ring->trust[i], listener_ca(i), 0);
 	}
-	for (i = tls_backends ? 0 : BACKENDS; i < BACKENDS; i++) {
+	for (unsigned i = 0; tls_backends && i < BACKENDS; i++) {
 		const struct backend *b = &backends[i];
 		const int one = b->tls == TLS_PIN;
 
