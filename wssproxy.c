@@ -1395,9 +1395,8 @@ static void socket_abort(int fd)
 static int socket_error(int fd)
 {
 	int error = 0;
-	socklen_t len = sizeof error;
 
-	getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &len);
+	getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &(socklen_t){ sizeof error });
 	return error;
 }
 
@@ -1413,10 +1412,8 @@ static int socket_unsent(int fd)
 /* Milliseconds since TCP has heard of the peer; without TCP it is heard of all the time. */
 static uint32_t socket_silent(int fd, struct tcp_info *info)
 {
-	socklen_t len = sizeof *info;
-
 	memset(info, 0, sizeof *info);
-	getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &len);
+	getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &(socklen_t){ sizeof *info });
 	return info->tcpi_last_data_recv < info->tcpi_last_ack_recv ? info->tcpi_last_data_recv :
 		info->tcpi_last_ack_recv;
 }
@@ -1457,9 +1454,8 @@ static int handover(int fd, int pair[2], int receive)
 		.msg_control = room, .msg_controllen = sizeof room };
 	struct cmsghdr *c = CMSG_FIRSTHDR(&m);
 
-	c->cmsg_len = CMSG_LEN(2 * sizeof(int));
-	c->cmsg_level = SOL_SOCKET;
-	c->cmsg_type = SCM_RIGHTS;
+	*c = (struct cmsghdr){ .cmsg_len = CMSG_LEN(2 * sizeof(int)), .cmsg_level = SOL_SOCKET,
+		.cmsg_type = SCM_RIGHTS };
 	memcpy(CMSG_DATA(c), pair, 2 * sizeof(int));
 	if (!receive)
 		return sendmsg(fd, &m, MSG_NOSIGNAL) == 1;
@@ -1474,50 +1470,38 @@ static int handover(int fd, int pair[2], int receive)
 static uid_t socket_user(int fd)
 {
 	struct ucred who = { .uid = (uid_t)-1 };
-	socklen_t len = sizeof who;
 
-	getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &len);
+	getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &(socklen_t){ sizeof who });
 	return who.uid;
 }
 
-/* A unix: socket, and the name of the door of an address. */
-static int door_socket(const struct address *a, struct sockaddr_un *sun, socklen_t *len)
+/* A socket at the door of an address: it listens there, or knocks. -1 and errno. */
+static int door_socket(const struct address *a, int listens)
 {
-	*sun = (struct sockaddr_un){ .sun_family = AF_UNIX };
-	*len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 +
-		string_format(sun->sun_path + 1, sizeof sun->sun_path - 1, "wssproxy %s",
+	struct sockaddr_un sun = { .sun_family = AF_UNIX };
+	const socklen_t len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 +
+		string_format(sun.sun_path + 1, sizeof sun.sun_path - 1, "wssproxy %s",
 			address_format(a, 1)));
-	return socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+
+	if (listens ? bind(fd, (struct sockaddr *)&sun, len) == 0 && listen(fd, SOMAXCONN) == 0 :
+	    connect(fd, (struct sockaddr *)&sun, len) == 0)
+		return fd;
+	close(fd);              /* which leaves errno alone */
+	return -1;
 }
 
 /* Asks for the listener of an address that is in use, and its door, if who has them makes way. */
 static void door_knock(const struct address *a, int pair[2])
 {
-	struct sockaddr_un sun;
-	socklen_t len;
-	const int fd = door_socket(a, &sun, &len);
+	const int fd = door_socket(a, 0);
 	struct pollfd p = { .fd = fd, .events = POLLIN };
 
-	if (connect(fd, (struct sockaddr *)&sun, len) == 0 && socket_user(fd) == geteuid() &&
-	    poll(&p, 1, WAY_MS) == 1 && handover(fd, pair, 1))
+	if (fd >= 0 && socket_user(fd) == geteuid() && poll(&p, 1, WAY_MS) == 1 &&
+	    handover(fd, pair, 1))
 		socket_tune(pair[0]);   /* as this config.h has it */
 	close(fd);
 	errno = EADDRINUSE;
-}
-
-/* A door for a listener; -1: there is none. */
-static int door_open(const struct address *a)
-{
-	struct sockaddr_un sun;
-	socklen_t len;
-	const int fd = door_socket(a, &sun, &len);
-
-	if (bind(fd, (struct sockaddr *)&sun, len) == 0 && listen(fd, SOMAXCONN) == 0)
-		return fd;
-	log_line(LOG_WARNING, "warning make_way: unix: socket \"@%s\": %s: nobody can take over "
-		"this listener", sun.sun_path + 1, strerror(errno));
-	close(fd);
-	return -1;
 }
 
 static const char *const kinds[] = { "WSS", "WS", "REDIRECT" };
@@ -1527,11 +1511,9 @@ static void listener_open(unsigned i)
 	const struct listener *l = &listeners[i];
 	const int dual = strcmp(l->address, "::") == 0;
 	struct address a;
-	socklen_t len = sizeof a;
-	int pair[2] = { -1, -1 };
 
 	address_parse(&a, l->address, l->port);
-	pair[0] = listener_bind(&a, dual);
+	int pair[2] = { listener_bind(&a, dual), -1 };
 	if (pair[0] < 0 && dual && (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) {
 		a.any.sa_family = AF_INET;      /* a kernel without IPv6 */
 		pair[0] = listener_bind(&a, dual);
@@ -1541,12 +1523,14 @@ static void listener_open(unsigned i)
 	if (pair[0] < 0)
 		die("config.h: listeners[%u]: %s port %s: %s", i, l->address, l->port,
 			strerror(errno));
-	getsockname(pair[0], &a.any, &len);
+	getsockname(pair[0], &a.any, &(socklen_t){ sizeof a });
 	address_unmap(&a);
+	if (make_way && pair[1] < 0 && (pair[1] = door_socket(&a, 1)) < 0)
+		log_line(LOG_WARNING, "warning make_way: unix: socket \"@wssproxy %s\": %s: nobody "
+			"can take over this listener", address_format(&a, 1), strerror(errno));
 	fds[FD_LISTEN + i].fd = pair[0];
-	fds[FD_DOOR + i].fd = !make_way || pair[1] >= 0 ? pair[1] : door_open(&a);
-	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1),
-		kinds[l->kind]);
+	fds[FD_DOOR + i].fd = pair[1];
+	log_line(LOG_INFO, "listen address=%s kind=%s", address_format(&a, 1), kinds[l->kind]);
 }
 
 /* ---- privileges ---- */
@@ -1571,17 +1555,16 @@ static unsigned id_find(const char *entry, const char *name, const char *path, u
 {
 	const size_t name_len = strlen(name);
 	unsigned id = id_parse(name, 0);
-	const char *line, *what;
 	size_t len;
 
 	if (id != UINT_MAX)
 		return id;
-	what = file_read(path, &len);
+	const char *what = file_read(path, &len);
 	while (what && len > 0 && file_text[len - 1] != '\n')
 		file_text[--len] = '\0';        /* a line that is cut */
-	for (line = strtok(file_text, "\n"); line && id == UINT_MAX; line = strtok(NULL, "\n"))
-		if (strncmp(line, name, name_len) == 0 && line[name_len] == ':')
-			id = id_parse(line, field);
+	for (char *l = strtok(file_text, "\n"); l && id == UINT_MAX; l = strtok(NULL, "\n"))
+		if (strncmp(l, name, name_len) == 0 && l[name_len] == ':')
+			id = id_parse(l, field);
 	if (id == UINT_MAX)
 		die("config.h: %s \"%s\": %s: %s: add it, or give a number", entry, name, path,
 			what ? what : "not in there, and LDAP and the like are not asked");
@@ -1598,9 +1581,7 @@ static void become_find(void)
 /* Nothing of a key is to be found in a core file, or by another process of the same user. */
 static void core_forbid(void)
 {
-	struct rlimit none = { 0, 0 };
-
-	prlimit(0, RLIMIT_CORE, &none, NULL);
+	prlimit(0, RLIMIT_CORE, &(struct rlimit){ 0, 0 }, NULL);
 	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
 }
 
@@ -1618,20 +1599,18 @@ static void become_do(const char *root)
 	const int changes = user || group;
 	struct { uint32_t version; int pid; } header = { 0x20080522, 0 };       /* version 3 */
 	static const struct { uint32_t effective, permitted, inheritable; } none[2];
-	unsigned long i;
 
 	if (root && (chroot(root) < 0 || chdir("/") < 0))
 		die("config.h: chroot_dir \"%s\": %s", root, strerror(errno));
-	for (i = 0; prctl(PR_CAPBSET_READ, i, 0, 0, 0) >= 0; i++)
+	for (unsigned long i = 0; prctl(PR_CAPBSET_READ, i, 0, 0, 0) >= 0; i++)
 		prctl(PR_CAPBSET_DROP, i, 0, 0, 0);     /* others than root have none */
 	if (changes) {
 		if (syscall(ID_CALL(setgroups), 1, &become_gid) < 0 && errno != EPERM)
 			die("config.h: group: setgroups: %s", strerror(errno));
 		if (syscall(ID_CALL(setgid), become_gid) < 0)
-			die("config.h: group: setgid %u: %s", (unsigned)become_gid,
-				strerror(errno));
+			die("config.h: group: setgid %u: %s", become_gid, strerror(errno));
 		if (syscall(ID_CALL(setuid), become_uid) < 0)
-			die("config.h: user: setuid %u: %s", (unsigned)become_uid, strerror(errno));
+			die("config.h: user: setuid %u: %s", become_uid, strerror(errno));
 	}
 	/* No capability in any set: ports are bound and keys are read. The ambient set follows the
 	 * permitted one. What a kernel without CONFIG_MULTIUSER can't do, it can't. */
@@ -1794,29 +1773,13 @@ static int filter_set(const struct filter_op *ops, size_t n)
 /* That of the loop. Sockets of other daemons are out of its reach, unless a backend is one. */
 static int filter_loop(void)
 {
-	unsigned i;
+	unsigned i = 0;
 
-	for (i = 0; i < BACKENDS && !is_unix(&backends[i]); i++)
-		;
+	while (i < BACKENDS && !is_unix(&backends[i]))
+		i++;
 	if (i == BACKENDS)
 		loop_calls[LENGTH(loop_calls) - 3].k = KILL;    /* the verdict on AF_UNIX */
 	return filter_set(loop_calls, LENGTH(loop_calls));
-}
-
-/* Every session needs two descriptors. */
-static void descriptors_raise(void)
-{
-	const rlim_t need = 2 * max_sessions + FD_COUNT + 16;
-	struct rlimit r = { 0, 0 };
-
-	prlimit(0, RLIMIT_NOFILE, NULL, &r);
-	if (r.rlim_cur >= need)
-		return;
-	r = (struct rlimit){ need, r.rlim_max < need ? need : r.rlim_max };
-	wrong(prlimit(0, RLIMIT_NOFILE, &r, NULL) < 0, "max_sessions = %u needs %u descriptors, "
-		"which the system does not grant (%s): raise the limit (ulimit -n) or lower "
-		"max_sessions",
-		(unsigned)max_sessions, (unsigned)need, strerror(errno));
 }
 
 /* ---- HTTP: pure functions, no I/O ----
@@ -6731,11 +6694,19 @@ static void system_check(void)
 	const int fd = chroot_dir ? open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
 	const char *what = !chroot_dir ? NULL : fd < 0 ? strerror(errno) :
 		dir[0] != '/' ? "not an absolute path" : NULL;
+	const unsigned need = 2 * max_sessions + FD_COUNT + 16; /* two of each session */
+	struct rlimit r = { 0, 0 };
 
 	wrong(what != NULL, "chroot_dir \"%s\": %s: make that directory, or give NULL", dir,
 		text_or(what));
 	close(fd);
-	descriptors_raise();
+	prlimit(0, RLIMIT_NOFILE, NULL, &r);
+	if (r.rlim_cur >= need)
+		return;
+	r = (struct rlimit){ need, r.rlim_max < need ? need : r.rlim_max };
+	wrong(prlimit(0, RLIMIT_NOFILE, &r, NULL) < 0, "max_sessions = %u needs %u descriptors, "
+		"which the system does not grant (%s): raise the limit (ulimit -n) or lower "
+		"max_sessions", (unsigned)max_sessions, need, strerror(errno));
 }
 
 /* What the linker has set aside for tables. */
