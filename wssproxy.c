@@ -6257,12 +6257,11 @@ static void signals_init(void)
 static void reload(void)
 {
 	struct keyring *other = keyring == &keyrings[0] ? &keyrings[1] : &keyrings[0];
-	unsigned i;
 
 	if (other->users > 0)
 		return;
 	reload_due = 0;
-	for (i = 0; i < BACKENDS; i++) {
+	for (unsigned i = 0; i < BACKENDS; i++) {
 		resolver_ask(&servers[i]);
 		servers[i].session_until = 0;
 	}
@@ -6280,21 +6279,14 @@ static void reload(void)
 /* SIGUSR1 */
 static void stats(void)
 {
-	unsigned i;
-
-	log_line(LOG_INFO, "stats sessions=%u records=%u heads=%u opened=%llu "
-		"rejected=%llu probes=%llu full=%llu rx=%llu tx=%llu log-lost=%llu",
-		session_pool.lent, records_pool.lent, shelf_pool.lent, totals.opened,
-		totals.rejected, totals.probes, totals.full, totals.rx, totals.tx,
-		totals.log_lost);
-	for (i = 0; i < BACKENDS; i++) {
-		const struct server *v = &servers[i];
-
+	log_line(LOG_INFO, "stats sessions=%u records=%u heads=%u opened=%llu rejected=%llu "
+		"probes=%llu full=%llu rx=%llu tx=%llu log-lost=%llu", session_pool.lent,
+		records_pool.lent, shelf_pool.lent, totals.opened, totals.rejected, totals.probes,
+		totals.full, totals.rx, totals.tx, totals.log_lost);
+	for (const struct server *v = servers; v < servers + BACKENDS; v++)
 		log_line(LOG_INFO, "stats backend=%s state=%s active=%u sessions=%llu "
 			"failures=%llu", v->name, v->addresses == 0 ? "unresolved" :
-			v->aside_until > now ? "aside" : "up", v->active,
-			v->sessions, v->failures);
-	}
+			v->aside_until > now ? "aside" : "up", v->active, v->sessions, v->failures);
 }
 
 static void listener_close(unsigned i)
@@ -6309,10 +6301,9 @@ static void listener_close(unsigned i)
 static void drain_start(const char *name)
 {
 	struct session *s;
-	unsigned i;
 
 	log_line(LOG_NOTICE, "stop signal=%s sessions=%u", name, session_pool.lent);
-	for (i = 0; i < LISTENERS; i++)
+	for (unsigned i = 0; i < LISTENERS; i++)
 		listener_close(i);
 	way_until = 0;
 	drain_until = now + drain_ms;
@@ -6327,11 +6318,9 @@ static void drain_start(const char *name)
  * has the listeners. */
 static void way_start(void)
 {
-	long pid;
-
 	if (way_until || drain_until)
 		return;
-	pid = getpid() == 1 ? -1 : syscall(SYS_clone, (long)SIGCHLD, 0L, 0L, 0L, 0L);
+	const long pid = getpid() == 1 ? -1 : syscall(SYS_clone, (long)SIGCHLD, 0L, 0L, 0L, 0L);
 	if (pid > 0)
 		_exit(0);
 	if (pid < 0) {
@@ -6363,9 +6352,9 @@ static void door_event(unsigned i)
 static void doors_poll(void)
 {
 	const int over = way_until && way_until <= now;
-	unsigned i, left = 0;
+	unsigned left = 0;
 
-	for (i = 0; i < LISTENERS; i++) {
+	for (unsigned i = 0; i < LISTENERS; i++) {
 		if (fds[FD_DOOR + i].revents & POLLIN)
 			door_event(i);
 		if (over && fds[FD_LISTEN + i].fd >= 0)
@@ -6379,11 +6368,9 @@ static void doors_poll(void)
 /* The loop has ended: whoever is left is told why. */
 static void sessions_end(void)
 {
-	unsigned i;
-
-	for (i = 0; i < max_sessions; i++)
-		if (sessions[i].state != FREE)
-			session_drop(&sessions[i], WHY_DRAIN);
+	for (struct session *s = sessions; s < sessions + max_sessions; s++)
+		if (s->state != FREE)
+			session_drop(s, WHY_DRAIN);
 	rejects_over();
 }
 
@@ -6405,16 +6392,12 @@ static void signals_take(void)
 
 static void loop(void)
 {
-	unsigned i;
-
-	while (stops < 2 &&
-	    !(drain_until && (drain_until <= now || session_pool.lent == 0))) {
-		int ms = link_alone(&turns[0]) && link_alone(&turns[1]) && link_alone(&runnable) ?
-			timers_next() : 0;
-		int n;
+	while (stops < 2 && !(drain_until && (drain_until <= now || session_pool.lent == 0))) {
+		const int ms = link_alone(&turns[0]) && link_alone(&turns[1]) &&
+			link_alone(&runnable) ? timers_next() : 0;
 
 		listeners_watch();
-		n = poll(fds, FD_COUNT, ms);
+		const int n = poll(fds, FD_COUNT, ms);
 		if (n < 0 && errno != EINTR) {
 			/* no memory, or somebody has lowered our limit of descriptors */
 			poll(NULL, 0, POLL_PAUSE_MS);
@@ -6436,7 +6419,7 @@ static void loop(void)
 		timers_run();
 		if (reload_due)
 			reload();       /* a handshake that it waited for may have ended */
-		for (i = 0; n > 0 && i < LISTENERS; i++)
+		for (unsigned i = 0; n > 0 && i < LISTENERS; i++)
 			if (fds[FD_LISTEN + i].revents & POLLIN)
 				listener_event(i);
 	}
@@ -6448,35 +6431,29 @@ static void loop(void)
  * been silent longest are first in its queue, whatever is configured. */
 static uint64_t look_ms(void)
 {
-	uint64_t ms = (uint64_t)1 << 62;
+	uint64_t ms = idle_ms > 0 ? idle_ms : (uint64_t)1 << 62;
 
-	ms = idle_ms > 0 ? idle_ms : ms;
 	ms = ping_ms > 0 && ping_ms < ms ? ping_ms : ms;
 	return max_age_ms > 0 && max_age_ms / 16 + 1 < ms ? max_age_ms / 16 + 1 : ms;
 }
 
 static void tables_init(void)
 {
-	static const struct { unsigned queue, ms; } times[] = {
-		{ Q_STALL, stall_ms }, { Q_RESOLVE, resolve_ms }, { Q_REFRESH, refresh_ms },
-		{ Q_CHECK, check_ms }, { Q_REDIAL, REDIAL_MS }, { Q_YOUNG, DISPLACE_MS },
-		{ Q_GROWN, SILENT_MS }, { Q_ASKED, ASK_MS },
+	static const unsigned times[QUEUES] = {
+		[Q_STALL] = stall_ms, [Q_RESOLVE] = resolve_ms, [Q_REFRESH] = refresh_ms,
+		[Q_CHECK] = check_ms, [Q_REDIAL] = REDIAL_MS, [Q_YOUNG] = DISPLACE_MS,
+		[Q_GROWN] = SILENT_MS, [Q_ASKED] = ASK_MS,
 	};
-	unsigned i;
 
-	for (i = 0; i < QUEUES; i++) {
+	for (unsigned i = 0; i < QUEUES; i++) {
 		link_drop(&queues[i].list);
-		queues[i].ms = i < STATES ? states[i].ms : 0;
+		queues[i].ms = i < STATES ? states[i].ms : times[i];
 	}
-	for (i = 0; i < LENGTH(times); i++)
-		queues[times[i].queue].ms = times[i].ms;
 	queues[RELAY].ms = look_ms();
 	records_pool.attach = records_attach;
 	shelf_pool.attach = shelf_attach;
-	for (i = 0; i < FD_COUNT; i++) {
-		fds[i].fd = -1;
-		fds[i].events = i < FD_CHECK ? POLLIN : POLLOUT;
-	}
+	for (unsigned i = 0; i < FD_COUNT; i++)
+		fds[i] = (struct pollfd){ .fd = -1, .events = i < FD_CHECK ? POLLIN : POLLOUT };
 	br_ssl_session_cache_lru_init(&cache, cache_store, sizeof cache_store);
 }
 
@@ -6618,11 +6595,11 @@ static void listener_check(unsigned i)
 
 static void ciphers_check(void)
 {
-	unsigned i, cbc = 0;
+	unsigned cbc = 0;
 
 	wrong(tls_min < BR_TLS10 || tls_min > tls_max || tls_max > BR_TLS12, "tls_min, tls_max: "
 		"BR_TLS10, BR_TLS11 or BR_TLS12, in order");
-	for (i = 0; i < LENGTH(ciphers); i++) {
+	for (unsigned i = 0; i < LENGTH(ciphers); i++) {
 		const int k = suite_find(ciphers[i]), is_cbc = k >= 0 && suite_names[k].cbc;
 
 		wrong(k < 0, "ciphers[%u]: 0x%04x is not served: choose ECDHE suites with AES-GCM, "
@@ -6635,32 +6612,13 @@ static void ciphers_check(void)
 		"such as BR_TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA");
 }
 
-static void texts_check(void)
-{
-	struct address a;
-	unsigned i;
-
-	wrong(redirect_port && (!address_parse(&a, "::", redirect_port) || a.in.sin_port == 0),
-		"redirect_port \"%s\": give 1 to 65535, or NULL", text_or(redirect_port));
-	wrong(cookie_name[word_end(cookie_name, 0, strlen(cookie_name), in_token)] != '\0',
-		"cookie_name \"%s\": no token (RFC 6265 4.1.1): letters, digits, - and _ will do",
-		cookie_name);
-	for (i = 0; i < LENGTH(origins); i++) {
-		const char *o = origins[i];
-
-		wrong(o && !origin_valid(o), "origins[%u] \"%s\": give it as browsers do, in "
-			"lower case, without a path, each one by itself: https://a.example; or "
-			"NULL for any, \"none\" for those that send none", i, text_or(o));
-	}
-}
-
 /* What the compiler can't know. */
 static void config_check(void)
 {
 	const unsigned probing_s = keepalive_s + keepalive_interval_s * keepalive_probes;
-	unsigned i;
+	struct address a;
 
-	for (i = 0; i < LENGTH(numbers); i++)
+	for (unsigned i = 0; i < LENGTH(numbers); i++)
 		wrong(numbers[i].value < numbers[i].min || numbers[i].value > numbers[i].max,
 			"%s = %u: give %u to %u", numbers[i].name, numbers[i].value,
 			numbers[i].min, numbers[i].max);
@@ -6670,17 +6628,28 @@ static void config_check(void)
 		"or 0", user_timeout_ms, probing_s);
 	wrong(ping_ms > 0 && !frames, "ping_ms: set frames to 1");
 	ciphers_check();
-	texts_check();
-	for (i = 0; i < LISTENERS; i++) {
+	wrong(redirect_port && (!address_parse(&a, "::", redirect_port) || a.in.sin_port == 0),
+		"redirect_port \"%s\": give 1 to 65535, or NULL", text_or(redirect_port));
+	wrong(cookie_name[word_end(cookie_name, 0, strlen(cookie_name), in_token)] != '\0',
+		"cookie_name \"%s\": no token (RFC 6265 4.1.1): letters, digits, - and _ will do",
+		cookie_name);
+	for (unsigned i = 0; i < LENGTH(origins); i++) {
+		const char *o = origins[i];
+
+		wrong(o && !origin_valid(o), "origins[%u] \"%s\": give it as browsers do, in lower "
+			"case, without a path, each one by itself: https://a.example; or NULL for "
+			"any, \"none\" for those that send none", i, text_or(o));
+	}
+	for (unsigned i = 0; i < LISTENERS; i++) {
 		entry_look("listeners", i);
 		listener_check(i);
 	}
-	for (i = 0; i < CERTS; i++) {
+	for (unsigned i = 0; i < CERTS; i++) {
 		entry_look("certs", i);
 		wrong(!certs[i].chain, ".chain is missing: a PEM file");
 		wrong(!certs[i].key, ".key is missing: a PEM file");
 	}
-	for (i = 0; i < BACKENDS; i++) {
+	for (unsigned i = 0; i < BACKENDS; i++) {
 		entry_look("backends", i);
 		backend_check(&backends[i]);
 	}
@@ -6736,18 +6705,16 @@ static int version_print(void)
 		{ "log_sessions", logged[log_sessions] }, { "redirect_port", redirect_port },
 	};
 	const int out = STDOUT_FILENO;
-	const br_config_option *o;
-	unsigned i;
 
 	print(out, "wssproxy %s build=%s", VERSION, BUILD);
-	for (i = 0; i < LISTENERS; i++)
+	for (unsigned i = 0; i < LISTENERS; i++)
 		print(out, "listeners[%u] = %s %s %s client_ca=%s verify_client=%s", i,
 			listeners[i].address, listeners[i].port, kinds[listeners[i].kind],
 			text_or(listeners[i].client_ca), verifies[listeners[i].verify_client]);
-	for (i = 0; i < CERTS; i++)
+	for (unsigned i = 0; i < CERTS; i++)
 		print(out, "certs[%u] = %s %s %s", i, text_or(certs[i].name),
 			text_or(certs[i].chain), text_or(certs[i].key));
-	for (i = 0; i < BACKENDS; i++) {
+	for (unsigned i = 0; i < BACKENDS; i++) {
 		const struct backend *b = &backends[i];
 
 		print(out, "backends[%u] = %s name=%s path=%s weight=%u backup=%d max_conns=%u "
@@ -6757,15 +6724,15 @@ static int version_print(void)
 			text_or(b->sni), text_or(b->ca), text_or(b->cert), text_or(b->key));
 	}
 	print(out, "tls_min = 1.%u\ntls_max = 1.%u", tls_min - BR_TLS10, tls_max - BR_TLS10);
-	for (i = 0; i < LENGTH(suites); i++)
+	for (unsigned i = 0; i < LENGTH(suites); i++)
 		print(out, "ciphers[%u] = %s", i, suite_names[suite_find(suites[i])].name);
-	for (i = 0; i < LENGTH(origins) && origins[i]; i++)
+	for (unsigned i = 0; i < LENGTH(origins) && origins[i]; i++)
 		print(out, "origins[%u] = %s", i, origins[i]);
-	for (i = 0; i < LENGTH(texts); i++)
+	for (unsigned i = 0; i < LENGTH(texts); i++)
 		print(out, "%s = %s", texts[i].name, text_or(texts[i].value));
-	for (i = 0; i < LENGTH(numbers); i++)
+	for (unsigned i = 0; i < LENGTH(numbers); i++)
 		print(out, "%s = %u", numbers[i].name, numbers[i].value);
-	for (o = br_get_config(); o->name; o++)
+	for (const br_config_option *o = br_get_config(); o->name; o++)
 		print(out, "BearSSL %s = %d", o->name, (int)o->value);
 	return 0;
 }
@@ -6794,9 +6761,7 @@ static void entropy_wait(void)
 /* What works, but should be meant so. */
 static void warnings_print(void)
 {
-	unsigned i;
-
-	for (i = 0; i < BACKENDS; i++)
+	for (unsigned i = 0; i < BACKENDS; i++)
 		if (backends[i].tls == TLS_NOVERIFY)
 			log_line(LOG_WARNING, "warning backend=%s TLS_NOVERIFY: anyone who can "
 				"reach its address can pass for it", servers[i].name);
@@ -6827,10 +6792,11 @@ static int check_print(void)
 
 int main(int argc, char *argv[])
 {
-	unsigned i;
+	const int checks = argc == 2 && strcmp(argv[1], "-t") == 0;
+	const int tells = argc == 2 && strcmp(argv[1], "-v") == 0;
 
 	standard_descriptors();
-	if (argc > 2 || (argc == 2 && strcmp(argv[1], "-t") != 0 && strcmp(argv[1], "-v") != 0)) {
+	if (argc > 1 && !checks && !tells) {
 		print(STDERR_FILENO, "usage: wssproxy [-t | -v]");
 		return 2;
 	}
@@ -6838,15 +6804,15 @@ int main(int argc, char *argv[])
 	clock_read();
 	tables_init();
 	config_check();
-	if (argc == 1 || argv[1][1] == 't')
+	if (!tells)
 		system_check();
-	if (argc == 2 && argv[1][1] == 't')
+	if (checks)
 		return check_print();
 	if (faults_found > 0)
 		return 1;
 	suites_init();
 	servers_init();
-	if (argc == 2)
+	if (tells)
 		return version_print();
 	become_find();
 	log_open();
@@ -6862,7 +6828,7 @@ int main(int argc, char *argv[])
 	log_line(LOG_NOTICE, "start version=%s sessions=%u busy=%u memory=%uKB", VERSION,
 		(unsigned)max_sessions, (unsigned)max_busy, memory_kb());
 	certs_say(keyring, NULL);
-	for (i = 0; i < LISTENERS; i++)
+	for (unsigned i = 0; i < LISTENERS; i++)
 		listener_open(i);
 	fds[FD_EPOLL].fd = epoll_create1(EPOLL_CLOEXEC);
 	if (fds[FD_EPOLL].fd < 0)
