@@ -12,15 +12,14 @@
  * straight out of the input buffer and comes from it straight into the output buffer. While it
  * waits there, the engine takes no further record, so the client is not read: backpressure needs
  * no code. A client in the clear (listener kind WS) uses the same buffers without an engine.
- * Records are read ahead of it, and bulk into a spare set of buffers: a copy for fewer calls. As a
- * tunnel's bytes go by, it is counted where their frames end, so that a Close can stand there.
+ * Records are read ahead of it, and bulk into a spare set of buffers: a copy for fewer calls. Where
+ * a tunnel's frames end is counted as its bytes go by, so that a Close can stand there.
  *
- * A session is one slot of a static table. It owns its two descriptors and its TLS context, and
- * borrows record buffers from a static pool, for a turn: who waits for a peer waits with empty
- * hands, but for what can't be put down (see 'what sessions borrow'). So few buffers serve many, in
- * the order in which they ask. A session at rest owns nothing but its slot and, before its answer,
- * a note of what was asked. The descriptors of sessions wait in an epoll set, which is one entry of
- * poll()'s array: those that rest cost nothing.
+ * A session is one slot of a static table, with two descriptors and a TLS context. It borrows
+ * record buffers for a turn: who waits for a peer waits with empty hands, but for what can't be put
+ * down (see 'what sessions borrow'). So few buffers serve many, in the order in which they ask. At
+ * rest it owns nothing but its slot and, before its answer, a note of what was asked. Descriptors
+ * of sessions wait in an epoll set, one entry of poll()'s array: those that rest cost nothing.
  *
  * A session is in one state; states[] says how to step it, and what it ends with when its time
  * there, which has a queue of its own, is over:
@@ -32,7 +31,7 @@
  * A step moves what it can without blocking and returns the state to be in; FREE ends the session.
  * session_run alone changes states; no step closes its own session. The set tells each thing once,
  * and a leg remembers it until a call finds it otherwise: so a run goes on as long as anything can
- * move, or says that there is to be another. Nothing in the loop walks all sessions.
+ * move, or asks for another. Nothing in the loop walks all sessions.
  *
  * To understand everything else, start reading main(). */
 #include <sys/epoll.h>
@@ -148,10 +147,8 @@ _Static_assert(LENGTH(backends) <= BACKENDS_MAX, "config.h: backends[]: at most 
 _Static_assert(LENGTH(listeners) <= 255, "config.h: listeners[]: at most 255 entries");
 _Static_assert(READ_BULK <= UINT16_MAX, "struct leg: at, end");
 _Static_assert(LENGTH(ciphers) <= BR_MAX_CIPHER_SUITES, "config.h: ciphers[]: too many entries");
-_Static_assert(max_sessions >= 1 && max_sessions <= 100000,
-	"config.h: max_sessions: 1 to 100000");
-_Static_assert(max_busy >= 1 && max_busy <= max_sessions,
-	"config.h: max_busy: 1 to max_sessions");
+_Static_assert(max_sessions >= 1 && max_sessions <= 100000, "config.h: max_sessions: 1 to 100000");
+_Static_assert(max_busy >= 1 && max_busy <= max_sessions, "config.h: max_busy: 1 to max_sessions");
 _Static_assert(head_max >= 1024 && head_max <= 16000, "config.h: head_max: 1024 to 16000");
 _Static_assert(tls_backends == 0 || tls_backends == 1, "config.h: tls_backends: 0 or 1");
 _Static_assert(frames == 0 || frames == 1, "config.h: frames: 0 or 1");
@@ -301,8 +298,8 @@ struct records {
 
 /* Judges the certificate chain of the other side during a handshake. */
 struct verifier {
-	unsigned begun;                 /* above 0: it has seen of a chain what nobody will show
-					 * again; of one to be validated, certificates + 1 */
+	unsigned begun;         /* above 0: it has seen of a chain what nobody will show again; of
+				 * one to be validated, certificates + 1 */
 	br_ssl_engine_context *eng;
 	br_name_element name;           /* where the subject's common name goes */
 	union {
@@ -382,20 +379,16 @@ struct session {
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
 	uint8_t framing;        /* enum framing, of the answer */
 	uint8_t keep;           /* 1: the client's connection outlives it */
-	uint8_t broken;         /* enum party: whose side was reset, or its TLS failed: no order any
-				 * more; 0: none */
+	uint8_t broken;         /* enum party: whose side was reset, or its TLS failed; 0: none's */
 	uint8_t expired;        /* in this run: the state's time is over; */
 	uint8_t moved, fed;     /* it, or bytes of a head, moved; application bytes did */
 	uint8_t first, address; /* of the backend's: where it began, and how many had their try */
 	uint8_t starved;        /* 1: a backend could not be tried for lack of something of ours */
 	int unsent;             /* bytes in its sockets' queues when its time to end began */
-	int server;             /* index of the backend, -1 */
-	int sticky;             /* the one that the client's cookie names, -1 */
+	int server, sticky;     /* index of the backend, of the one that its cookie names; -1 */
 	const char *fault;      /* why an address of this backend failed; NULL: none yet */
-	uint64_t tried;         /* backends */
-	uint64_t group;         /* backends that its Host and path allow */
-	struct chunked body;    /* what may go to the backend: the request's, or what a tunnel's
-				 * client sends */
+	uint64_t tried, group;  /* backends; those that its Host and path allow */
+	struct chunked body;    /* what may go to the backend: of the request, or of a tunnel */
 	union {
 		struct chunked answer;  /* its body */
 		struct flow flow[2];    /* of a tunnel */
@@ -420,9 +413,7 @@ struct session {
 	const struct identity *identity;        /* whose key has signed it; NULL: it was resumed */
 	const br_ssl_server_policy_class *policy;       /* of it, for the client */
 	struct link wait;       /* for buffers, a shelf, a handshake turn, or in runnable */
-	struct timer timer;     /* the state's */
-	struct timer stall;
-	struct timer place;     /* in Q_YOUNG, Q_GROWN or Q_ASKED */
+	struct timer timer, stall, place;       /* the state's; see Q_STALL, Q_REDIAL; Q_YOUNG */
 	br_ssl_server_context tls;
 	uint8_t tls_made;       /* 1: the slot's context is set up; survives the session */
 };
@@ -441,8 +432,7 @@ struct server {
 	uint64_t session_until;                 /* to be resumed before then; 0: not at all */
 	struct address address[ADDRESSES_MAX];
 	uint8_t addresses, turn;        /* of them, which is next */
-	uint8_t by_name;        /* 1: the resolver is asked */
-	uint8_t pending;        /* 1: the resolver was asked and has not answered */
+	uint8_t by_name, pending;       /* 1: the resolver is asked; it was, and has not answered */
 	uint8_t down;           /* 1: has its line `down` in the log, */
 	uint64_t down_since;    /* and is so since then, */
 	uint64_t down_after;    /* which may be said again then, */
@@ -457,8 +447,7 @@ struct server {
 	struct timer retry, check;
 };
 
-/* poll()'s array: signals, resolver, epoll set of the sessions, listeners and their doors (see
- * 'making way'), checks of backends. */
+/* poll()'s array; FD_EPOLL: the set of sessions, FD_DOOR: see 'making way', FD_CHECK: backends. */
 enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_DOOR = FD_LISTEN + LISTENERS,
 	FD_CHECK = FD_DOOR + LISTENERS, FD_COUNT = FD_CHECK + BACKENDS };
 
