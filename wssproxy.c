@@ -242,16 +242,14 @@ struct pool {
 struct source {
 	struct source *next;    /* of the free list, or of its bucket */
 	unsigned char key[9];   /* IPv4 address, or the front of an IPv6 one; family */
-	unsigned sessions;
-	unsigned shelves;       /* lent to them */
+	unsigned sessions, shelves;     /* which are lent to them */
 };
 
 /* A certificate chain and its key. */
 struct identity {
 	br_x509_certificate chain[CHAIN_MAX];
-	size_t chain_len;
 	unsigned char der[CHAIN_BYTES];
-	size_t der_len;
+	size_t chain_len, der_len;
 	union {
 		br_skey_decoder_context key;    /* the key's numbers lie in here */
 		/* BearSSL 0.6 takes its last field, key_data, to be 24 bytes larger than it is */
@@ -314,8 +312,7 @@ struct verifier {
 
 /* Where heads are read, judged and rendered, for the session that runs. What waits is put aside. */
 struct head_buffer {
-	size_t len;             /* bytes in use */
-	size_t off;             /* of them, sent */
+	size_t len, off;        /* bytes in use; of them, sent */
 	union {
 		struct request request;         /* in HEAD */
 		struct response response;       /* in RESPONSE */
@@ -394,8 +391,7 @@ struct session {
 		struct flow flow[2];    /* of a tunnel */
 	};
 	uint32_t heard, active; /* of a tunnel: when its client, and when either side sent last */
-	uint16_t say;           /* what its client is to be told: 0, SAY_PING, a Close of that code;
-				 * SAID: it had one of ours */
+	uint16_t say;           /* to tell its client: 0, SAY_PING, SAID, the code of a Close */
 	uint16_t code;          /* of the first Close that went by, 0: none did, */
 	uint8_t code_by;        /* and whose it was, enum party */
 	uint8_t pinged;         /* 1: its client was sent a Ping; */
@@ -434,13 +430,11 @@ struct server {
 	uint8_t addresses, turn;        /* of them, which is next */
 	uint8_t by_name, pending;       /* 1: the resolver is asked; it was, and has not answered */
 	uint8_t down;           /* 1: has its line `down` in the log, */
-	uint64_t down_since;    /* and is so since then, */
-	uint64_t down_after;    /* which may be said again then, */
+	uint64_t down_since, down_after;        /* so since then; may be said again then, */
 	unsigned lost;          /* and so many requests found no backend meanwhile */
 	uint8_t checked;        /* address that the active check is at, */
 	const char *check_why;  /* and why one before it failed; NULL: none did */
-	unsigned active;        /* sessions */
-	unsigned fails;         /* since fail_since */
+	unsigned active, fails; /* sessions; failures since fail_since */
 	uint64_t fail_since, aside_until;
 	uint64_t held_until;    /* aside until then for what no check sees; 0: for connects alone */
 	unsigned long long sessions, failures;  /* totals */
@@ -482,10 +476,8 @@ static int log_socket = -1;     /* of the syslog daemon, */
 static int log_syslog;          /* which has this one's other end: 1, or 0: it is not there */
 static uint64_t now;            /* ms of CLOCK_MONOTONIC, as of this turn */
 static uint64_t accept_after;   /* listeners rest until then */
-static uint64_t way_until;      /* 0: not waiting for who takes over the listeners */
-static uint64_t drain_until;    /* 0: not draining */
-static unsigned tunnels;        /* sessions in RELAY, */
-static unsigned tunnels_first;  /* and when the drain began */
+static uint64_t way_until, drain_until; /* 0: not waiting for who takes listeners; not draining */
+static unsigned tunnels, tunnels_first; /* sessions in RELAY; and when the drain began */
 static uint32_t last_id;
 static struct {
 	unsigned long long opened, rejected, probes, rx, tx, log_lost, full;
@@ -500,8 +492,7 @@ static int reload_due;          /* SIGHUP came; 0 again when it was done */
 static char checked[32];        /* "backends[3]" while that is looked at, or "" */
 static char fault[LOG_LINE / 2]; /* what was found to be wrong with it, or a file of it, */
 static unsigned faults_found;   /* so many times */
-static int stops;               /* SIGTERM and SIGINT so far */
-static int copied;              /* 1: it is the copy that SIGUSR2 made */
+static int stops, copied;       /* SIGTERM and SIGINT so far; 1: it is a copy that SIGUSR2 made */
 
 static const struct {
 	const char *text;       /* for the log */
@@ -628,8 +619,7 @@ static size_t string_format(char *out, size_t size, const char *format, ...)
 	return t.len;
 }
 
-/* A day, counted from March 1 of the year 0, as 2028-01-31: a year begins in March here, so that a
- * leap day is its last one. */
+/* A day, from March 1 of the year 0, as 2028-01-31: years end here with their leap day. */
 static const char *date_format(unsigned day, char out[16])
 {
 	const unsigned era = day / 146097;                      /* of 400 years */
@@ -956,8 +946,7 @@ static void text_ip6(struct text *t, const unsigned char ip[16])
 	}
 }
 
-/* "192.0.2.9" or "2001:db8::1"; with a port "192.0.2.9:443" or "[2001:db8::1]:443". Until the next
- * call. */
+/* "192.0.2.9" or "2001:db8::1"; "192.0.2.9:443" or "[2001:db8::1]:443". Until the next call. */
 static const char *address_format(const struct address *a, int with_port)
 {
 	static char out[INET6_ADDRSTRLEN + 8];
@@ -1017,9 +1006,8 @@ typedef const char *pem_take(void *owner, const char *name, const unsigned char 
 
 static const char pem_other[] = "";
 
-/* Reads a text, which is lost: DER is shorter, and written over it. The decoder wants no CR, and
- * the final newline that editors forget: text[len] is room for it. NULL, or what is wrong; none: if
- * nothing is taken. */
+/* Reads a text, which is lost: DER is shorter, and written over it. The decoder wants no CR, and a
+ * final newline: text[len] is room for it. NULL, or what is wrong; none: if nothing is taken. */
 static const char *pem_walk(pem_take *take, void *owner, char *text, size_t len, const char *none)
 {
 	struct text der = { .p = text, .size = len };
@@ -1189,8 +1177,7 @@ static const char *identity_check(const struct identity *id)
 	return "its first certificate is not that of the key";
 }
 
-/* What files are read for: START; once, to say what SIGHUP will not find, and nothing is taken from
- * them, LOOK; from then on RELOAD. */
+/* What files are read for; LOOK: once, but to say which of them SIGHUP will not find. */
 static enum { START, LOOK, RELOAD } reads;
 
 /* Says what is wrong with a file, unless NULL. 1: nothing is, or it does not matter now. */
@@ -1614,8 +1601,7 @@ static void become_do(const char *root)
 	core_forbid();          /* which a change of user may have undone */
 }
 
-/* What is now as it should not be, or will be: files that SIGHUP will not find, or may not read, a
- * syslog daemon that will not be found. */
+/* What is not, or will not be, as it should: files out of SIGHUP's reach, or a syslog daemon. */
 static void become_warn(void)
 {
 	reads = LOOK;
@@ -1750,11 +1736,9 @@ static struct filter_op loop_calls[8];
 #endif
 
 /* For good. no_new_privs is set. Whether the kernel took it. */
-static int filter_set(const struct filter_op *ops, size_t n)
+static int filter_set(const struct filter_op *ops, unsigned short n)
 {
-	const struct { unsigned short n; const struct filter_op *ops; } program = {
-		(unsigned short)n, ops,
-	};
+	const struct { unsigned short n; const struct filter_op *ops; } program = { n, ops };
 
 	return prctl(PR_SET_SECCOMP, 2 /* SECCOMP_MODE_FILTER */, &program, 0, 0) == 0;
 }
@@ -6255,7 +6239,7 @@ static void reload(void)
 		servers[i].session_until = 0;
 	}
 	if (keyring_load(other)) {
-		log_line(LOG_NOTICE, "reload ok certs=%u changed=%u", (unsigned)CERTS,
+		log_line(LOG_NOTICE, "reload ok certs=%d changed=%u", CERTS,
 			certs_say(other, keyring));
 		if (keyring->users == 0)
 			keyring_wipe(keyring);
@@ -6302,9 +6286,8 @@ static void drain_start(const char *name)
 }
 
 /* SIGUSR2: the process that the supervisor knows ends, so that it starts the next one, while a copy
- * goes on where that was, with all that it had: open files, which is what the epoll set knows, stay
- * open; it reads its own signals by the same signalfd. Newcomers are served here until the next one
- * has the listeners. */
+ * goes on with all that it had: open files, which is what the epoll set knows, stay open; it reads
+ * its own signals by the same signalfd. It serves newcomers until the next has the listeners. */
 static void way_start(void)
 {
 	if (way_until || drain_until)
@@ -6416,16 +6399,6 @@ static void loop(void)
 
 /* ---- start ---- */
 
-/* When a tunnel at rest is to be looked at, at the latest. All have that time, so those that have
- * been silent longest are first in its queue, whatever is configured. */
-static uint64_t look_ms(void)
-{
-	uint64_t ms = idle_ms > 0 ? idle_ms : (uint64_t)1 << 62;
-
-	ms = ping_ms > 0 && ping_ms < ms ? ping_ms : ms;
-	return max_age_ms > 0 && max_age_ms / 16 + 1 < ms ? max_age_ms / 16 + 1 : ms;
-}
-
 static void tables_init(void)
 {
 	static const unsigned times[QUEUES] = {
@@ -6433,12 +6406,18 @@ static void tables_init(void)
 		[Q_CHECK] = check_ms, [Q_REDIAL] = REDIAL_MS, [Q_YOUNG] = DISPLACE_MS,
 		[Q_GROWN] = SILENT_MS, [Q_ASKED] = ASK_MS,
 	};
+	/* When a tunnel at rest is to be looked at, at the latest. All have that time, so those
+	 * that have been silent longest are first in its queue, whatever is configured. */
+	uint64_t look_ms = idle_ms > 0 ? idle_ms : (uint64_t)1 << 62;
 
+	look_ms = ping_ms > 0 && ping_ms < look_ms ? ping_ms : look_ms;
+	if (max_age_ms > 0 && max_age_ms / 16 < look_ms)
+		look_ms = max_age_ms / 16 + 1;
 	for (unsigned i = 0; i < QUEUES; i++) {
 		link_drop(&queues[i].list);
 		queues[i].ms = i < STATES ? states[i].ms : times[i];
 	}
-	queues[RELAY].ms = look_ms();
+	queues[RELAY].ms = look_ms;
 	records_pool.attach = records_attach;
 	shelf_pool.attach = shelf_attach;
 	for (unsigned i = 0; i < FD_COUNT; i++)
@@ -6471,24 +6450,21 @@ static const struct {
 } numbers[] = {
 #define NUMBER(name, min, max) { #name, name, min, max }
 	NUMBER(config_version, 1, UINT_MAX), NUMBER(ciphers_by_cpu, 0, 1),
-	NUMBER(hash_bits4, 1, 32), NUMBER(hash_bits6, 1, 128),
-	NUMBER(session_cache, 0, UINT_MAX), NUMBER(check_accept, 0, 1),
-	NUMBER(tls_backends, 0, 1), NUMBER(resolve_names, 0, 1), NUMBER(make_way, 0, 1),
-	NUMBER(max_sessions, 1, 100000), NUMBER(record_max, 512, 16384),
+	NUMBER(hash_bits4, 1, 32), NUMBER(hash_bits6, 1, 128), NUMBER(session_cache, 0, UINT_MAX),
+	NUMBER(check_accept, 0, 1), NUMBER(tls_backends, 0, 1), NUMBER(resolve_names, 0, 1),
+	NUMBER(make_way, 0, 1), NUMBER(max_sessions, 1, 100000), NUMBER(record_max, 512, 16384),
 	NUMBER(max_busy, 1, max_sessions), NUMBER(max_per_ip, 0, UINT_MAX),
 	NUMBER(head_max, 1024, 16000), NUMBER(handshake_ms, 1, INT_MAX),
 	NUMBER(http_idle_ms, 0, INT_MAX), NUMBER(head_ms, 1, INT_MAX),
-	NUMBER(connect_ms, 1, INT_MAX),
-	NUMBER(response_ms, 1, INT_MAX), NUMBER(idle_ms, 0, INT_MAX),
-	NUMBER(linger_ms, 1, INT_MAX), NUMBER(stall_ms, 1, INT_MAX),
+	NUMBER(connect_ms, 1, INT_MAX), NUMBER(response_ms, 1, INT_MAX),
+	NUMBER(idle_ms, 0, INT_MAX), NUMBER(linger_ms, 1, INT_MAX), NUMBER(stall_ms, 1, INT_MAX),
 	NUMBER(drain_ms, 1, INT_MAX), NUMBER(max_fails, 0, UINT_MAX), NUMBER(fail_ms, 0, INT_MAX),
 	NUMBER(check_ms, 0, INT_MAX), NUMBER(resolve_ms, 1, INT_MAX),
 	NUMBER(refresh_ms, 0, INT_MAX), NUMBER(keepalive_s, 0, 32767),
 	NUMBER(keepalive_interval_s, 1, 32767), NUMBER(keepalive_probes, 1, 127),
 	NUMBER(user_timeout_ms, 0, INT_MAX), NUMBER(log_time, 0, 1), NUMBER(seccomp, 0, 1),
-	NUMBER(frames, 0, 1), NUMBER(ping_ms, 0, INT_MAX),
-	NUMBER(max_age_ms, 0, INT_MAX), NUMBER(log_rejects, 0, INT_MAX),
-	NUMBER(source_bits6, 1, 64), NUMBER(log_probes, 0, 1),
+	NUMBER(frames, 0, 1), NUMBER(ping_ms, 0, INT_MAX), NUMBER(max_age_ms, 0, INT_MAX),
+	NUMBER(log_rejects, 0, INT_MAX), NUMBER(source_bits6, 1, 64), NUMBER(log_probes, 0, 1),
 #undef NUMBER
 };
 
@@ -6529,7 +6505,6 @@ static void backend_check(const struct backend *b)
 	/* what a resolver could know: "_" is in names of containers */
 	const int odd = name && host[word_end(host, 0, strlen(host), "-._")];
 	const char *sni = b->host || b->sni ? text_or(backend_sni(b)) : "";
-	const int trusts = b->tls == TLS_VERIFY || b->tls == TLS_PIN;
 	const char *named = text_or(b->host_header);
 	struct span whole = span_of(0, strlen(named));
 
@@ -6553,15 +6528,14 @@ static void backend_check(const struct backend *b)
 	wrong(b->path && *b->path && *b->path != '/', ".path \"%s\": begin it with /",
 		text_or(b->path));
 	wrong(b->host_header && (strlen(named) > 128 || !host_parse(named, whole, &whole)),
-		".host_header \"%s\": give a name or address of at most 128 characters, no "
-		"scheme or path",
-		named);
+		".host_header \"%s\": give a name or address of at most 128 characters, no scheme "
+		"or path", named);
 	wrong(b->weight > WEIGHT_MAX, ".weight = %u: at most %d", b->weight, WEIGHT_MAX);
 	wrong(b->tls != TLS_OFF && !tls_backends, ".tls: set tls_backends to 1");
 	wrong(b->tls == TLS_OFF && (b->sni || b->ca || b->cert || b->key), ".tls is missing, "
 		"without which .sni, .ca, .cert and .key say nothing: TLS_VERIFY?");
-	wrong(trusts && !b->ca, ".ca is missing: a PEM file, for TLS_VERIFY with its authorities, "
-		"for TLS_PIN with its certificate");
+	wrong((b->tls == TLS_VERIFY || b->tls == TLS_PIN) && !b->ca, ".ca is missing: a PEM file, "
+		"for TLS_VERIFY with its authorities, for TLS_PIN with its certificate");
 	wrong(b->tls == TLS_VERIFY && (!*sni || !backend_sni(b)), ".sni is missing: TLS_VERIFY "
 		"needs a name, the certificate's");
 	wrong(b->tls != TLS_OFF && strlen(sni) > 255, ".sni is longer than 255");
