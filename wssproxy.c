@@ -773,12 +773,12 @@ static const char *or_dash(const char *s)
  * its own that does not block; without /proc, see log_end. */
 static void log_open(void)
 {
-	const int tty = isatty(STDERR_FILENO), fd = tty ?
-		open("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) : -1;
+	const int fd = isatty(STDERR_FILENO) ?
+		open("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) : log_fd;
 
 	if (fd >= 0)
 		log_fd = fd;
-	else if (tty)
+	else
 		log_flags = fcntl(STDERR_FILENO, F_GETFL);
 	if (log_to != SYSLOG)
 		return;
@@ -1007,7 +1007,7 @@ typedef const char *pem_take(void *owner, const char *name, const unsigned char 
 static const char pem_other[] = "";
 
 /* Reads a text, which is lost: DER is shorter, and written over it. The decoder wants no CR, and a
- * final newline: text[len] is room for it. NULL, or what is wrong; none: if nothing is taken. */
+ * last newline, which editors forget: text[len] is room for it. NULL, what is wrong, or `none`. */
 static const char *pem_walk(pem_take *take, void *owner, char *text, size_t len, const char *none)
 {
 	struct text der = { .p = text, .size = len };
@@ -1333,11 +1333,10 @@ static int is_our_shortage(int error)
 		error == EADDRNOTAVAIL || error == ENOSPC;
 }
 
+/* What the kernel lacks we do without. */
 static void socket_option(int fd, int level, int name, unsigned value)
 {
-	int v = (int)value;
-
-	setsockopt(fd, level, name, &v, sizeof v);      /* what the kernel lacks we do without */
+	setsockopt(fd, level, name, &value, sizeof value);
 }
 
 /* How a peer that says nothing is found to be gone; idle_s = 0: not at all. */
@@ -1362,9 +1361,7 @@ static void socket_tune(int fd)
 /* Makes close send RST instead of FIN. */
 static void socket_abort(int fd)
 {
-	struct linger l = { .l_onoff = 1, .l_linger = 0 };
-
-	setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof l);
+	setsockopt(fd, SOL_SOCKET, SO_LINGER, &(struct linger){ 1, 0 }, sizeof(struct linger));
 }
 
 /* What has happened to a connection, 0: nothing. */
@@ -1680,9 +1677,8 @@ static struct filter_op loop_calls[] = {
 #ifdef SYS_clock_gettime64
 	ON(clock_gettime64, LET),
 #endif
-	ON(accept4, LET), ON(connect, LET), ON(close, LET), ON(shutdown, LET),
-	ON(getsockname, LET), ON(getsockopt, LET), ON(setsockopt, LET),
-	ON(getrandom, LET), ON(getpid, LET),
+	ON(accept4, LET), ON(connect, LET), ON(close, LET), ON(shutdown, LET), ON(getpid, LET),
+	ON(getsockname, LET), ON(getsockopt, LET), ON(setsockopt, LET), ON(getrandom, LET),
 	KILL_UNLESS(socket, 1, ~(SOCK_CLOEXEC | SOCK_NONBLOCK), SOCK_STREAM),
 	KILL_UNLESS(socket, 2, -1, 0),
 	LET_IF(socket, 0, -1, AF_INET), LET_IF(socket, 0, -1, AF_INET6),
@@ -6207,21 +6203,17 @@ static void sessions_turn(void)
 /* Signals come through a descriptor: none is lost between a look and the wait, or delayed. */
 static void signals_init(void)
 {
+	static const int taken[] = { SIGHUP, SIGTERM, SIGINT, SIGUSR1, SIGUSR2 };
 	sigset_t set;
 
 	sigemptyset(&set);
-	sigaddset(&set, SIGHUP);
-	sigaddset(&set, SIGTERM);
-	sigaddset(&set, SIGINT);
-	sigaddset(&set, SIGUSR1);
-	if (make_way)
-		sigaddset(&set, SIGUSR2);
+	for (unsigned i = 0; i < LENGTH(taken) - !make_way; i++)
+		sigaddset(&set, taken[i]);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGXFSZ, SIG_IGN);       /* a log that is as long as it may get */
 	signal(SIGCHLD, SIG_IGN);       /* the resolver's end is seen on its socket */
 	sigprocmask(SIG_BLOCK, &set, NULL);
-	fds[FD_SIGNAL].fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
-	if (fds[FD_SIGNAL].fd < 0)
+	if ((fds[FD_SIGNAL].fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC)) < 0)
 		die("signalfd: %s", strerror(errno));
 }
 
@@ -6793,8 +6785,7 @@ int main(int argc, char *argv[])
 	certs_say(keyring, NULL);
 	for (unsigned i = 0; i < LISTENERS; i++)
 		listener_open(i);
-	fds[FD_EPOLL].fd = epoll_create1(EPOLL_CLOEXEC);
-	if (fds[FD_EPOLL].fd < 0)
+	if ((fds[FD_EPOLL].fd = epoll_create1(EPOLL_CLOEXEC)) < 0)
 		die("epoll_create1: %s: a kernel with CONFIG_EPOLL is needed", strerror(errno));
 	become_do(chroot_dir);
 	become_warn();
