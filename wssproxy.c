@@ -134,12 +134,9 @@ enum {
 	LEAVE_LOOK = 32,        /* others looked at to find one that leaves at a drain */
 	WAY_MS = 5000,          /* until who makes way closes listeners that nobody took over */
 	LOG_LINE = 1024,
-	LISTENERS = LENGTH(listeners),
-	CERTS = LENGTH(certs),
-	BACKENDS = LENGTH(backends),
+	LISTENERS = LENGTH(listeners), CERTS = LENGTH(certs), BACKENDS = LENGTH(backends),
 	/* causes that BearSSL has no number for, and numbers that it has no cause for: faults[] */
-	FAULT_NOT_TLS = BR_ERR_IO,
-	FAULT_NOT_YET_VALID = BR_ERR_X509_TIME_UNKNOWN,
+	FAULT_NOT_TLS = BR_ERR_IO, FAULT_NOT_YET_VALID = BR_ERR_X509_TIME_UNKNOWN,
 	FAULT_PIN = BR_ERR_X509_NOT_TRUSTED + 1,
 };
 
@@ -1577,14 +1574,12 @@ static void become_do(const char *root)
 		die("config.h: chroot_dir \"%s\": %s", root, strerror(errno));
 	for (unsigned long i = 0; prctl(PR_CAPBSET_READ, i, 0, 0, 0) >= 0; i++)
 		prctl(PR_CAPBSET_DROP, i, 0, 0, 0);     /* others than root have none */
-	if (changes) {
-		if (syscall(ID_CALL(setgroups), 1, &become_gid) < 0 && errno != EPERM)
-			die("config.h: group: setgroups: %s", strerror(errno));
-		if (syscall(ID_CALL(setgid), become_gid) < 0)
-			die("config.h: group: setgid %u: %s", become_gid, strerror(errno));
-		if (syscall(ID_CALL(setuid), become_uid) < 0)
-			die("config.h: user: setuid %u: %s", become_uid, strerror(errno));
-	}
+	if (changes && syscall(ID_CALL(setgroups), 1, &become_gid) < 0 && errno != EPERM)
+		die("config.h: group: setgroups: %s", strerror(errno));
+	if (changes && syscall(ID_CALL(setgid), become_gid) < 0)
+		die("config.h: group: setgid %u: %s", become_gid, strerror(errno));
+	if (changes && syscall(ID_CALL(setuid), become_uid) < 0)
+		die("config.h: user: setuid %u: %s", become_uid, strerror(errno));
 	/* No capability in any set: ports are bound and keys are read. The ambient set follows the
 	 * permitted one. What a kernel without CONFIG_MULTIUSER can't do, it can't. */
 	if (syscall(SYS_capset, &header, none) < 0 && errno != ENOSYS)
