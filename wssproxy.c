@@ -1396,8 +1396,7 @@ static int listener_bind(const struct address *a, int dual)
 	if (fd < 0)
 		return -1;
 	socket_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
-	if (a->any.sa_family == AF_INET6)
-		socket_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, !dual);
+	socket_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, !dual);    /* IPv4 has no such option */
 	socket_tune(fd);
 	if (bind(fd, &a->any, sizeof *a) == 0 && listen(fd, SOMAXCONN) == 0)
 		return fd;
@@ -1609,12 +1608,11 @@ static void become_warn(void)
 
 /* ---- the system calls that the loop makes ----
  *
- * Once it runs it reads, writes, polls, connects, and opens files to read; a call that is not on
- * the list ends the process with SIGSYS, and the kernel's log names its number. A list is a program
- * of the kernel's packet filter over struct seccomp_data: number at 0, machine at 4, arguments from
- * 16, 64 bits each; written out, for a libc may come without the kernel's headers. Numbers are one
- * machine's, so that comes first, and x32 has its own. There are those for what both glibc and musl
- * make of our calls, the hot ones first. clock_gettime() is a call where there is no vDSO. */
+ * Once it runs, a call that is not on the list ends the process with SIGSYS; the kernel's log names
+ * its number. A list is a program of the kernel's packet filter over struct seccomp_data: number at
+ * 0, machine at 4, arguments from 16, 64 bits each; written out, for a libc may come without the
+ * kernel's headers. Numbers are one machine's, so that comes first, and x32 has its own. There are
+ * those for what glibc and musl make of our calls, hot ones first (clock_gettime: without vDSO). */
 
 #define FILTER_LITTLE (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0x40000000 : 0)
 #if defined(__x86_64__) && !defined(__ILP32__)
