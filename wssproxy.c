@@ -1199,7 +1199,7 @@ static const char *file_read(const char *path, size_t *len)
 {
 	const size_t room = sizeof file_text - 1;
 	const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-	ssize_t n = fd;
+	ssize_t n = fd;                 /* below 0: errno says why */
 
 	*len = 0;
 	while (n >= 0 && *len < room && (n = read(fd, file_text + *len, room - *len)) > 0)
@@ -6250,8 +6250,7 @@ static void stats(void)
 static void listener_close(unsigned i)
 {
 	close(fds[FD_LISTEN + i].fd);
-	if (fds[FD_DOOR + i].fd >= 0)
-		close(fds[FD_DOOR + i].fd);
+	close(fds[FD_DOOR + i].fd);
 	fds[FD_LISTEN + i].fd = fds[FD_DOOR + i].fd = -1;
 }
 
