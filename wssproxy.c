@@ -404,7 +404,6 @@ struct session {
 	struct note *note;
 	struct keyring *ring;   /* while a handshake is under way */
 	const struct identity *identity;        /* whose key has signed it; NULL: it was resumed */
-	const br_ssl_server_policy_class *policy;       /* of it, for the client */
 	struct link wait;       /* for buffers, a shelf, a handshake turn, or in runnable */
 	struct timer timer, stall, place;       /* the state's; see Q_STALL, Q_REDIAL; Q_YOUNG */
 	br_ssl_server_context tls;
@@ -3066,8 +3065,8 @@ static void source_release(struct source *o, const struct address *a)
 
 static unsigned char no_records[32];    /* what a resting engine's offsets are based on */
 
-/* The only place that writes private fields of BearSSL (verifier_early reads some): the record
- * buffers of an engine that stands at a record boundary hold nothing, so their bases can change. */
+/* The only place that writes private fields of BearSSL (policy_choose, verifier_early read some): the
+ * record buffers of an engine that stands at a record boundary hold nothing, so their bases change. */
 static void engine_lend(br_ssl_engine_context *eng, unsigned char *ibuf, unsigned char *obuf)
 {
 	eng->ibuf = ibuf;
@@ -3316,37 +3315,24 @@ static const br_hash_class *const hashes[] = {
 	[br_sha512_ID] = &br_sha512_vtable,
 };
 
-static int hash_choose(uint32_t offered)
-{
-	int id;
-
-	for (id = br_sha256_ID; id <= br_sha512_ID; id++)
-		if (offered >> id & 1)
-			return id;
-	return offered >> br_sha224_ID & 1 ? br_sha224_ID : br_sha1_ID;
-}
-
 /* Certificate and suite for a ClientHello: the first suite that one of the certificates serves that
- * fit its server name best. BearSSL offers those for whose kind of key there is a hash. */
+ * fit its server name best. BearSSL offers those for whose kind of key there is a hash, and goes on
+ * as if that certificate were all there is. */
 static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
-	struct session *s = OWNER(ctx, struct session, policy);
+	struct session *s = OWNER(cc, struct session, tls);
 	const char *name = br_ssl_engine_get_server_name(&cc->eng);
-	const int old = br_ssl_engine_get_version(&cc->eng) < BR_TLS12;
-	const uint32_t offered = br_ssl_server_get_client_hashes(cc);
-	size_t n, u;
+	size_t fits[CERTS], best = 1, n;
 	const br_suite_translated *suite = br_ssl_server_get_client_suites(cc, &n);
-	size_t fits[CERTS], best = 1;
-	int hash;
-	unsigned i;
 
-	for (i = 0; i < CERTS; i++) {
+	(void)ctx;
+	for (unsigned i = 0; i < CERTS; i++) {
 		fits[i] = name_fits(certs[i].name, name, strlen(name), 1);
 		best = fits[i] > best ? fits[i] : best;
 	}
-	for (u = 0; u < n; u++) {
-		for (i = 0; i < CERTS; i++) {
+	for (size_t u = 0; u < n; u++) {
+		for (unsigned i = 0; i < CERTS; i++) {
 			const struct identity *id = &s->ring->id[i];
 			const br_ec_private_key *ec = br_skey_decoder_get_ec(&id->key);
 
@@ -3354,40 +3340,23 @@ static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_se
 			    (ec ? BR_SSLKEYX_ECDHE_ECDSA : BR_SSLKEYX_ECDHE_RSA) ||
 			    (ec && !(br_ssl_server_get_client_curves(cc) >> ec->curve & 1)))
 				continue;
-			hash = old ? (ec ? br_sha1_ID : 0) :
-				hash_choose(ec ? offered >> 8 : offered);
 			s->identity = id;
-			*choices = (br_ssl_server_choices){ suite[u][0], 0xff00 + (unsigned)hash,
-				id->chain, id->chain_len };
-			return 1;
+			if (ec)
+				br_ssl_server_set_single_ec(&s->tls, id->chain, id->chain_len, ec,
+					BR_KEYTYPE_SIGN, 0, br_ec_get_default(),
+					br_ecdsa_sign_asn1_get_default());
+			else
+				br_ssl_server_set_single_rsa(&s->tls, id->chain, id->chain_len,
+					br_skey_decoder_get_rsa(&id->key), BR_KEYTYPE_SIGN, NULL,
+					br_rsa_pkcs1_sign_get_default());
+			return (*s->tls.policy_vtable)->choose(s->tls.policy_vtable, cc, choices);
 		}
 	}
 	return 0;
 }
 
-/* By what policy_choose has chosen. BearSSL's room is that of a key of 4096 bits. */
-static size_t policy_sign(const br_ssl_server_policy_class **ctx, unsigned algo_id,
-	unsigned char *data, size_t hv_len, size_t len)
-{
-	static const unsigned char *const oid[] = { NULL, NULL, BR_HASH_OID_SHA1,
-		BR_HASH_OID_SHA224, BR_HASH_OID_SHA256, BR_HASH_OID_SHA384, BR_HASH_OID_SHA512 };
-	const struct identity *id = OWNER(ctx, struct session, policy)->identity;
-	const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&id->key);
-	unsigned char hash[64];
-	unsigned h = algo_id & 0xff;
-
-	memcpy(hash, data, hv_len);
-	if (!rsa)
-		return br_ecdsa_sign_asn1_get_default()(br_ec_get_default(), hashes[h], hash,
-			br_skey_decoder_get_ec(&id->key), data);
-	len = (rsa->n_bitlen + 7) / 8;
-	return br_rsa_pkcs1_sign_get_default()(oid[h], hash, hv_len, rsa, data) ? len : 0;
-}
-
-/* No suite asks for a key exchange with the certificate's key. */
-static const br_ssl_server_policy_class policy_class = {
-	.choose = policy_choose, .do_sign = policy_sign,
-};
+static const br_ssl_server_policy_class policy_class = { .choose = policy_choose };
+static const br_ssl_server_policy_class *policy = &policy_class;
 
 /* Fills buf from the kernel's generator. 0: it has none. (No handler of a signal interrupts it.) */
 static int random_bytes(void *buf, size_t len, unsigned flags)
@@ -3896,8 +3865,7 @@ static int tls_start(struct session *s)
 	keyring->users++;
 	leg_start(l, &s->tls.eng, record_max);
 	cache_offer(s);
-	s->policy = &policy_class;
-	br_ssl_server_set_policy(&s->tls, &s->policy);
+	br_ssl_server_set_policy(&s->tls, &policy);
 	if (clients_asked()) {          /* it may have served another listener before */
 		br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + t->first,
 			t->count);
