@@ -301,7 +301,6 @@ struct verifier {
 		br_x509_minimal_context minimal;
 		struct {
 			br_x509_knownkey_context known; /* what of them counts: a key */
-			const br_x509_pkey *pinned;     /* that it must be; NULL: any */
 			br_x509_decoder_context decoder;
 		} first;
 	} u;
@@ -3667,28 +3666,15 @@ static void tls_ring_release(struct session *s)
 	s->ring = NULL;
 }
 
-/* Pinned or unverified backends: only the chain's first certificate counts, and of it the key.
- * Bytes behind its end, which crash BearSSL's decoder, are left out, and with them the others. */
+/* Unverified backends: only the chain's first certificate counts, and of it the key. Bytes behind
+ * its end, which crash BearSSL's decoder, are left out, and with them the others. */
 static void first_append(const br_x509_class **ctx, const unsigned char *buf, size_t len)
 {
 	struct verifier *v = OWNER(ctx, struct verifier, u.first.known.vtable);
-	br_x509_decoder_context *dc = &v->u.first.decoder;
 
 	v->begun = 1;
-	if (br_x509_decoder_last_error(dc) == BR_ERR_X509_TRUNCATED)
-		br_x509_decoder_push(dc, buf, len);
-}
-
-static int pkey_equal(const br_x509_pkey *a, const br_x509_pkey *b)
-{
-	if (a->key_type != b->key_type)
-		return 0;
-	if (a->key_type == BR_KEYTYPE_EC)
-		return a->key.ec.curve == b->key.ec.curve && a->key.ec.qlen == b->key.ec.qlen &&
-			memcmp(a->key.ec.q, b->key.ec.q, a->key.ec.qlen) == 0;
-	return a->key.rsa.nlen == b->key.rsa.nlen && a->key.rsa.elen == b->key.rsa.elen &&
-		memcmp(a->key.rsa.n, b->key.rsa.n, a->key.rsa.nlen) == 0 &&
-		memcmp(a->key.rsa.e, b->key.rsa.e, a->key.rsa.elen) == 0;
+	if (br_x509_decoder_last_error(&v->u.first.decoder) == BR_ERR_X509_TRUNCATED)
+		br_x509_decoder_push(&v->u.first.decoder, buf, len);
 }
 
 static unsigned first_end_chain(const br_x509_class **ctx)
@@ -3696,13 +3682,12 @@ static unsigned first_end_chain(const br_x509_class **ctx)
 	struct verifier *v = OWNER(ctx, struct verifier, u.first.known.vtable);
 	const br_x509_pkey *pk = br_x509_decoder_get_pkey(&v->u.first.decoder);
 
-	if (!pk)
-		return (unsigned)br_x509_decoder_last_error(&v->u.first.decoder);
-	v->u.first.known.pkey = *pk;
-	return !v->u.first.pinned || pkey_equal(pk, v->u.first.pinned) ? 0 : FAULT_PIN;
+	if (pk)
+		v->u.first.known.pkey = *pk;
+	return (unsigned)br_x509_decoder_last_error(&v->u.first.decoder);
 }
 
-/* Takes any chain whose first certificate has that key; NULL: any key. */
+/* Takes any chain of who signs with the pinned key, whatever it says; NULL: with its first one. */
 static void verifier_first(struct verifier *v, br_ssl_engine_context *eng,
 	const br_x509_pkey *pinned)
 {
@@ -3711,9 +3696,10 @@ static void verifier_first(struct verifier *v, br_ssl_engine_context *eng,
 	class = br_x509_knownkey_vtable;
 	class.append = first_append;
 	class.end_chain = first_end_chain;
-	v->u.first.known.vtable = &class;
+	v->u.first.known.vtable = pinned ? &br_x509_knownkey_vtable : &class;
+	if (pinned)
+		v->u.first.known.pkey = *pinned;
 	v->u.first.known.usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
-	v->u.first.pinned = pinned;
 	br_x509_decoder_init(&v->u.first.decoder, NULL, NULL);
 	br_ssl_engine_set_x509(eng, &v->u.first.known.vtable);
 }
@@ -3835,6 +3821,9 @@ static int leg_fault(const struct session *s, const struct leg *l)
 
 	if (error == BR_ERR_UNSUPPORTED_VERSION && l->buf && l->buf->ibuf[1] != 3)
 		return FAULT_NOT_TLS;
+	if (tls_backends && (error == BR_ERR_BAD_SIGNATURE || error == BR_ERR_WRONG_KEY_USAGE) &&
+	    l == &s->backend && backends[s->server].tls == TLS_PIN)
+		return FAULT_PIN;               /* another key has signed, or is of another kind */
 	return error == BR_ERR_X509_EXPIRED && s->shelf && verifier_early(&s->shelf->verifier) ?
 		FAULT_NOT_YET_VALID : error;
 }

@@ -161,8 +161,9 @@ static const struct test tests[] = {
 	TEST(tls_stuck),
 	TEST(tls_ended_amid_message),
 	TEST(tls_answer_cut),
+	TEST(unverified),
 	TEST(pinned),
-	TEST(pinned_longer),
+	TEST(unverified_longer),
 	TEST(chain_long),
 	TEST(cbc_odd),
 };
