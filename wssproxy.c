@@ -1848,9 +1848,7 @@ static const struct {
 
 static unsigned name_find(const char *buf, struct span s)
 {
-	unsigned k;
-
-	for (k = 1; k < LENGTH(field_names); k++) {
+	for (unsigned k = 1; k < LENGTH(field_names); k++) {
 		const char *text = field_names[k].text, *p = buf + s.at;
 		size_t i = 0;
 
@@ -1883,20 +1881,18 @@ static enum why request_line_parse(struct head *h, const char *buf, size_t end)
 	const size_t method = word_end(buf, 0, end, in_token);
 	const char *space = method < end && buf[method] == ' ' ?
 		memchr(buf + method + 1, ' ', end - method - 1) : NULL;
-	const char *version;
-	size_t i, stop;
 
 	if (!space || method == 0)
 		return WHY_REQUEST_LINE;
-	version = space + 1;
-	stop = (size_t)(space - buf);
+	const char *version = space + 1;
+	const size_t stop = (size_t)(space - buf);
 	h->part[0] = span_of(0, method);
 	h->part[1] = span_of(method + 1, stop);
 	h->part[2] = span_of(stop + 1, end);
 	if (h->part[1].len == 0 || h->part[2].len != 8 || memcmp(version, "HTTP/", 5) != 0 ||
 	    !is_digit(version[5]) || version[6] != '.' || !is_digit(version[7]))
 		return WHY_REQUEST_LINE;
-	for (i = method + 1; i < stop; i++)
+	for (size_t i = method + 1; i < stop; i++)
 		if ((unsigned char)buf[i] <= ' ' || (unsigned char)buf[i] >= 0x7f || buf[i] == '#')
 			return WHY_TARGET;
 	return memcmp(version + 5, "1.1", 3) == 0 ? WHY_NONE : WHY_HTTP_VERSION;
@@ -1924,7 +1920,6 @@ static enum why head_parse(struct head *h, const char *buf, size_t len,
 		len = head_max;
 	for (;;) {
 		const char *lf = memchr(buf + h->scanned, '\n', len - h->scanned);
-		size_t end;
 		enum why why;
 
 		if (!lf) {
@@ -1932,7 +1927,7 @@ static enum why head_parse(struct head *h, const char *buf, size_t len,
 			return len < head_max ? WHY_MORE :
 				h->at == 0 ? WHY_LONG_TARGET : WHY_LARGE_HEAD;
 		}
-		end = (size_t)(lf - buf);
+		const size_t end = (size_t)(lf - buf);
 		if (end == h->at || buf[end - 1] != '\r')
 			return h->at == 0 ? WHY_REQUEST_LINE : WHY_FIELD;
 		if (h->at == 0) {
@@ -1981,11 +1976,9 @@ struct facts {
 /* Connection lists that name. */
 static void option_read(struct facts *f, struct head *h, const char *buf, struct span option)
 {
-	unsigned i;
-
 	f->upgrade |= span_is(buf, option, "upgrade");
 	f->close |= span_is(buf, option, "close");
-	for (i = 0; i < h->nfields; i++) {
+	for (unsigned i = 0; i < h->nfields; i++) {
 		struct field *field = &h->field[i];
 
 		field->dropped |= !(field_names[field->is].flags & KEPT) &&
@@ -1996,17 +1989,17 @@ static void option_read(struct facts *f, struct head *h, const char *buf, struct
 
 static void facts_read(struct facts *f, struct head *h, const char *buf)
 {
-	unsigned i, k;
 	uint64_t n;
 
 	memset(f, 0, sizeof *f);
-	for (i = 0; i < h->nfields; i++) {
+	for (unsigned i = 0; i < h->nfields; i++) {
 		const unsigned is = h->field[i].is;
 		const struct span value = h->field[i].value;
 		struct span rest = value, s;
 
 		if (is == NAME_CONNECTION) {
-			for (f->options++, k = 0; k < value.len; k++)
+			f->options++;
+			for (unsigned k = 0; k < value.len; k++)
 				f->options += buf[value.at + k] == ',';
 			while (f->options <= OPTIONS_MAX && list_next(buf, &rest, &s))
 				option_read(f, h, buf, s);
@@ -2055,27 +2048,23 @@ static enum why target_parse(struct request *r, const char *buf)
 {
 	static const char *const schemes[] = { "http://", "https://", "ws://", "wss://" };
 	const struct span t = r->head.part[1];
-	const size_t end = t.at + t.len;
-	struct span host;
-	size_t i, at;
+	unsigned k = 0;
 
 	r->target = t;
 	if (buf[t.at] == '/')
 		return WHY_NONE;
 	if (t.len == 1 && buf[t.at] == '*')
 		return span_is(buf, r->head.part[0], "options") ? WHY_NONE : WHY_TARGET;
-	for (i = 0; strncasecmp(buf + t.at, schemes[i], strlen(schemes[i])) != 0; i++)
-		if (i + 1 == LENGTH(schemes))
+	while (strncasecmp(buf + t.at, schemes[k], strlen(schemes[k])) != 0)
+		if (++k == LENGTH(schemes))
 			return WHY_TARGET;
-	at = t.at + strlen(schemes[i]);
-	for (i = at; i < end && buf[i] != '/' && buf[i] != '?'; i++)
-		;
-	host = span_of(at, i);
+	const size_t at = t.at + strlen(schemes[k]), end = at + strcspn(buf + at, "/? ");
+	const struct span host = span_of(at, end);
 	if (!host_parse(buf, host, &r->name))
 		return WHY_TARGET;
 	r->host = host;
-	r->target = span_of(i, end);
-	for (i = 0; i < r->head.nfields; i++)
+	r->target = span_of(end, (size_t)t.at + t.len);
+	for (unsigned i = 0; i < r->head.nfields; i++)
 		if (r->head.field[i].is == NAME_HOST)
 			r->head.field[i].value = host;
 	return WHY_NONE;
@@ -2123,9 +2112,8 @@ static int origin_allowed(const char *buf, const struct facts *f, struct span ho
 	const struct span origin = f->value[NAME_ORIGIN];
 	const unsigned count = f->count[NAME_ORIGIN];
 	const char *o;
-	unsigned i;
 
-	for (i = 0; i < LENGTH(origins) && (o = origins[i]) != NULL; i++) {
+	for (unsigned i = 0; i < LENGTH(origins) && (o = origins[i]) != NULL; i++) {
 		if (strcmp(o, "none") == 0 ? count == 0 : count == 1 && (strcmp(o, "same") == 0 ?
 		    origin_same(buf, origin, host) : origin.len == strlen(o) &&
 		    memcmp(o, buf + origin.at, origin.len) == 0))
@@ -2221,14 +2209,11 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
  * Connection lists, a Content-Length said again, and those that have one of some flags. */
 static void text_fields(struct text *t, const struct head *h, const char *buf, int without)
 {
-	unsigned i;
-
-	for (i = 0; i < h->nfields; i++) {
+	for (unsigned i = 0; i < h->nfields; i++) {
 		const struct field *f = &h->field[i];
 
-		if (f->dropped || (field_names[f->is].flags & without))
-			continue;
-		text_format(t, "%.*s: %.*s\r\n", SPAN(buf, f->name), SPAN(buf, f->value));
+		if (!f->dropped && !(field_names[f->is].flags & without))
+			text_format(t, "%.*s: %.*s\r\n", SPAN(buf, f->name), SPAN(buf, f->value));
 	}
 }
 
@@ -2291,13 +2276,12 @@ static void accept_key(const char *key, char out[29])
 		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 	unsigned char hash[br_sha1_SIZE + 1] = { 0 };   /* the last digit takes bits of this 0 */
 	br_sha1_context c;
-	unsigned bit;
 
 	br_sha1_init(&c);
 	br_sha1_update(&c, key, 24);
 	br_sha1_update(&c, "258EAFA5-E914-47DA-95CA-C5AB0DC85B11", 36);
 	br_sha1_out(&c, hash);
-	for (bit = 0; bit < 8 * br_sha1_SIZE; bit += 6)
+	for (unsigned bit = 0; bit < 8 * br_sha1_SIZE; bit += 6)
 		*out++ = digit[(hash[bit / 8] << 8 | hash[bit / 8 + 1]) >> (10 - bit % 8) & 63];
 	memcpy(out, "=", 2);
 }
@@ -2383,7 +2367,6 @@ static unsigned flow_header(const struct flow *f, unsigned masked)
 static int flow_byte(struct flow *f, unsigned masked, unsigned char b)
 {
 	const unsigned at = f->seen++, op = b & 15;
-	unsigned key;
 
 	if (at == 0) {
 		f->first = b;
@@ -2395,7 +2378,7 @@ static int flow_byte(struct flow *f, unsigned masked, unsigned char b)
 		return b >> 7 == masked && (!(f->first & 8) || f->size < 126) &&
 			((f->first & 15) != 8 || f->size != 1); /* half a code */
 	}
-	key = flow_header(f, 0);
+	const unsigned key = flow_header(f, 0);
 	if (at < key) {
 		f->left = f->left << 8 | b;
 		return at + 1 < key || (f->left >> 63 == 0 && f->left >= (key == 4 ? 126 : 65536));
