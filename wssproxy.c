@@ -1790,19 +1790,17 @@ static int span_is(const char *buf, struct span s, const char *word)
 /* Takes the next element, trimmed and not empty, off a list (RFC 9110 5.6.1). 0: no more. */
 static int list_next(const char *buf, struct span *list, struct span *out)
 {
-	while (list->len > 0) {
-		const size_t at = list->at, end = at + list->len;
-		const char *comma = memchr(buf + at, ',', list->len);
-		const size_t stop = comma ? (size_t)(comma - buf) : end;
-		const struct span s = span_trimmed(buf, at, stop);
+	const size_t end = (size_t)list->at + list->len;
+	size_t at = list->at, stop;
 
-		*list = span_of(comma ? stop + 1 : end, end);
-		if (s.len > 0) {
-			*out = s;
-			return 1;
-		}
-	}
-	return 0;
+	while (at < end && (buf[at] == ',' || buf[at] == ' ' || buf[at] == '\t'))
+		at++;
+	for (stop = at; stop < end && buf[stop] != ','; stop++)
+		;
+	*list = span_of(stop, end);
+	if (at < stop)
+		*out = span_trimmed(buf, at, stop);
+	return at < stop;
 }
 
 /* Fields that mean something here, and what becomes of them when a head is passed on. */
@@ -2007,17 +2005,15 @@ static void facts_read(struct facts *f, struct head *h, const char *buf)
 			while (list_next(buf, &rest, &s))
 				f->websocket |= span_is(buf, s, "websocket");
 		} else if (is == NAME_LENGTH) {
-			if (!number_parse(buf + value.at, value.len, &n) ||
-			    (f->count[is] > 0 && n != f->length))
-				f->bad_framing = 1;
+			f->bad_framing |= !number_parse(buf + value.at, value.len, &n) ||
+				(f->count[is] > 0 && n != f->length);
 			f->length = n;
 			h->field[i].dropped = f->count[is] > 0;
 		}
 		f->value[is] = value;
 		f->count[is]++;
 	}
-	if (f->count[NAME_LENGTH] > 0 && f->count[NAME_CODING] > 0)
-		f->bad_framing = 1;
+	f->bad_framing |= f->count[NAME_LENGTH] > 0 && f->count[NAME_CODING] > 0;
 }
 
 /* Host or authority: uri-host [ ":" port ] (RFC 9110 7.2, RFC 3986 3.2.2), the host not empty: that
@@ -2027,10 +2023,9 @@ static int host_parse(const char *buf, struct span s, struct span *name)
 	size_t i = s.at, end = i + s.len;
 
 	if (s.len > 0 && buf[i] == '[') {
-		do
-			i++;
-		while (i < end && (isxdigit((unsigned char)buf[i]) || buf[i] == ':' ||
-		    buf[i] == '.'));
+		while (++i < end && (isxdigit((unsigned char)buf[i]) || buf[i] == ':' ||
+		    buf[i] == '.'))
+			;
 		if (i == s.at + 1u || i == end || buf[i++] != ']')
 			return 0;
 	} else if ((i = word_end(buf, i, end, "-._~!$&'()*+,;=%")) == s.at) {
@@ -2139,14 +2134,13 @@ static enum why upgrade_check(struct request *r, const char *buf, const struct f
 
 static enum why request_check(struct request *r, const char *buf)
 {
-	struct head *h = &r->head;
 	struct facts f;
 	enum why why;
 
-	facts_read(&f, h, buf);
+	facts_read(&f, &r->head, buf);
 	r->host = f.value[NAME_HOST];
 	r->origin = f.value[NAME_ORIGIN];
-	if (h->part[0].len == 7 && memcmp(buf, "CONNECT", 7) == 0)
+	if (memcmp(buf, "CONNECT ", 8) == 0)
 		return WHY_METHOD;
 	if (f.count[NAME_HOST] != 1 || !host_parse(buf, r->host, &r->name))
 		return WHY_HOST;
@@ -2158,12 +2152,10 @@ static enum why request_check(struct request *r, const char *buf)
 		return WHY_FRAMING;
 	r->length = f.length;
 	r->close = f.close;
-	if (f.upgrade && f.websocket && h->part[0].len == 3 && memcmp(buf, "GET", 3) == 0)
+	if (f.upgrade && f.websocket && memcmp(buf, "GET ", 4) == 0)
 		return upgrade_check(r, buf, &f);
-	if (f.count[NAME_CODING] == 0)
-		return WHY_NONE;
 	r->chunked = f.count[NAME_CODING] == 1 && span_is(buf, f.value[NAME_CODING], "chunked");
-	return r->chunked ? WHY_NONE : WHY_CODING;
+	return r->chunked || f.count[NAME_CODING] == 0 ? WHY_NONE : WHY_CODING;
 }
 
 static enum why response_check(struct response *r, const char *buf, int upgrade, int head,
@@ -2181,12 +2173,10 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
 		r->framing = BODY_TUNNEL;
 		if (!upgrade || buf[7] != '1')
 			return WHY_BAD_RESPONSE;
-		if (!f.upgrade || !f.websocket)
-			return WHY_BAD_ACCEPT;
-		if (check_accept && (f.count[NAME_ACCEPT] != 1 || f.value[NAME_ACCEPT].len != 28 ||
-		    memcmp(buf + f.value[NAME_ACCEPT].at, accept, 28) != 0))
-			return WHY_BAD_ACCEPT;
-		return WHY_NONE;
+		return f.upgrade && f.websocket && (!check_accept || (f.count[NAME_ACCEPT] == 1 &&
+			f.value[NAME_ACCEPT].len == 28 &&
+			memcmp(buf + f.value[NAME_ACCEPT].at, accept, 28) == 0)) ?
+			WHY_NONE : WHY_BAD_ACCEPT;
 	}
 	if (r->status < 200 || r->status == 204 || r->status == 304 || head) {
 		r->framing = BODY_LENGTH;
@@ -2217,20 +2207,6 @@ static void text_fields(struct text *t, const struct head *h, const char *buf, i
 	}
 }
 
-static void render_forwarded(struct text *t, const struct head *h, const char *buf,
-	const struct forwarded *f)
-{
-	unsigned i;
-
-	text_string(t, "X-Forwarded-For: ");
-	for (i = 0; i < h->nfields && x_forwarded_for == APPEND; i++)
-		if (h->field[i].value.len > 0 &&
-		    span_is(buf, h->field[i].name, "x-forwarded-for"))
-			text_format(t, "%.*s, ", SPAN(buf, h->field[i].value));
-	text_format(t, "%s\r\nX-Forwarded-Proto: %s\r\nX-Real-IP: %s\r\n", f->client, f->proto,
-		f->client);
-}
-
 static size_t request_render(const struct request *r, const char *buf, const struct forwarded *f,
 	char *out, size_t size)
 {
@@ -2246,7 +2222,14 @@ static size_t request_render(const struct request *r, const char *buf, const str
 	text_fields(&t, h, buf, HOP | OURS | (x_forwarded_for == OFF ? 0 : PEER) |
 		(f->renamed ? SITE : 0));
 	if (x_forwarded_for != OFF)
-		render_forwarded(&t, h, buf, f);
+		text_string(&t, "X-Forwarded-For: ");
+	for (unsigned i = 0; i < h->nfields && x_forwarded_for == APPEND; i++)
+		if (h->field[i].value.len > 0 &&
+		    span_is(buf, h->field[i].name, "x-forwarded-for"))
+			text_format(&t, "%.*s, ", SPAN(buf, h->field[i].value));
+	if (x_forwarded_for != OFF)
+		text_format(&t, "%s\r\nX-Forwarded-Proto: %s\r\nX-Real-IP: %s\r\n", f->client,
+			f->proto, f->client);
 	if (f->subject && *f->subject)
 		text_format(&t, "X-SSL-Client-CN: %s\r\n", f->subject);
 	text_string(&t, r->upgrade ? "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" :
@@ -2397,19 +2380,6 @@ static void flow_payload(struct flow *f, const unsigned char *p, size_t len)
 		f->code = (uint16_t)(f->code << 8 | (*p++ ^ f->mask[at]));
 }
 
-static void flow_ended(struct flow *f)
-{
-	const unsigned op = f->first & 15;
-
-	f->seen = 0;
-	f->frames_of_data += op < 3;
-	if (op < 3)
-		f->amid = !(f->first & 0x80);
-	f->over = op == 8;
-	if (f->over && f->size == 0)
-		f->code = 1005;
-}
-
 static size_t flow_scan(struct flow *f, unsigned masked, const unsigned char *p, size_t len)
 {
 	size_t i = 0, end = 0;
@@ -2425,7 +2395,13 @@ static size_t flow_scan(struct flow *f, unsigned masked, const unsigned char *p,
 			i += n;
 		}
 		if (!f->over && f->left == 0 && f->seen == flow_header(f, masked)) {
-			flow_ended(f);
+			const unsigned op = f->first & 15;
+
+			f->seen = 0;
+			f->frames_of_data += op < 3;
+			f->amid = op < 3 ? !(f->first & 0x80) : f->amid;
+			f->over = op == 8;
+			f->code = op == 8 && f->size == 0 ? 1005 : f->code;
 			end = i;
 		}
 	}
@@ -3047,8 +3023,8 @@ static void source_release(struct source *o, const struct address *a)
 
 static unsigned char no_records[32];    /* what a resting engine's offsets are based on */
 
-/* The only place that writes private fields of BearSSL (policy_choose, verifier_early read some): the
- * record buffers of an engine that stands at a record boundary hold nothing, so their bases change. */
+/* The only place that writes private fields of BearSSL (policy_choose and verifier_early read some):
+ * the record buffers of an engine at a record boundary hold nothing, so their bases can change. */
 static void engine_lend(br_ssl_engine_context *eng, unsigned char *ibuf, unsigned char *obuf)
 {
 	eng->ibuf = ibuf;
