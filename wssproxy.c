@@ -2418,9 +2418,8 @@ static int flow_between(const struct flow *f)
 static int round_robin_pick(const unsigned *weight, int *current, unsigned n, uint64_t allowed)
 {
 	int best = -1, total = 0;
-	unsigned i;
 
-	for (i = 0; i < n; i++) {
+	for (unsigned i = 0; i < n; i++) {
 		if (!(allowed >> i & 1))
 			continue;
 		current[i] += (int)weight[i];
@@ -2441,13 +2440,12 @@ static int rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned 
 	unsigned char key[16] = { 0 };
 	uint64_t client, top = 0;
 	int best = -1;
-	unsigned i, w;
 
 	address_prefix(key, address, bits);
 	client = hash_bytes(bits, key, sizeof key);
-	for (i = 0; i < n; i++) {
-		for (w = 0; w < weight[i] && (allowed >> i & 1); w++) {
-			uint64_t ticket = hash_mix(client ^ hash_mix(hash_mix(id[i]) + w));
+	for (unsigned i = 0; i < n; i++) {
+		for (unsigned w = 0; w < weight[i] && (allowed >> i & 1); w++) {
+			const uint64_t ticket = hash_mix(client ^ hash_mix(hash_mix(id[i]) + w));
 
 			if (best < 0 || ticket > top) {
 				best = (int)i;
@@ -2465,19 +2463,16 @@ static int rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned 
  * 6066 3 has none. */
 static size_t name_fits(const char *pattern, const char *name, size_t len, int label)
 {
-	size_t n, front;
-	int wild;
-
 	if (!pattern)
 		return 1;
-	wild = pattern[0] == '*' && pattern[1] == '.';
+	const int wild = pattern[0] == '*' && pattern[1] == '.';
 	pattern += wild;
 	len -= len > 0 && name[len - 1] == '.';
-	n = strlen(pattern);
+	size_t n = strlen(pattern);
 	n -= n > 0 && pattern[n - 1] == '.';
 	if (n > len)
 		return 0;
-	front = len - n;
+	const size_t front = len - n;
 	if ((front > 0) != wild || (label && memchr(name, '.', front)))
 		return 0;
 	return strncasecmp(pattern, name + front, n) == 0 ? 1 + n : 0;
@@ -2522,11 +2517,11 @@ static enum why servers_for(const char *host, size_t host_len, const char *targe
 static uint64_t servers_least(uint64_t set)
 {
 	uint64_t least = 0;
-	unsigned i, best = 0;
+	unsigned best = 0;
 
-	for (i = 0; i < BACKENDS; i++) {
-		uint64_t mine = (uint64_t)servers[i].active * weights[best];
-		uint64_t top = (uint64_t)servers[best].active * weights[i];
+	for (unsigned i = 0; i < BACKENDS; i++) {
+		const uint64_t mine = (uint64_t)servers[i].active * weights[best];
+		const uint64_t top = (uint64_t)servers[best].active * weights[i];
 
 		if (!(set >> i & 1) || (least && mine > top))
 			continue;
@@ -2549,17 +2544,17 @@ static int peer_pick(const struct session *s, const uint64_t *id, const unsigned
 static unsigned address_pick(const struct session *s, struct server *v)
 {
 	uint64_t id[ADDRESSES_MAX];
-	unsigned ones[ADDRESSES_MAX], i;
+	unsigned ones[ADDRESSES_MAX];
 
 	if (balance != IP_HASH && balance != STICKY_COOKIE)
 		return v->turn++ % v->addresses;
-	for (i = 0; i < v->addresses; i++) {
+	for (unsigned i = 0; i < v->addresses; i++) {
 		const struct address *a = &v->address[i];
 
 		id[i] = hash_bytes(0, address_ip(a), a->any.sa_family == AF_INET ? 4 : 16);
 		ones[i] = 1;
 	}
-	return (unsigned)peer_pick(s, id, ones, i, UINT64_MAX);
+	return (unsigned)peer_pick(s, id, ones, v->addresses, UINT64_MAX);
 }
 
 enum { PICK_NONE = -1, PICK_FULL = -2, PICK_WAIT = -3 };
@@ -2569,11 +2564,10 @@ static int server_pick(const struct session *s)
 {
 	uint64_t tier[3] = { 0, 0, 0 };
 	int full = 0, pending = 0;
-	unsigned i;
 
-	for (i = 0; i < BACKENDS; i++) {
+	for (unsigned i = 0; i < BACKENDS; i++) {
 		const struct server *v = &servers[i];
-		uint64_t bit = (uint64_t)1 << i;
+		const uint64_t bit = (uint64_t)1 << i;
 
 		if (!(s->group & ~s->tried & bit))
 			continue;
@@ -2586,14 +2580,13 @@ static int server_pick(const struct session *s)
 	}
 	if (s->sticky >= 0 && (tier[0] | tier[1]) >> s->sticky & 1)
 		return s->sticky;
-	for (i = 0; i < LENGTH(tier); i++) {
-		if (tier[i] && balance == IP_HASH)
-			return peer_pick(s, server_ids, weights, BACKENDS, tier[i]);
-		if (tier[i])
-			return round_robin_pick(weights, currents, BACKENDS,
-				balance == LEAST_CONN ? servers_least(tier[i]) : tier[i]);
-	}
-	return pending ? PICK_WAIT : full ? PICK_FULL : PICK_NONE;
+	const uint64_t set = tier[0] ? tier[0] : tier[1] ? tier[1] : tier[2];
+	if (set == 0)
+		return pending ? PICK_WAIT : full ? PICK_FULL : PICK_NONE;
+	if (balance == IP_HASH)
+		return peer_pick(s, server_ids, weights, BACKENDS, set);
+	return round_robin_pick(weights, currents, BACKENDS,
+		balance == LEAST_CONN ? servers_least(set) : set);
 }
 
 /* A connection stands: the backend is no longer aside. */
@@ -2775,9 +2768,7 @@ static void check_good(struct server *v, struct pollfd *p)
 
 static void checks_poll(void)
 {
-	unsigned i;
-
-	for (i = 0; i < BACKENDS; i++) {
+	for (unsigned i = 0; i < BACKENDS; i++) {
 		struct pollfd *p = &fds[FD_CHECK + i];
 		const int error = p->revents ? socket_error(p->fd) : 0;
 
@@ -2828,16 +2819,16 @@ static void resolver_child(int fd)
 
 static void resolver_start(void)
 {
+	unsigned i = 0;
 	int pair[2];
-	unsigned i;
-	pid_t pid;
 
-	for (i = 0; !servers[i].by_name; i++)
-		if (i + 1 == BACKENDS)
+	while (!servers[i].by_name)
+		if (++i == BACKENDS)
 			return;
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
 		die("resolver: socketpair: %s", strerror(errno));
-	if ((pid = fork()) < 0)
+	const pid_t pid = fork();
+	if (pid < 0)
 		die("resolver: fork: %s", strerror(errno));
 	if (pid == 0) {
 		close(pair[0]);
@@ -2883,11 +2874,9 @@ static void resolver_end(void)
 /* Whether an answer is one: the resolver reads what comes from outside, so it is not trusted. */
 static int resolved_valid(const struct resolved *r)
 {
-	unsigned i;
-
 	if (r->index >= BACKENDS || !servers[r->index].by_name || r->count > ADDRESSES_MAX)
 		return 0;
-	for (i = 0; i < r->count; i++)
+	for (unsigned i = 0; i < r->count; i++)
 		if (r->address[i].any.sa_family != AF_INET &&
 		    r->address[i].any.sa_family != AF_INET6)
 			return 0;
@@ -2922,46 +2911,33 @@ static void cookie_make(struct server *v)
 	struct text t = { .p = v->cookie, .size = sizeof v->cookie - 1 };
 	br_sha256_context c;
 	unsigned char hash[br_sha256_SIZE];
-	unsigned i;
 
 	br_sha256_init(&c);
 	br_sha256_update(&c, cookie_secret, sizeof cookie_secret);
 	br_sha256_update(&c, v->name, strlen(v->name));
 	br_sha256_out(&c, hash);
 	text_format(&t, "%s=", cookie_name);
-	for (i = 0; i < 8; i++)
+	for (unsigned i = 0; i < 8; i++)
 		text_format(&t, "%02x", hash[i]);
 }
 
-/* Host and port of a backend: a socket's path, an address, or a name. */
-static void server_place(unsigned i)
-{
-	const struct backend *b = &backends[i];
-	struct server *v = &servers[i];
-
-	if (is_unix(b)) {
-		v->address[0].any.sa_family = AF_UNIX;
-		v->addresses = 1;
-		string_format(v->name, sizeof v->name, "%s", b->host);
-		return;
-	}
-	v->addresses = (uint8_t)address_parse(&v->address[0], b->host, b->port);
-	v->by_name = !v->addresses;
-	string_format(v->name, sizeof v->name, strchr(b->host, ':') ? "[%s]:%s" : "%s:%s", b->host,
-		b->port);
-}
-
+/* A backend's host is a socket's path, an address, or a name. */
 static void servers_init(void)
 {
-	unsigned i;
-
-	for (i = 0; i < BACKENDS; i++) {
+	for (unsigned i = 0; i < BACKENDS; i++) {
+		const struct backend *b = &backends[i];
 		struct server *v = &servers[i];
+		const int local = is_unix(b);
 
 		if (check_ms > 0)
 			link_append(&queues[Q_CHECK].list, &v->check.link);     /* due at once */
-		weights[i] = backends[i].weight ? backends[i].weight : 1;
-		server_place(i);
+		weights[i] = b->weight ? b->weight : 1;
+		v->addresses = local || address_parse(&v->address[0], b->host, b->port);
+		v->by_name = !v->addresses;
+		if (local)
+			v->address[0].any.sa_family = AF_UNIX;
+		string_format(v->name, sizeof v->name, local ? "%s%s" : strchr(b->host, ':') ?
+			"[%s]:%s" : "%s:%s", b->host, local ? "" : b->port);
 		server_ids[i] = hash_bytes(0, v->name, strlen(v->name));
 		cookie_make(v);
 	}
@@ -3023,7 +2999,7 @@ static void source_release(struct source *o, const struct address *a)
 
 static unsigned char no_records[32];    /* what a resting engine's offsets are based on */
 
-/* The only place that writes private fields of BearSSL (policy_choose and verifier_early read some):
+/* The only place that writes private fields of BearSSL (policy_choose, verifier_early read some):
  * the record buffers of an engine at a record boundary hold nothing, so their bases can change. */
 static void engine_lend(br_ssl_engine_context *eng, unsigned char *ibuf, unsigned char *obuf)
 {
