@@ -3220,9 +3220,7 @@ static const struct {
 /* Index in suite_names, -1: none that we serve. */
 static int suite_find(unsigned id)
 {
-	unsigned i;
-
-	for (i = 0; i < LENGTH(suite_names); i++)
+	for (unsigned i = 0; i < LENGTH(suite_names); i++)
 		if (suite_names[i].id == id)
 			return (int)i;
 	return -1;
@@ -3231,12 +3229,11 @@ static int suite_find(unsigned id)
 /* ciphers[] for this CPU: without instructions for AES, ChaCha20 is faster in constant time. */
 static void suites_init(void)
 {
-	int aes = br_aes_x86ni_ctr_get_vtable() != NULL || br_aes_pwr8_ctr_get_vtable() != NULL;
-	unsigned i, n = 0;
-	int pass;
+	const int aes = br_aes_x86ni_ctr_get_vtable() || br_aes_pwr8_ctr_get_vtable();
+	unsigned n = 0;
 
-	for (pass = 0; pass < 2; pass++)
-		for (i = 0; i < LENGTH(ciphers); i++)
+	for (int pass = 0; pass < 2; pass++)
+		for (unsigned i = 0; i < LENGTH(ciphers); i++)
 			if (pass == (ciphers_by_cpu &&
 			    suite_names[suite_find(ciphers[i])].chacha == aes))
 				suites[n++] = ciphers[i];
@@ -3358,18 +3355,18 @@ static struct bytes vector_take(struct bytes *from, size_t size)
 static int hello_extension(size_t type, struct bytes v, struct bytes *name)
 {
 	const size_t len = strlen(protocols[0]);
-	struct bytes list, protocol;
 	int good = 0;
 
 	if (type != 0 && type != 16)
 		return 1;
-	list = vector_take(&v, 2);
+	struct bytes list = vector_take(&v, 2);
 	if (type == 0) {
 		good = name->p == name->end && number_take(&list, 1) == 0;
 		*name = vector_take(&list, 2);
 	}
 	while (type == 16 && list.p < list.end) {
-		protocol = vector_take(&list, 1);
+		const struct bytes protocol = vector_take(&list, 1);
+
 		good |= (size_t)(protocol.end - protocol.p) == len &&
 			memcmp(protocol.p, protocols[0], len) == 0;
 	}
@@ -3385,21 +3382,21 @@ static int hello_extension(size_t type, struct bytes v, struct bytes *name)
 static int hello_read(struct bytes b, struct bytes *name)
 {
 	const size_t content = number_take(&b, 3) >> 16;
-	struct bytes record = vector_take(&b, 2), hello, list;
+	struct bytes record = vector_take(&b, 2);
 	const size_t message = number_take(&record, 1);
-	size_t type;
+	struct bytes hello = vector_take(&record, 3);
 
 	*name = (struct bytes){ b.end, b.end };
-	hello = vector_take(&record, 3);
 	if (content != 22 || message != 1 || !record.p || record.p != record.end)
 		return 0;
 	bytes_take(&hello, 2 + 32);                     /* version, random */
 	vector_take(&hello, 1);                         /* session ID */
 	vector_take(&hello, 2);                         /* cipher suites */
 	vector_take(&hello, 1);                         /* compression methods */
-	list = hello.p < hello.end ? vector_take(&hello, 2) : hello;
+	struct bytes list = hello.p < hello.end ? vector_take(&hello, 2) : hello;
 	while (list.p < list.end) {
-		type = number_take(&list, 2);
+		const size_t type = number_take(&list, 2);
+
 		if (!hello_extension(type, vector_take(&list, 2), name))
 			return 0;
 	}
@@ -3431,11 +3428,9 @@ static void cache_save(const br_ssl_session_cache_class **ctx, br_ssl_server_con
 static int cache_load(const br_ssl_session_cache_class **ctx, br_ssl_server_context *cc,
 	br_ssl_session_parameters *params)
 {
-	int found;
-
 	(void)ctx;
 	cache_key(cc, params);
-	found = cache.vtable->load(&cache.vtable, cc, params);
+	const int found = cache.vtable->load(&cache.vtable, cc, params);
 	cache_key(cc, params);
 	return found;
 }
@@ -3450,36 +3445,29 @@ static int client_asked(const struct session *s)
 	return clients_asked() && listener_ca(s->listener) != NULL;
 }
 
-/* br_ssl_engine_set_default_chapol() without the second Poly1305 that 64-bit machines have no use
- * for, 2 KB. */
-static void chapol_set(br_ssl_engine_context *eng)
-{
-#if defined __SIZEOF_INT128__ && !defined __SSE2__
-	br_ssl_engine_set_chapol(eng, &br_sslrec_in_chapol_vtable, &br_sslrec_out_chapol_vtable);
-	br_ssl_engine_set_chacha20(eng, br_chacha20_ct_run);
-	br_ssl_engine_set_poly1305(eng, br_poly1305_ctmulq_get());
-#else
-	br_ssl_engine_set_default_chapol(eng);
-#endif
-}
-
 /* What engines of both sides have in common. */
 static int engine_make(br_ssl_engine_context *eng)
 {
 	unsigned char seed[32];
-	int i;
 
 	if (!random_bytes(seed, sizeof seed, GRND_NONBLOCK))
 		return 0;
 	br_ssl_engine_set_versions(eng, tls_min, tls_max);
 	br_ssl_engine_set_suites(eng, suites, LENGTH(suites));
 	br_ssl_engine_set_default_ec(eng);
-	for (i = br_sha1_ID; i < (int)LENGTH(hashes); i++)
+	for (int i = br_sha1_ID; i < (int)LENGTH(hashes); i++)
 		br_ssl_engine_set_hash(eng, i, hashes[i]);
 	br_ssl_engine_set_prf_sha256(eng, &br_tls12_sha256_prf);
 	br_ssl_engine_set_prf_sha384(eng, &br_tls12_sha384_prf);
 	br_ssl_engine_set_default_aes_gcm(eng);
-	chapol_set(eng);
+#if defined __SIZEOF_INT128__ && !defined __SSE2__
+	/* the default less the second Poly1305, of no use to 64-bit machines, 2 KB */
+	br_ssl_engine_set_chapol(eng, &br_sslrec_in_chapol_vtable, &br_sslrec_out_chapol_vtable);
+	br_ssl_engine_set_chacha20(eng, br_chacha20_ct_run);
+	br_ssl_engine_set_poly1305(eng, br_poly1305_ctmulq_get());
+#else
+	br_ssl_engine_set_default_chapol(eng);
+#endif
 	if (tls_min < BR_TLS12) {
 		br_ssl_engine_set_hash(eng, br_md5_ID, &br_md5_vtable);
 		br_ssl_engine_set_prf10(eng, &br_tls10_prf);
@@ -3518,19 +3506,6 @@ static void leg_start(struct leg *l, br_ssl_engine_context *eng, size_t largest)
 		l->buf->obuf, sizeof l->buf->obuf - 16384 + largest);
 }
 
-/* Who may resume has the cache. A resumed session shows no certificate, so none is kept or taken
- * where one is asked for, wherever the client has it from. */
-static void cache_offer(struct session *s)
-{
-	const struct leg *l = &s->client;
-	struct bytes name;
-	const int good = hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end }, &name);
-
-	s->note->name_hash = hash_bytes(0, name.p, (size_t)(name.end - name.p));
-	br_ssl_server_set_cache(&s->tls, session_cache > 0 && good && !client_asked(s) ?
-		&named_cache : NULL);
-}
-
 /* The time, but not before this program was made: a device without a clock boots in 1970. */
 static time_t clock_floor(void)
 {
@@ -3566,12 +3541,11 @@ static void verifier_chain(struct verifier *v, br_ssl_engine_context *eng,
 	static br_x509_class class;
 	br_x509_minimal_context *m = &v->u.minimal;
 	const time_t t = clock_floor();
-	int i;
 
 	br_x509_minimal_init(m, &br_sha256_vtable, ring->anchor + trust->first, trust->count);
 	br_x509_minimal_set_rsa(m, br_rsa_pkcs1_vrfy_get_default());
 	br_x509_minimal_set_ecdsa(m, br_ec_get_default(), br_ecdsa_vrfy_asn1_get_default());
-	for (i = br_sha224_ID; i < (int)LENGTH(hashes); i++)
+	for (int i = br_sha224_ID; i < (int)LENGTH(hashes); i++)
 		br_x509_minimal_set_hash(m, i, hashes[i]);
 	br_x509_minimal_set_time(m, (uint32_t)(t / 86400) + 719528, (uint32_t)(t % 86400));
 	class = br_x509_minimal_vtable;
@@ -3774,21 +3748,26 @@ static const struct fault *fault_find(int error)
 
 /* Readies the engine for a ClientHello. One with TLS 1.3 alone in its list of versions (RFC 8446
  * 4.2.1) has 1.2 where BearSSL looks for one: there it gets SSL 2, to be refused for its version,
- * not for its suites. 0: no entropy. */
+ * not for its suites. Who may resume has the cache; a resumed session shows no certificate, so none
+ * is kept or taken where one is asked for, wherever the client has it from. 0: no entropy. */
 static int tls_start(struct session *s)
 {
 	struct leg *l = &s->client;
 	const struct trust *t = &keyring->trust[s->listener];
+	struct bytes name;
 
 	if (!s->tls_made && !tls_make(s))
 		return 0;
+	const int good = hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end }, &name);
+	s->note->name_hash = hash_bytes(0, name.p, (size_t)(name.end - name.p));
 	if (bytes_find(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
 		l->ahead[l->at + 9] = 2;
 	place_start(s);
 	s->ring = keyring;
 	keyring->users++;
 	leg_start(l, &s->tls.eng, record_max);
-	cache_offer(s);
+	br_ssl_server_set_cache(&s->tls, session_cache > 0 && good && !client_asked(s) ?
+		&named_cache : NULL);
 	br_ssl_server_set_policy(&s->tls, &policy);
 	if (clients_asked()) {          /* it may have served another listener before */
 		br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + t->first,
@@ -3867,9 +3846,9 @@ static void cert_say(const br_x509_certificate *c, const char *path, const char 
 /* What a keyring has, at its start or in place of another. How many are not what that had. */
 static unsigned certs_say(const struct keyring *ring, const struct keyring *before)
 {
-	unsigned i, changed = 0;
+	unsigned changed = 0;
 
-	for (i = 0; i < LENGTH(ring->id); i++) {
+	for (unsigned i = 0; i < LENGTH(ring->id); i++) {
 		const struct identity *id = &ring->id[i], *old = &(before ? before : ring)->id[i];
 		const unsigned k = i < CERTS ? i : i - CERTS;
 		const int same = id->der_len == old->der_len &&
