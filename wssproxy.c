@@ -2999,7 +2999,7 @@ static void source_release(struct source *o, const struct address *a)
 
 static unsigned char no_records[32];    /* what a resting engine's offsets are based on */
 
-/* The only place that writes private fields of BearSSL (policy_choose, verifier_early read some):
+/* The only place that writes private fields of BearSSL (policy_choose, leg_fault read some):
  * the record buffers of an engine at a record boundary hold nothing, so their bases can change. */
 static void engine_lend(br_ssl_engine_context *eng, unsigned char *ibuf, unsigned char *obuf)
 {
@@ -3345,9 +3345,7 @@ static size_t number_take(struct bytes *from, size_t size)
 /* The length of the vector has that many bytes. */
 static struct bytes vector_take(struct bytes *from, size_t size)
 {
-	const size_t len = number_take(from, size);
-
-	return bytes_take(from, len);
+	return bytes_take(from, number_take(from, size));
 }
 
 /* An extension: a server name, of which there is one (RFC 6066 3), or protocols, of which one is
@@ -3445,7 +3443,9 @@ static int client_asked(const struct session *s)
 	return clients_asked() && listener_ca(s->listener) != NULL;
 }
 
-/* What engines of both sides have in common. */
+/* What engines of both sides have in common, set once in the life of a slot, which is all zeros as
+ * BearSSL wants it: no context is ever copied, and one that was never used costs no memory. 0: no
+ * entropy. */
 static int engine_make(br_ssl_engine_context *eng)
 {
 	unsigned char seed[32];
@@ -3481,19 +3481,6 @@ static int engine_make(br_ssl_engine_context *eng)
 	br_ssl_engine_add_flags(eng, BR_OPT_NO_RENEGOTIATION);
 	br_ssl_engine_inject_entropy(eng, seed, sizeof seed);
 	wipe(seed, sizeof seed);
-	return 1;
-}
-
-/* Sets up the TLS context of a slot, once in its life: no context is ever copied, and one that
- * was never used costs no memory. 0: no entropy. */
-static int tls_make(struct session *s)
-{
-	br_ssl_server_zero(&s->tls);
-	if (!engine_make(&s->tls.eng))
-		return 0;
-	br_ssl_engine_add_flags(&s->tls.eng,
-		BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_FAIL_ON_ALPN_MISMATCH);
-	s->tls_made = 1;
 	return 1;
 }
 
@@ -3632,16 +3619,12 @@ static int tls_dial(struct session *s)
 	struct upstream *u = &upstreams[tls_backends ? s - sessions : 0];
 	const struct server *server = &servers[s->server];
 	const int resumes = now < server->session_until;
-	const unsigned i = (unsigned)s->server;
-	const struct identity *id = &keyring->id[CERTS + i];
+	const struct identity *id = &keyring->id[CERTS + s->server];
 	br_ssl_engine_context *eng = &u->tls.eng;
 
-	if (!u->made) {
-		br_ssl_client_zero(&u->tls);
-		if (!engine_make(eng))
-			return 0;
-		u->made = 1;
-	}
+	if (!u->made && !engine_make(eng))
+		return 0;
+	u->made = 1;
 	leg_attach(&s->backend, &s->rec->side[tls_backends]);
 	s->ring = keyring;
 	keyring->users++;
@@ -3656,7 +3639,7 @@ static int tls_dial(struct session *s)
 			br_ec_get_default(), br_ecdsa_sign_asn1_get_default());
 	if (resumes)
 		br_ssl_engine_set_session_parameters(eng, &server->session);
-	return br_ssl_client_reset(&u->tls, backend_sni(&backends[i]), resumes) != 0;
+	return br_ssl_client_reset(&u->tls, backend_sni(&backends[s->server]), resumes) != 0;
 }
 
 /* What BearSSL's errors mean, each range by its last number: the alert that tells the other side
@@ -3714,26 +3697,20 @@ static const struct fault {
 	{ UINT16_MAX, 0, WHY_ALPN, "alpn" },
 };
 
-/* Whether what it refused as out of date has yet to begin. BearSSL has one number for both; the
- * top of its stack is what is left of Validity, whose end is read only when the begin was good. */
-static int verifier_early(const struct verifier *v)
-{
-	const br_x509_minimal_context *m = &v->u.minimal;
-
-	return m->cpu.dp > m->dp_stack && m->cpu.dp[-1] > 0;
-}
-
-/* The error of a leg's engine. */
+/* The error of a leg's engine. BearSSL has one number for what has expired and what has yet to begin;
+ * the top of its verifier's stack is what is left of Validity, whose end is read only when the begin
+ * was good. */
 static int leg_fault(const struct session *s, const struct leg *l)
 {
-	int error = l->eng ? br_ssl_engine_last_error(l->eng) : BR_ERR_OK;
+	const int error = l->eng ? br_ssl_engine_last_error(l->eng) : BR_ERR_OK;
+	const br_x509_minimal_context *m = s->shelf ? &s->shelf->verifier.u.minimal : NULL;
 
 	if (error == BR_ERR_UNSUPPORTED_VERSION && l->buf && l->buf->ibuf[1] != 3)
 		return FAULT_NOT_TLS;
 	if (tls_backends && (error == BR_ERR_BAD_SIGNATURE || error == BR_ERR_WRONG_KEY_USAGE) &&
 	    l == &s->backend && backends[s->server].tls == TLS_PIN)
 		return FAULT_PIN;               /* another key has signed, or is of another kind */
-	return error == BR_ERR_X509_EXPIRED && s->shelf && verifier_early(&s->shelf->verifier) ?
+	return error == BR_ERR_X509_EXPIRED && m && m->cpu.dp > m->dp_stack && m->cpu.dp[-1] > 0 ?
 		FAULT_NOT_YET_VALID : error;
 }
 
@@ -3756,8 +3733,9 @@ static int tls_start(struct session *s)
 	const struct trust *t = &keyring->trust[s->listener];
 	struct bytes name;
 
-	if (!s->tls_made && !tls_make(s))
+	if (!s->tls_made && !engine_make(&s->tls.eng))
 		return 0;
+	s->tls_made = 1;
 	const int good = hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end }, &name);
 	s->note->name_hash = hash_bytes(0, name.p, (size_t)(name.end - name.p));
 	if (bytes_find(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
@@ -3766,6 +3744,8 @@ static int tls_start(struct session *s)
 	s->ring = keyring;
 	keyring->users++;
 	leg_start(l, &s->tls.eng, record_max);
+	br_ssl_engine_add_flags(l->eng,
+		BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_FAIL_ON_ALPN_MISMATCH);
 	br_ssl_server_set_cache(&s->tls, session_cache > 0 && good && !client_asked(s) ?
 		&named_cache : NULL);
 	br_ssl_server_set_policy(&s->tls, &policy);
@@ -6287,7 +6267,7 @@ static void lending_test(void)
 	br_ssl_engine_context *eng = &s->tls.eng;
 	size_t len;
 
-	tls_make(s);
+	engine_make(eng);
 	s->client.buf = &records[0].side[0];
 	leg_start(&s->client, eng, record_max);
 	if (!br_ssl_server_reset(&s->tls))
@@ -6295,7 +6275,6 @@ static void lending_test(void)
 	engine_lend(eng, no_records, no_records);
 	if (br_ssl_engine_recvrec_buf(eng, &len) != no_records || len != 5)
 		die("BearSSL: this version does not let its buffers be lent: use 0.6");
-	s->tls_made = 0;
 }
 
 /* Numbers of config.h, and what they may be. */
