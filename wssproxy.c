@@ -3697,9 +3697,8 @@ static const struct fault {
 	{ UINT16_MAX, 0, WHY_ALPN, "alpn" },
 };
 
-/* The error of a leg's engine. BearSSL has one number for what has expired and what has yet to begin;
- * the top of its verifier's stack is what is left of Validity, whose end is read only when the begin
- * was good. */
+/* The error of a leg's engine. BearSSL has one number for too early and too late: the top of its
+ * verifier's stack is what is left of Validity, whose end is read only when the begin was good. */
 static int leg_fault(const struct session *s, const struct leg *l)
 {
 	const int error = l->eng ? br_ssl_engine_last_error(l->eng) : BR_ERR_OK;
