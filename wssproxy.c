@@ -3743,17 +3743,15 @@ static int tls_start(struct session *s)
 	s->ring = keyring;
 	keyring->users++;
 	leg_start(l, &s->tls.eng, record_max);
-	br_ssl_engine_add_flags(l->eng,
-		BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_FAIL_ON_ALPN_MISMATCH);
+	br_ssl_engine_set_all_flags(l->eng, BR_OPT_NO_RENEGOTIATION | BR_OPT_FAIL_ON_ALPN_MISMATCH |
+		BR_OPT_ENFORCE_SERVER_PREFERENCES | (listeners[s->listener].verify_client ==
+		VERIFY_OPTIONAL ? BR_OPT_TOLERATE_NO_CLIENT_AUTH : 0));
 	br_ssl_server_set_cache(&s->tls, session_cache > 0 && good && !client_asked(s) ?
 		&named_cache : NULL);
 	br_ssl_server_set_policy(&s->tls, &policy);
 	if (clients_asked()) {          /* it may have served another listener before */
-		br_ssl_server_set_trust_anchor_names_alt(&s->tls, keyring->anchor + t->first,
+		br_ssl_server_set_trust_anchor_names_alt(&s->tls, &keyring->anchor[t->first],
 			t->count);
-		br_ssl_engine_remove_flags(l->eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
-		if (listeners[s->listener].verify_client == VERIFY_OPTIONAL)
-			br_ssl_engine_add_flags(l->eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
 	}
 	return br_ssl_server_reset(&s->tls) != 0;
 }
