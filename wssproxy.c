@@ -2016,8 +2016,7 @@ static void facts_read(struct facts *f, struct head *h, const char *buf)
 	f->bad_framing |= f->count[NAME_LENGTH] > 0 && f->count[NAME_CODING] > 0;
 }
 
-/* Host or authority: uri-host [ ":" port ] (RFC 9110 7.2, RFC 3986 3.2.2), the host not empty: that
- * is the name. */
+/* Host or authority (RFC 9110 7.2, RFC 3986 3.2.2): a name that is not empty [ ":" port ]. */
 static int host_parse(const char *buf, struct span s, struct span *name)
 {
 	size_t i = s.at, end = i + s.len;
@@ -2084,8 +2083,7 @@ static struct span span_without(const char *buf, struct span s, const char *end)
 	return s;
 }
 
-/* Whether an Origin is that of the Host asked for, on http or https: the names have no case, and
- * the scheme's own port may be left out (RFC 6454 4). */
+/* Whether an Origin is that Host: in any case, its scheme's port left out or not (RFC 6454 4). */
 static int origin_same(const char *buf, struct span origin, struct span host)
 {
 	const char *const o = buf + origin.at;
@@ -2459,8 +2457,7 @@ static int rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned 
 /* How well an entry's name fits one that was asked for: by how much of that it says, so the very
  * name comes before all with a "*." in front, and a longer one of these before a shorter one; 1:
  * the entry is for all; 0: not at all. A star stands for any labels, or (`label` 1, as in
- * certificates) for one. The dot at the end of https://a.example./ is sent by browsers, though RFC
- * 6066 3 has none. */
+ * certificates) for one. Browsers send the dot of https://a.example./; RFC 6066 3 has none. */
 static size_t name_fits(const char *pattern, const char *name, size_t len, int label)
 {
 	if (!pattern)
@@ -2539,8 +2536,7 @@ static int peer_pick(const struct session *s, const uint64_t *id, const unsigned
 		s->peer.any.sa_family == AF_INET ? hash_bits4 : hash_bits6);
 }
 
-/* The address of a backend to try first: each in its turn, or the client's own, as far as it is to
- * come to the same server again. */
+/* The address to try first: each in its turn, or, to come to the same again, the client's own. */
 static unsigned address_pick(const struct session *s, struct server *v)
 {
 	uint64_t id[ADDRESSES_MAX];
@@ -2709,9 +2705,8 @@ static size_t proxy_header(const struct address *from, const struct address *to,
 	return t.len;
 }
 
-/* Tells a backend that wants to know whom a new connection is for, before all else: that client,
- * or nobody (-1, NULL). It fits a socket that nothing was written to, or the connection counts as
- * failed: errno. More follows at once. */
+/* Tells a backend that wants to know whom a new connection is for, before all else: that client, or
+ * nobody (-1, NULL). It fits an empty socket, or the connection has failed: errno. More follows. */
 static int proxy_tell(unsigned i, int fd, int client, const struct address *peer)
 {
 	unsigned char out[PROXY_MAX];
@@ -3247,8 +3242,7 @@ static const br_hash_class *const hashes[] = {
 };
 
 /* Certificate and suite for a ClientHello: the first suite that one of the certificates serves that
- * fit its server name best. BearSSL offers those for whose kind of key there is a hash, and goes on
- * as if that certificate were all there is. */
+ * fit its server name best. BearSSL offers those for which there is a hash, chooses it, and signs. */
 static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
@@ -3297,9 +3291,8 @@ static int random_bytes(void *buf, size_t len, unsigned flags)
 
 static const char *protocols[] = { "http/1.1" };        /* of ALPN */
 
-/* Bytes of the records in front that are there to their ends, up to the first with application data
- * or that alone; if none is, need gets what the first one has. Where BearSSL fails at a header, all
- * is whole: no more bytes would help. */
+/* Bytes of the whole records in front, up to the first with application data, or that alone; if
+ * none is, need gets what the first has. Where BearSSL fails at a header, all is: no more helps. */
 static size_t records_whole(const unsigned char *p, size_t len, size_t *need)
 {
 	size_t at = 0;
@@ -3320,8 +3313,7 @@ struct bytes {
 	const unsigned char *p, *end;
 };
 
-/* Takes so many off the front. Where there are not as many, what is taken is { NULL, NULL }, then
- * and ever after, and so is what it was to come from. */
+/* Takes so many off the front. Where there are fewer, they and what is left are { NULL, NULL }. */
 static struct bytes bytes_take(struct bytes *from, size_t len)
 {
 	struct bytes taken = *from;
@@ -3348,8 +3340,7 @@ static struct bytes vector_take(struct bytes *from, size_t size)
 	return bytes_take(from, number_take(from, size));
 }
 
-/* An extension: a server name, of which there is one (RFC 6066 3), or protocols, of which one is
- * ours (RFC 7301 3.1). 0: it is not like that. */
+/* An extension: one server name (RFC 6066 3), or protocols with ours (RFC 7301 3.1). 0: not so. */
 static int hello_extension(size_t type, struct bytes v, struct bytes *name)
 {
 	const size_t len = strlen(protocols[0]);
@@ -3372,11 +3363,10 @@ static int hello_extension(size_t type, struct bytes v, struct bytes *name)
 }
 
 /* Reads the first record of a handshake (RFC 5246 7.4.1.2). BearSSL looks a session up before it
- * has come to the extensions, and if there is one, nothing that they say is checked: of a list of
- * protocols without ours its answer would even be read from far behind our table. So whoever asks
- * to resume is read here first, and strictly. (Twice by BearSSL would cost as much as a resumed
- * handshake.) 0: not known, or not to be resumed: in doubt a full handshake is the answer, in which
- * BearSSL does check. Else 1, and its server name; empty: none. */
+ * has come to the extensions, and if there is one, nothing that they say is checked: of protocols
+ * without ours its answer would even be read from far behind our table. So whoever asks to resume
+ * is read here first, strictly. (Twice by BearSSL costs as much as a resumed handshake.) 0: doubts;
+ * a full handshake is the answer, in which BearSSL checks. 1, and its server name; empty: none. */
 static int hello_read(struct bytes b, struct bytes *name)
 {
 	const size_t content = number_take(&b, 3) >> 16;
@@ -3443,9 +3433,8 @@ static int client_asked(const struct session *s)
 	return clients_asked() && listener_ca(s->listener) != NULL;
 }
 
-/* What engines of both sides have in common, set once in the life of a slot, which is all zeros as
- * BearSSL wants it: no context is ever copied, and one that was never used costs no memory. 0: no
- * entropy. */
+/* What engines of both sides have in common, set once in the life of a slot, which begins as zeros:
+ * no context is ever copied, and one that was never used costs no memory. 0: no entropy. */
 static int engine_make(br_ssl_engine_context *eng)
 {
 	unsigned char seed[32];
