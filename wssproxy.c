@@ -402,7 +402,6 @@ struct session {
 	struct shelf *shelf;
 	struct note *note;
 	struct keyring *ring;   /* while a handshake is under way */
-	const struct identity *identity;        /* whose key has signed it; NULL: it was resumed */
 	struct link wait;       /* for buffers, a shelf, a handshake turn, or in runnable */
 	struct timer timer, stall, place;       /* the state's; see Q_STALL, Q_REDIAL; Q_YOUNG */
 	br_ssl_server_context tls;
@@ -1882,28 +1881,25 @@ static enum why request_line_parse(struct head *h, const char *buf, size_t end)
 
 	if (!space || method == 0)
 		return WHY_REQUEST_LINE;
-	const char *version = space + 1;
 	const size_t stop = (size_t)(space - buf);
 	h->part[0] = span_of(0, method);
 	h->part[1] = span_of(method + 1, stop);
 	h->part[2] = span_of(stop + 1, end);
-	if (h->part[1].len == 0 || h->part[2].len != 8 || memcmp(version, "HTTP/", 5) != 0 ||
-	    !is_digit(version[5]) || version[6] != '.' || !is_digit(version[7]))
+	if (h->part[1].len == 0 || h->part[2].len != 8 || memcmp(space, " HTTP/", 6) != 0 ||
+	    !is_digit(space[6]) || space[7] != '.' || !is_digit(space[8]))
 		return WHY_REQUEST_LINE;
 	for (size_t i = method + 1; i < stop; i++)
 		if ((unsigned char)buf[i] <= ' ' || (unsigned char)buf[i] >= 0x7f || buf[i] == '#')
 			return WHY_TARGET;
-	return memcmp(version + 5, "1.1", 3) == 0 ? WHY_NONE : WHY_HTTP_VERSION;
+	return memcmp(space + 6, "1.1", 3) == 0 ? WHY_NONE : WHY_HTTP_VERSION;
 }
 
 static enum why status_line_parse(struct head *h, const char *buf, size_t end)
 {
-	const char *code = buf + 9;
-
 	/* the reason phrase and even the space before it may be missing */
 	if (end < 12 || buf[8] != ' ' || (end > 12 && buf[12] != ' ') ||
 	    memcmp(buf, "HTTP/1.", 7) != 0 || (buf[7] != '0' && buf[7] != '1') ||
-	    code[0] < '1' || code[0] > '5' || !is_digit(code[1]) || !is_digit(code[2]))
+	    buf[9] < '1' || buf[9] > '5' || !is_digit(buf[10]) || !is_digit(buf[11]))
 		return WHY_BAD_RESPONSE;
 	h->part[1] = span_of(9, 12);
 	h->part[2] = span_of(end > 12 ? 13 : 12, end);
@@ -2067,10 +2063,8 @@ static enum why target_parse(struct request *r, const char *buf)
 /* Sec-WebSocket-Key: 16 bytes in base64, so 22 digits and "==". */
 static int key_valid(const char *buf, struct span s)
 {
-	const size_t digits_end = s.at + 22u;
-
-	return s.len == 24 && word_end(buf, s.at, digits_end, "+/") == digits_end &&
-		memcmp(buf + digits_end, "==", 2) == 0;
+	return s.len == 24 && word_end(buf, s.at, s.at + 22u, "+/") == s.at + 22u &&
+		memcmp(buf + s.at + 22, "==", 2) == 0;
 }
 
 /* Less that at its end, if it is there and not all. */
@@ -2159,11 +2153,10 @@ static enum why request_check(struct request *r, const char *buf)
 static enum why response_check(struct response *r, const char *buf, int upgrade, int head,
 	const char *accept)
 {
-	const char *code = buf + r->head.part[1].at;
 	struct facts f;
 
 	facts_read(&f, &r->head, buf);
-	r->status = (unsigned)(code[0] * 100 + code[1] * 10 + code[2] - '0' * 111);
+	r->status = (unsigned)(buf[9] * 100 + buf[10] * 10 + buf[11] - '0' * 111);
 	r->length = f.length;
 	if (f.bad_framing || f.options > OPTIONS_MAX)
 		return WHY_BAD_RESPONSE;
@@ -2994,8 +2987,8 @@ static void source_release(struct source *o, const struct address *a)
 
 static unsigned char no_records[32];    /* what a resting engine's offsets are based on */
 
-/* The only place that writes private fields of BearSSL (policy_choose, leg_fault read some):
- * the record buffers of an engine at a record boundary hold nothing, so their bases can change. */
+/* The only place that writes private fields of BearSSL (leg_fault, policy_choose and text_tls read
+ * some): the buffers of an engine at a record boundary hold nothing, so their bases can change. */
 static void engine_lend(br_ssl_engine_context *eng, unsigned char *ibuf, unsigned char *obuf)
 {
 	eng->ibuf = ibuf;
@@ -3242,7 +3235,7 @@ static const br_hash_class *const hashes[] = {
 };
 
 /* Certificate and suite for a ClientHello: the first suite that one of the certificates serves that
- * fit its server name best. BearSSL offers those for which there is a hash, chooses it, and signs. */
+ * fit its server name best. BearSSL offers those that have a hash, chooses that, and signs. */
 static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
@@ -3265,7 +3258,6 @@ static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_se
 			    (ec ? BR_SSLKEYX_ECDHE_ECDSA : BR_SSLKEYX_ECDHE_RSA) ||
 			    (ec && !(br_ssl_server_get_client_curves(cc) >> ec->curve & 1)))
 				continue;
-			s->identity = id;
 			if (ec)
 				br_ssl_server_set_single_ec(&s->tls, id->chain, id->chain_len, ec,
 					BR_KEYTYPE_SIGN, 0, br_ec_get_default(),
@@ -4668,8 +4660,9 @@ static void text_tls(struct text *t, const struct session *s)
 	br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
 	k = suite_find(p.cipher_suite);
 	log_escape(name, sizeof name, s->note->subject, strlen(s->note->subject));
+	/* policy_choose, if it was asked, has put another policy in its place */
 	text_format(t, " tls=1.%d suite=%s resumed=%d cn=%s", (int)p.version - BR_TLS10,
-		k < 0 ? "?" : suite_names[k].name, !s->identity, or_dash(name));
+		k < 0 ? "?" : suite_names[k].name, s->tls.policy_vtable == &policy, or_dash(name));
 	wipe(&p, sizeof p);
 }
 
