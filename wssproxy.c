@@ -2169,6 +2169,7 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
 			memcmp(buf + f.value[NAME_ACCEPT].at, accept, 28) == 0)) ?
 			WHY_NONE : WHY_BAD_ACCEPT;
 	}
+	r->framing = f.count[NAME_LENGTH] > 0 ? BODY_LENGTH : BODY_EOF;
 	if (r->status < 200 || r->status == 204 || r->status == 304 || head) {
 		r->framing = BODY_LENGTH;
 		r->length = 0;
@@ -2180,8 +2181,6 @@ static enum why response_check(struct response *r, const char *buf, int upgrade,
 		while (list_next(buf, &rest, &last))
 			;
 		r->framing = span_is(buf, last, "chunked") ? BODY_CHUNKED : BODY_EOF;
-	} else {
-		r->framing = f.count[NAME_LENGTH] > 0 ? BODY_LENGTH : BODY_EOF;
 	}
 	return WHY_NONE;
 }
@@ -2742,28 +2741,25 @@ static void check_next(unsigned i, int error)
 		v->aside_until = now + (v->addresses + 1) * (uint64_t)check_ms + fail_ms;
 }
 
-/* An address answered. That lifts what failed connects have set: it says nothing of TLS. */
-static void check_good(struct server *v, struct pollfd *p)
-{
-	proxy_tell((unsigned)(v - servers), p->fd, -1, NULL);   /* its log would name the lack */
-	close(p->fd);
-	p->fd = -1;
-	if (!v->held_until)
-		server_good(v);
-	else if (v->aside_until > v->held_until)
-		v->aside_until = v->held_until;
-}
-
+/* An address that answers lifts what failed connects have set: it says nothing of TLS. */
 static void checks_poll(void)
 {
 	for (unsigned i = 0; i < BACKENDS; i++) {
+		struct server *v = &servers[i];
 		struct pollfd *p = &fds[FD_CHECK + i];
 		const int error = p->revents ? socket_error(p->fd) : 0;
 
 		if (error)
 			check_next(i, error);
-		else if (p->revents)
-			check_good(&servers[i], p);
+		if (error || !p->revents)
+			continue;
+		proxy_tell(i, p->fd, -1, NULL);         /* its log would name the lack */
+		close(p->fd);
+		p->fd = -1;
+		if (!v->held_until)
+			server_good(v);
+		else if (v->aside_until > v->held_until)
+			v->aside_until = v->held_until;
 	}
 }
 

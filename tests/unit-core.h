@@ -1426,42 +1426,44 @@ static void test_server_stays_down(void)
 static void test_check_good(void)
 {
 	struct server *v = &servers[A];
-	struct pollfd none = { .fd = -1 };
 
 	servers_up();
 	log_open_pipe();
+	fds[FD_CHECK + A].fd = -1;
+	fds[FD_CHECK + A].revents = POLLOUT;
 	at("connects");
 	server_failed(v, "refused");
 	server_failed(v, "refused");
 	CHECK(v->aside_until > now);
-	check_good(v, &none);
+	checks_poll();
 	CHECK(v->aside_until <= now);
 	log_read();
 	at("TLS");
 	server_failed(v, "expired");
 	v->held_until = now + fail_ms;
-	check_good(v, &none);
+	checks_poll();
 	CHECK_INT(v->fails, 1);                         /* it counts on */
 	server_failed(v, "expired");
 	v->held_until = now + fail_ms;
 	CHECK_INT(v->aside_until, now + fail_ms);
-	check_good(v, &none);
+	checks_poll();
 	CHECK_INT(v->aside_until, now + fail_ms);
 	at("TLS, then connects");
 	now += fail_ms / 2;
 	server_failed(v, "refused");
 	CHECK_INT(v->aside_until, now + fail_ms);
-	check_good(v, &none);
+	checks_poll();
 	CHECK_INT(v->aside_until, now + fail_ms / 2);
 	at("the time of TLS is over");
 	now += fail_ms + 1;
-	check_good(v, &none);
+	checks_poll();
 	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 down why=expired s=0 requests=0\n");
 	server_failed(v, "refused");
 	server_failed(v, "refused");
-	check_good(v, &none);
+	checks_poll();
 	CHECK(v->aside_until <= now);
 	CHECK_STR(log_read(), "backend name=192.0.2.1:3000 up s=15 requests=0\n");
+	fds[FD_CHECK + A].revents = 0;
 }
 
 /* Where clients go is the same on each machine and after each release: these values are fixed. */
