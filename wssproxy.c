@@ -377,8 +377,9 @@ struct session {
 	uint8_t moved, fed;     /* it, or bytes of a head, moved; application bytes did */
 	uint8_t first, address; /* of the backend's: where it began, and how many had their try */
 	uint8_t starved;        /* 1: a backend could not be tried for lack of something of ours */
+	int8_t server, sticky;  /* index of the backend, of the one that its cookie names; -1 */
 	int unsent;             /* bytes in its sockets' queues when its time to end began */
-	int server, sticky;     /* index of the backend, of the one that its cookie names; -1 */
+	uint32_t stall_from;    /* application bytes when the timer `stall` was started */
 	const char *fault;      /* why an address of this backend failed; NULL: none yet */
 	uint64_t tried, group;  /* backends; those that its Host and path allow */
 	struct chunked body;    /* what may go to the backend: of the request, or of a tunnel */
@@ -393,12 +394,10 @@ struct session {
 	uint8_t pinged;         /* 1: its client was sent a Ping; */
 	uint8_t answered;       /* its backend was the last to send something */
 	uint64_t rx, tx;        /* application bytes from and for the client */
-	uint64_t stall_from;    /* their sum when the timer `stall` was started */
 	uint64_t born;          /* ms */
 	struct leg backend;
 	struct leg client;
 	struct records *rec;
-	struct head_buffer *hd; /* while it runs, if it has to do with a head */
 	struct shelf *shelf;
 	struct note *note;
 	struct keyring *ring;   /* while a handshake is under way */
@@ -442,6 +441,7 @@ enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_DOOR = FD_LISTEN + LISTEN
 static struct session sessions[max_sessions];
 static struct records records[max_busy];
 static struct head_buffer head_buffer;
+static struct head_buffer *hd;          /* it, if the session that runs has a head there; NULL */
 static struct shelf shelves[SHELVES];
 static struct note notes[max_sessions];
 static struct upstream upstreams[tls_backends ? max_sessions : 1];      /* beside sessions[] */
@@ -3140,7 +3140,7 @@ static void note_return(struct session *s)
 /* Bytes of a head that are there, put aside or not. */
 static size_t head_len(const struct session *s)
 {
-	return s->hd ? s->hd->len : s->note ? s->note->len : 0;
+	return hd ? hd->len : s->note ? s->note->len : 0;
 }
 
 static char *head_place(const struct session *s)
@@ -3148,37 +3148,35 @@ static char *head_place(const struct session *s)
 	return s->note->len > NOTE_TEXT ? s->shelf->text : s->note->text;
 }
 
-/* The head buffer. What was put aside is parsed anew: it is little, or its pieces cost more. */
-static struct head_buffer *head_load(struct session *s)
+/* Takes the head buffer. What was put aside is parsed anew: it is little, or its pieces cost
+ * more. */
+static void head_load(struct session *s)
 {
-	struct head_buffer *hd = &head_buffer;
 	struct note *note = s->note;
 
-	if (s->hd)
-		return s->hd;
-	s->hd = hd;
+	if (hd)
+		return;
+	hd = &head_buffer;
 	memset(hd, 0, offsetof(struct head_buffer, bytes));
 	hd->len = note->len;
 	hd->off = note->off;
 	memcpy(hd->bytes, head_place(s), hd->len);
 	note->len = note->off = 0;
-	return hd;
 }
 
 /* The run is over: puts aside what has to wait. 0: there is no place. */
 static int head_store(struct session *s)
 {
-	const struct head_buffer *hd = s->hd;
-	struct note *note = s->note;
+	const struct head_buffer *head = hd;
 
-	s->hd = NULL;
-	if (!hd || hd->off == hd->len)
+	hd = NULL;
+	if (!head || head->off == head->len)
 		return 1;
-	if (hd->len > NOTE_TEXT && !shelf_borrow(s))
+	if (head->len > NOTE_TEXT && !shelf_borrow(s))
 		return 0;
-	note->len = (uint16_t)hd->len;
-	note->off = (uint16_t)hd->off;
-	memcpy(head_place(s), hd->bytes, hd->len);
+	s->note->len = (uint16_t)head->len;
+	s->note->off = (uint16_t)head->off;
+	memcpy(head_place(s), head->bytes, head->len);
 	return 1;
 }
 
@@ -4526,13 +4524,12 @@ static size_t answer_take(struct session *s, const char *p, size_t len)
 static int relay_down(struct session *s)
 {
 	struct leg *to = &s->client;
-	struct head_buffer *hd = s->hd;
 	size_t size, len;
 	unsigned char *room = leg_room(to, &size);
 
 	if (room && hd) {               /* the answer's head goes before anything else */
 		hd->off += leg_copy(to, hd->bytes + hd->off, hd->len - hd->off);
-		s->hd = hd->off < hd->len ? hd : NULL;
+		hd = hd->off < hd->len ? hd : NULL;
 		return 1;
 	}
 	if (!room || s->backend.eof)
@@ -4597,7 +4594,7 @@ static const char *status_text(unsigned status)
 
 /* Location of a redirect: the host asked for, with redirect_port, or that of the first WSS
  * listener. */
-static void text_location(struct text *t, const struct head_buffer *hd)
+static void text_location(struct text *t)
 {
 	const struct request *r = &hd->u.request;
 	const char *port = redirect_port;
@@ -4619,12 +4616,12 @@ static void text_location(struct text *t, const struct head_buffer *hd)
 static void reply_compose(struct session *s, enum why why)
 {
 	struct text t = { .p = scratch, .size = HEAD_ROOM };
-	struct head_buffer *hd = head_load(s);
 	unsigned status = whys[why].status;
 	char body[96];
 	size_t len = string_format(body, sizeof body, "%u %s: %s\n", status, status_text(status),
 		whys[why].text);
 
+	head_load(s);
 	text_format(&t, "HTTP/1.1 %u %s\r\nContent-Type: text/plain\r\nContent-Length: %u\r\n"
 		"Connection: close", status, status_text(status), (unsigned)len);
 	if (status == 426)
@@ -4633,7 +4630,7 @@ static void reply_compose(struct session *s, enum why why)
 		text_string(&t, "\r\nAllow: GET");
 	text_string(&t, "\r\n");
 	if (status == 308)
-		text_location(&t, hd);
+		text_location(&t);
 	text_string(&t, "\r\n");
 	if (!s->head)
 		text_string(&t, body);
@@ -4673,9 +4670,9 @@ static void text_asked(struct text *t, const struct session *s, enum why why)
 	text_format(t, " host=%s path=%s backend=%s", or_dash(note->host), note->path,
 		s->server < 0 ? "-" : servers[s->server].name);
 	if (why == WHY_ORIGIN) {
-		const struct span o = s->hd->u.request.origin;
+		const struct span o = hd->u.request.origin;
 
-		log_escape(origin, sizeof origin, s->hd->bytes + o.at, o.len);
+		log_escape(origin, sizeof origin, hd->bytes + o.at, o.len);
 		text_format(t, " origin=%s", or_dash(origin));
 	}
 }
@@ -4945,7 +4942,6 @@ static int cookie_find(const struct head *h, const char *buf, uint64_t set)
  * WHY_NONE, or none does. */
 static enum why request_note(struct session *s)
 {
-	const struct head_buffer *hd = s->hd;
 	const struct request *r = &hd->u.request;
 	const struct span target = r->target.len > 0 ? r->target : r->head.part[1];
 	const char *path = hd->bytes + target.at, *query = memchr(path, '?', target.len);
@@ -4968,8 +4964,8 @@ static enum why request_note(struct session *s)
 static int is_challenge(const struct session *s)
 {
 	static const char under[] = "/.well-known/acme-challenge/";
-	const struct request *r = &s->hd->u.request;
-	const char *buf = s->hd->bytes;
+	const struct request *r = &hd->u.request;
+	const char *buf = hd->bytes;
 	const size_t token = r->target.at + sizeof under - 1, end = r->target.at + r->target.len;
 	uint64_t beside;
 
@@ -4983,7 +4979,6 @@ static int is_challenge(const struct session *s)
 /* The request is whole, or no good: judges it, and puts what the backend gets in its place. */
 static enum state head_done(struct session *s, enum why why)
 {
-	struct head_buffer *hd = s->hd;
 	struct request *r = &hd->u.request;
 	struct forwarded f = { .proto = s->plain ? "http" : "https", .subject = s->note->subject };
 	const int redirects = listeners[s->listener].kind == REDIRECT;
@@ -5001,7 +4996,7 @@ static enum state head_done(struct session *s, enum why why)
 	if (why != WHY_NONE)
 		return session_fail(s, why);
 	if (balance == STICKY_COOKIE)
-		s->sticky = cookie_find(&r->head, hd->bytes, s->group);
+		s->sticky = (int8_t)cookie_find(&r->head, hd->bytes, s->group);
 	s->upgrade = (uint8_t)r->upgrade;
 	s->keep = http_idle_ms > 0 && !r->close;
 	s->body = body_start(r->chunked, r->length);
@@ -5020,14 +5015,13 @@ static enum state head_done(struct session *s, enum why why)
 
 static enum state head_step(struct session *s)
 {
-	struct head_buffer *hd;
 	const unsigned char *p;
 	size_t len, room;
 	enum why why;
 
 	if (!records_borrow(s))
 		return HEAD;
-	hd = head_load(s);
+	head_load(s);
 	do {
 		leg_send(s, &s->client);
 		while ((p = leg_readable(&s->client, &len)) != NULL) {
@@ -5080,7 +5074,7 @@ static enum state connect_next(struct session *s)
 			return session_fail(s, s->starved ? WHY_NO_RESOURCES :
 				i == PICK_FULL ? WHY_FULL : WHY_NO_BACKEND);
 		if (s->server < 0) {
-			s->server = i;
+			s->server = (int8_t)i;
 			s->first = (uint8_t)address_pick(s, &servers[i]);
 			s->address = 0;
 			s->fault = NULL;
@@ -5190,7 +5184,6 @@ static enum state backend_handshake_step(struct session *s)
  * it, so that is not put in its place yet. */
 static struct text head_address(const struct session *s)
 {
-	struct head_buffer *hd = s->hd;
 	const char *host = backends[s->server].host_header;
 	struct text t = { .p = scratch, .size = HEAD_ROOM };
 	size_t line = 0;
@@ -5207,14 +5200,13 @@ static struct text head_address(const struct session *s)
 
 static enum state request_step(struct session *s)
 {
-	struct head_buffer *hd;
 	struct text t;
 	size_t len, n;
 	int sent;
 
 	if (s->backend.eng && !records_borrow(s))
 		return REQUEST;
-	hd = head_load(s);
+	head_load(s);
 	t = head_address(s);
 	if (t.full)
 		return session_fail(s, WHY_LARGE_HEAD);
@@ -5250,7 +5242,6 @@ static size_t cookie_add(const struct session *s, char *head, size_t len)
 /* Puts a rendered answer head, and what came behind it, in place of what came. 0: no room. */
 static int answer_place(struct session *s, const struct response *r)
 {
-	struct head_buffer *hd = s->hd;
 	const char *tail = hd->bytes + r->head.size;
 	struct text t = { .p = scratch, .size = HEAD_ROOM };
 
@@ -5270,7 +5261,6 @@ static int answer_place(struct session *s, const struct response *r)
 /* A 1xx before the answer goes to the client if there is room for it at once. */
 static enum state interim_done(struct session *s)
 {
-	struct head_buffer *hd = s->hd;
 	struct response *r = &hd->u.response;
 	size_t room, size = r->head.size;
 	size_t len = response_render(r, hd->bytes, scratch, HEAD_ROOM);
@@ -5290,8 +5280,8 @@ static enum state interim_done(struct session *s)
 /* The head is whole. A refused upgrade never becomes a tunnel: nothing of the client goes up. */
 static enum state response_done(struct session *s)
 {
-	struct response *r = &s->hd->u.response;
-	enum why why = response_check(r, s->hd->bytes, s->upgrade, s->head, s->note->accept);
+	struct response *r = &hd->u.response;
+	enum why why = response_check(r, hd->bytes, s->upgrade, s->head, s->note->accept);
 
 	if (why != WHY_NONE)
 		return session_fail(s, why);
@@ -5321,7 +5311,6 @@ static enum state response_done(struct session *s)
  * this request alone, which may be why, and may have been acted on: it is not sent to another. */
 static enum state response_step(struct session *s)
 {
-	struct head_buffer *hd;
 	enum state next = RESPONSE;
 	enum why why;
 	size_t len, n;
@@ -5330,7 +5319,7 @@ static enum state response_step(struct session *s)
 		return RESPONSE;
 	do {
 		relay_pump(s);
-		hd = head_load(s);
+		head_load(s);
 		n = backend_read(s, (unsigned char *)hd->bytes + hd->len, head_max - hd->len);
 		if (s->broken || s->backend.eof || (s->client.eof && !s->body.done &&
 		    !leg_readable(&s->client, &len))) {
@@ -5367,7 +5356,7 @@ static int relay_down_over(const struct session *s)
 
 	if (leg_closed(&s->client))
 		return s->backend.fin || s->backend.eof;        /* first what it sent */
-	if (!s->backend.eof || s->hd || leg_pending(&s->client, &len))
+	if (!s->backend.eof || hd || leg_pending(&s->client, &len))
 		return 0;
 	return s->framing != BODY_TUNNEL || s->backend.fin || relay_up_over(s);
 }
@@ -5542,6 +5531,7 @@ static void session_close(struct session *s)
 	if (s->broken && s->backend.fd >= 0)
 		socket_abort(s->backend.fd);
 	close(s->client.fd);
+	hd = NULL;
 	server_leave(s);
 	records_return(s);
 	shelf_return(s);
@@ -5610,9 +5600,9 @@ static void session_settle(struct session *s)
 	if (!s->rec && !s->shelf && !redial)
 		link_drop(&s->stall.link);
 	else if (link_alone(&s->stall.link) || s->moved ||
-	    s->rx + s->tx - s->stall_from >= STALL_BYTES) {
+	    (uint32_t)(s->rx + s->tx) - s->stall_from >= STALL_BYTES) {
 		timer_start(&queues[redial ? Q_REDIAL : Q_STALL], &s->stall);
-		s->stall_from = s->rx + s->tx;
+		s->stall_from = (uint32_t)(s->rx + s->tx);
 	}
 	/* a client that was told our Close may finish its frame */
 	if (s->fed && !(s->say == SAID && s->flow[TO_BACKEND].seen == 0))

@@ -236,6 +236,7 @@ static struct session *session_make(unsigned i)
 	s->client.fd = s->backend.fd = -1;
 	s->server = s->sticky = -1;
 	s->id = i;
+	hd = NULL;
 	return s;
 }
 
@@ -292,10 +293,10 @@ static void test_log_session_long(void)
 	memset(servers[A].name, 'n', sizeof servers[A].name - 1);
 	now = UINT64_MAX;
 	head_load(s);
-	memset(s->hd->bytes, '\n', 4096);
-	s->hd->u.request.origin = s->hd->u.request.host = span_of(0, 4096);
-	s->hd->u.request.target = span_of(0, 4096);
-	s->hd->bytes[0] = '/';
+	memset(hd->bytes, '\n', 4096);
+	hd->u.request.origin = hd->u.request.host = span_of(0, 4096);
+	hd->u.request.target = span_of(0, 4096);
+	hd->bytes[0] = '/';
 	request_note(s);
 	CHECK(strlen(s->note->path) > sizeof s->note->path - 5);
 	CHECK(strlen(s->note->host) > sizeof s->note->host - 5);
@@ -656,9 +657,10 @@ static void test_head_store(void)
 		s = session_make(0);
 		other = session_make(1);
 		CHECK_INT(head_len(s), 0);
-		CHECK(head_load(s) == &head_buffer && head_buffer.len == 0);
+		head_load(s);
+		CHECK(hd == &head_buffer && hd->len == 0);
 		CHECK_INT(head_store(s), 1);
-		CHECK(!s->hd && head_len(s) == 0);
+		CHECK(!hd && head_len(s) == 0);
 		head_load(s);
 		head_buffer.len = lens[i];
 		head_buffer.off = lens[i] / 2;
@@ -670,7 +672,7 @@ static void test_head_store(void)
 		head_load(other);
 		memset(head_buffer.bytes, 'b', HEAD_ROOM);
 		head_buffer.u.request.head.at = 7;
-		other->hd = NULL;
+		hd = NULL;
 		head_load(s);
 		CHECK_INT(head_buffer.len, lens[i]);
 		CHECK_INT(head_buffer.off, lens[i] / 2);
@@ -682,7 +684,8 @@ static void test_head_store(void)
 	}
 	while (!pool_empty(&shelf_pool))
 		pool_lend(&shelf_pool);
-	head_load(other)->len = NOTE_TEXT + 1;
+	head_load(other);
+	hd->len = NOTE_TEXT + 1;
 	CHECK_INT(head_store(other), 0);
 }
 
@@ -1516,9 +1519,9 @@ static struct session *session_asking(const char *request)
 
 	tables_init();
 	head_load(s);
-	request_feed(&s->hd->u.request, request, strlen(request), ONCE, 0, &buf);
-	memcpy(s->hd->bytes, request, strlen(request));
-	s->hd->len = strlen(request);
+	request_feed(&hd->u.request, request, strlen(request), ONCE, 0, &buf);
+	memcpy(hd->bytes, request, strlen(request));
+	hd->len = strlen(request);
 	return s;
 }
 
@@ -1538,16 +1541,16 @@ static void test_reply_compose(void)
 		s = session_asking(UPGRADE END);
 		s->head = (uint8_t)head;
 		reply_compose(s, (enum why)i);
-		CHECK_INT(s->hd->off, 0);
+		CHECK_INT(hd->off, 0);
 		memset(&r, 0, sizeof r);
-		CHECK_WHY(response_parse(&r, s->hd->bytes, s->hd->len), WHY_NONE);
-		CHECK_WHY(response_check(&r, s->hd->bytes, 1, (int)head, ACCEPT), WHY_NONE);
+		CHECK_WHY(response_parse(&r, hd->bytes, hd->len), WHY_NONE);
+		CHECK_WHY(response_check(&r, hd->bytes, 1, (int)head, ACCEPT), WHY_NONE);
 		CHECK_INT(r.status, whys[i].status);
 		CHECK_INT(r.framing, BODY_LENGTH);
-		body = s->hd->len - r.head.size;
+		body = hd->len - r.head.size;
 		CHECK_INT(body, head ? 0 : r.length);
 		CHECK(body < 200);
-		memcpy(rendered, s->hd->bytes, r.head.size);
+		memcpy(rendered, hd->bytes, r.head.size);
 		rendered[r.head.size] = '\0';
 		CHECK(head_is_clean(rendered, r.head.size));
 		CHECK(strncmp(take("Content-Type"), "text/plain", 10) == 0);
@@ -1589,8 +1592,8 @@ static void test_location(void)
 		at_input(__LINE__, cases[i].request, strlen(cases[i].request));
 		s = session_asking(cases[i].request);
 		reply_compose(s, WHY_REDIRECT);
-		memcpy(rendered, s->hd->bytes, s->hd->len);
-		rendered[s->hd->len] = '\0';
+		memcpy(rendered, hd->bytes, hd->len);
+		rendered[hd->len] = '\0';
 		CHECK_STR(take("Location"), cases[i].want);
 	}
 }

@@ -716,7 +716,7 @@ static int holder_must(const struct session *s)
 		held |= leg_pending(l, &n) || leg_readable(l, &n) || l->at < l->end || l->spare;
 		ends |= l->eof || l->fin || (l->fd >= 0 && is_shut(l->fd));
 	}
-	MUST(!s->hd);
+	MUST(!hd);
 	MUST(!s->shelf || head_len(s) > NOTE_TEXT || s->shelf->verifier.begun || s->rec);
 	MUST(!s->rec || held || ends || (s->state != HANDSHAKE && s->state != BACKEND_HANDSHAKE));
 	return s->rec && !held && !ends;
