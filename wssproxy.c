@@ -3072,14 +3072,11 @@ static void leg_detach(struct leg *l)
 
 static void records_return(struct session *s)
 {
-	struct records *r = s->rec;
-
-	if (!r)
-		return;
-	s->rec = NULL;
 	leg_detach(&s->client);
 	leg_detach(&s->backend);
-	session_pass(&records_pool, r);
+	if (s->rec)
+		session_pass(&records_pool, s->rec);
+	s->rec = NULL;
 }
 
 static void *shelf_release(struct session *s)
@@ -3102,11 +3099,11 @@ static void shelf_return(struct session *s)
  * (Heads of 1.1 KB without an end, from one address.) */
 static void shelf_rob(struct session *s)
 {
-	const struct link *list = &queues[Q_STALL].list, *l;    /* all who hold one are there */
+	const struct link *list = &queues[Q_STALL].list;        /* all who hold one are there */
 	unsigned most = s->source->shelves + 1;
 	struct session *victim = NULL;
 
-	for (l = list->next; l != list; l = l->next) {
+	for (const struct link *l = list->next; l != list; l = l->next) {
 		struct session *o = OWNER(l, struct session, stall.link);
 
 		if (o->shelf && o->state == HEAD && link_alone(&o->wait) &&
@@ -3852,10 +3849,12 @@ static void leg_error(struct session *s, const struct leg *l)
 /* Has the epoll set tell of a leg; closing its descriptor takes it out. 0, and errno: no room. */
 static int leg_watch(const struct session *s, struct leg *l)
 {
-	struct epoll_event ev = { .events = (uint32_t)EPOLLIN | (uint32_t)EPOLLOUT |
-		(uint32_t)EPOLLRDHUP | (uint32_t)EPOLLPRI | (uint32_t)EPOLLET };
+	struct epoll_event ev = {
+		.events = (uint32_t)(EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET),
+		.data.u64 = (uint64_t)s->id << 32 | (uint32_t)(s - sessions) * 2 |
+			(l == &s->backend),
+	};
 
-	ev.data.u64 = (uint64_t)s->id << 32 | (uint32_t)(s - sessions) * 2 | (l == &s->backend);
 	return epoll_ctl(fds[FD_EPOLL].fd, EPOLL_CTL_ADD, l->fd, &ev) == 0;
 }
 
@@ -3889,10 +3888,9 @@ static int leg_over(const struct leg *l)
 /* Plaintext that nobody has taken yet; NULL: none. */
 static unsigned char *leg_readable(const struct leg *l, size_t *len)
 {
-	*len = 0;
-	if (l->eng)
-		return l->buf ? br_ssl_engine_recvapp_buf(l->eng, len) : NULL;
-	*len = l->end - l->at;
+	*len = l->eng ? 0 : l->end - l->at;
+	if (l->eng && l->buf)
+		return br_ssl_engine_recvapp_buf(l->eng, len);
 	return *len > 0 ? l->ahead + l->at : NULL;
 }
 
@@ -3909,12 +3907,9 @@ static void leg_consume(struct leg *l, size_t len)
 /* Room for plaintext; NULL: none until what is there is sent. */
 static unsigned char *leg_room(const struct leg *l, size_t *len)
 {
-	*len = 0;
-	if (!l->buf)
-		return NULL;
-	if (l->eng)
+	*len = l->buf && l->buf->out_end == 0 ? sizeof l->buf->obuf : 0;
+	if (l->eng && l->buf)
 		return br_ssl_engine_sendapp_buf(l->eng, len);
-	*len = l->buf->out_end > 0 ? 0 : sizeof l->buf->obuf;
 	return *len > 0 ? l->buf->obuf : NULL;
 }
 
@@ -3929,38 +3924,13 @@ static void leg_put(struct leg *l, size_t len)
 	}
 }
 
-/* Puts there what fits of so many bytes. How many do. */
-static size_t leg_copy(struct leg *l, const void *p, size_t len)
-{
-	size_t room;
-	unsigned char *to = leg_room(l, &room);
-
-	len = len < room ? len : room;
-	if (len > 0) {
-		memcpy(to, p, len);
-		leg_put(l, len);
-	}
-	return len;
-}
-
 /* Bytes that wait for the socket; NULL: none. */
 static unsigned char *leg_pending(const struct leg *l, size_t *len)
 {
-	*len = 0;
-	if (!l->buf)
-		return NULL;
-	if (l->eng)
+	*len = l->buf ? l->buf->out_end - l->buf->out_at : 0;
+	if (l->eng && l->buf)
 		return br_ssl_engine_sendrec_buf(l->eng, len);
-	*len = l->buf->out_end - l->buf->out_at;
 	return *len > 0 ? l->buf->obuf + l->buf->out_at : NULL;
-}
-
-static void leg_sent(struct leg *l, size_t len)
-{
-	if (l->eng)
-		br_ssl_engine_sendrec_ack(l->eng, len);
-	else if ((l->buf->out_at += len) == l->buf->out_end)
-		l->buf->out_at = l->buf->out_end = 0;
 }
 
 /* What is left of the request's body goes nowhere; so what comes behind is no request. */
@@ -3970,35 +3940,29 @@ static void body_drop(struct session *s)
 	s->body.done = 1;
 }
 
-/* A send has failed. A backend that takes no more may have sent something before that is still
- * there to read; if it was reset, that call took the error, and behind those bytes recv tells of an
- * end in order. (EPIPE: it was one.) */
-static void leg_unsent(struct session *s, struct leg *l)
+/* Memory to socket, with a hint when more follows at once, that the kernel fills its segments and
+ * wakes the other side once; leg_settle lets go of what it held back when nothing followed. Bytes
+ * taken. A backend that takes no more may have sent something before that is still there to read;
+ * if it was reset, send took the error, and behind those bytes recv tells of an end in order. */
+static size_t leg_write(struct session *s, struct leg *l, const void *p, size_t len)
 {
+	const ssize_t n = send(l->fd, p, len, MSG_NOSIGNAL | (l->more ? MSG_MORE : 0));
+
+	l->full = n < (ssize_t)len;
+	l->corked = l->more && !l->full;
+	if (n >= 0)
+		return (size_t)n;
 	if (l == &s->client || (errno != EPIPE && errno != ECONNRESET)) {
 		leg_error(s, l);
-		return;
+		return 0;
 	}
-	l->reset = errno == ECONNRESET;
+	l->reset = errno == ECONNRESET;         /* EPIPE: it ended in order */
 	if (s->state == RELAY)
 		session_end(s, BY_BACKEND, l->reset ? WHY_RESET : WHY_EOF);
 	if (s->state > REQUEST)
 		body_drop(s);           /* before, another backend may get it */
 	l->fin = l->in = l->last = 1;
-}
-
-/* Memory to socket, with a hint when more follows at once, that the kernel fills its segments and
- * wakes the other side once; leg_settle lets go of what it held back when nothing followed. Bytes
- * taken. */
-static size_t leg_write(struct session *s, struct leg *l, const void *p, size_t len)
-{
-	ssize_t n = send(l->fd, p, len, MSG_NOSIGNAL | (l->more ? MSG_MORE : 0));
-
-	l->full = n < (ssize_t)len;
-	l->corked = l->more && !l->full;
-	if (n < 0)
-		leg_unsent(s, l);
-	return n > 0 ? (size_t)n : 0;
+	return 0;
 }
 
 /* After a run. */
@@ -4018,12 +3982,13 @@ static int leg_send(struct session *s, struct leg *l)
 	size_t len;
 	int moved = 0;
 
-	while (!l->full && !l->fin && !s->broken && (p = leg_pending(l, &len)) != NULL) {
-		len = leg_write(s, l, p, len);
-		if (len == 0)
-			break;
-		leg_sent(l, len);
+	while (!l->full && !l->fin && !s->broken && (p = leg_pending(l, &len)) != NULL &&
+	    (len = leg_write(s, l, p, len)) > 0) {
 		moved = 1;
+		if (l->eng)
+			br_ssl_engine_sendrec_ack(l->eng, len);
+		else if ((l->buf->out_at += len) == l->buf->out_end)
+			l->buf->out_at = l->buf->out_end = 0;
 	}
 	return moved;
 }
@@ -4151,7 +4116,7 @@ static size_t head_fit(struct session *s, size_t len, int whole)
 static int leg_recv(struct session *s, struct leg *l)
 {
 	const int tls = l->eng || (l == &s->client && !s->plain);
-	size_t room, rest, n;
+	size_t room, rest;
 
 	if (l->at == l->end)
 		leg_place(s, l);
@@ -4166,9 +4131,9 @@ static int leg_recv(struct session *s, struct leg *l)
 		room = head_fit(s, room, tls);
 		l->in = l->in || room == 0;     /* whatever the peek saw, it is there yet */
 	}
-	n = room > 0 ? leg_read(s, l, l->ahead + l->end, room, 0) : 0;
-	l->end = (uint16_t)(l->end + n);
-	return n > 0;
+	room = room > 0 ? leg_read(s, l, l->ahead + l->end, room, 0) : 0;
+	l->end = (uint16_t)(l->end + room);
+	return room > 0;
 }
 
 /* Read-ahead to engine, at most up to the end of one record. */
@@ -4210,10 +4175,9 @@ static int leg_stuck(const struct leg *l)
 /* Reads and forgets, so that closing does not reset what the peer has yet to read. */
 static void leg_discard(struct leg *l)
 {
-	ssize_t n;
+	while (leg_in(l)) {
+		const ssize_t n = recv(l->fd, scratch, sizeof scratch, 0);
 
-	while (!l->eof && l->left > 0 && l->in) {
-		n = recv(l->fd, scratch, sizeof scratch, 0);
 		leg_took(l, n, sizeof scratch);
 		l->eof = n == 0 || (n < 0 && !would_block(errno));
 	}
@@ -4223,10 +4187,9 @@ static void leg_discard(struct leg *l)
 static int leg_fill(struct session *s, struct leg *l)
 {
 	size_t len;
-	int moved = 0;
+	int moved = leg_in(l) && l->at == l->end && !leg_readable(l, &len) && leg_heard(s, l) &&
+		leg_recv(s, l);
 
-	if (leg_in(l) && l->at == l->end && !leg_readable(l, &len) && leg_heard(s, l))
-		moved = leg_recv(s, l);
 	if (!l->eng || (l->eof && l->fin && is_tunnel(s)))
 		return moved;
 	while (!s->broken && leg_feed(s, l))
@@ -4261,7 +4224,7 @@ static void code_note(struct session *s, unsigned code, enum party by)
 static size_t tunnel_passed(struct session *s, unsigned way, const void *p, size_t len)
 {
 	struct flow *f = &s->flow[way];
-	size_t end = flow_scan(f, way == TO_BACKEND, p, len);
+	const size_t end = flow_scan(f, way == TO_BACKEND, p, len);
 
 	if (f->over)            /* else that may be half a code */
 		code_note(s, f->code, way == TO_BACKEND ? BY_CLIENT : BY_BACKEND);
@@ -4272,9 +4235,17 @@ static size_t tunnel_passed(struct session *s, unsigned way, const void *p, size
  * socket. Bytes taken. */
 static size_t leg_pass(struct session *s, struct leg *l, const void *p, size_t len)
 {
-	if (l->eng || l->buf)
-		return leg_copy(l, p, len);
-	return l->full ? 0 : leg_write(s, l, p, len);
+	size_t room;
+	unsigned char *to = leg_room(l, &room);
+
+	if (!l->eng && !l->buf)
+		return l->full ? 0 : leg_write(s, l, p, len);
+	len = len < room ? len : room;
+	if (len == 0)
+		return 0;
+	memcpy(to, p, len);
+	leg_put(l, len);
+	return len;
 }
 
 /* Puts a frame of our own where one may stand: a Close, or a Ping; masked for a backend (5.3). */
@@ -4333,22 +4304,18 @@ static void tunnel_ask(struct session *s)
 		s->say = SAY_PING;
 }
 
-/* How old a tunnel gets: a tenth more or less, for those who came together need not go together. */
-static uint64_t tunnel_age(const struct session *s)
+/* What the time that a tunnel has stood, or was silent, asks for. To each, max_age_ms is a tenth
+ * more or less, for those who came together need not go together. */
+static void tunnel_look(struct session *s)
 {
 	const uint64_t chance = hash_mix(s->born << 32 ^ s->id) >> 32;
 
-	return max_age_ms * (922 + (chance * 205 >> 32)) >> 10;
-}
-
-/* What the time that a tunnel has stood, or was silent, asks for. */
-static void tunnel_look(struct session *s)
-{
 	if (tunnel_leaving(s))
 		return;
 	if (idle_ms > 0 && (uint32_t)now - s->active >= idle_ms)
 		tunnel_leave(s, WHY_IDLE);
-	else if (max_age_ms > 0 && now - s->born >= tunnel_age(s))
+	else if (max_age_ms > 0 &&
+	    now - s->born >= max_age_ms * (922 + (chance * 205 >> 32)) >> 10)
 		tunnel_leave(s, WHY_MAX_AGE);
 	else if (ping_ms > 0 && (uint32_t)now - s->heard >= ping_ms)
 		tunnel_ask(s);
@@ -4421,10 +4388,9 @@ static size_t body_write(struct session *s, const unsigned char *p, size_t len)
 {
 	struct chunked ahead = s->body;
 	int kept = 1;
-	size_t n;
 
 	len = chunked_scan(&ahead, (const char *)p, len, &kept);
-	n = kept && len > 0 ? leg_pass(s, &s->backend, p, len) : len;
+	const size_t n = kept && len > 0 ? leg_pass(s, &s->backend, p, len) : len;
 	if (n == len)
 		s->body = ahead;
 	else
@@ -4528,7 +4494,7 @@ static int relay_down(struct session *s)
 	unsigned char *room = leg_room(to, &size);
 
 	if (room && hd) {               /* the answer's head goes before anything else */
-		hd->off += leg_copy(to, hd->bytes + hd->off, hd->len - hd->off);
+		hd->off += leg_pass(s, to, hd->bytes + hd->off, hd->len - hd->off);
 		hd = hd->off < hd->len ? hd : NULL;
 		return 1;
 	}
@@ -4580,15 +4546,14 @@ static const char *status_text(unsigned status)
 		{ 308, "Permanent Redirect" }, { 400, "Bad Request" }, { 403, "Forbidden" },
 		{ 404, "Not Found" }, { 405, "Method Not Allowed" }, { 408, "Request Timeout" },
 		{ 414, "URI Too Long" }, { 421, "Misdirected Request" },
-		{ 426, "Upgrade Required" },
-		{ 431, "Request Header Fields Too Large" }, { 501, "Not Implemented" },
-		{ 502, "Bad Gateway" }, { 503, "Service Unavailable" },
+		{ 426, "Upgrade Required" }, { 431, "Request Header Fields Too Large" },
+		{ 501, "Not Implemented" }, { 502, "Bad Gateway" }, { 503, "Service Unavailable" },
 		{ 504, "Gateway Timeout" }, { 505, "HTTP Version Not Supported" },
 	};
-	unsigned i;
+	unsigned i = 0;
 
-	for (i = 0; i < LENGTH(texts) - 1 && texts[i].status != status; i++)
-		;
+	while (i < LENGTH(texts) - 1 && texts[i].status != status)
+		i++;
 	return texts[i].text;
 }
 
@@ -4598,10 +4563,9 @@ static void text_location(struct text *t)
 {
 	const struct request *r = &hd->u.request;
 	const char *port = redirect_port;
-	unsigned i;
 
-	text_format(t, "Location: https://%.*s", SPAN(hd->bytes, r->name));
-	for (i = 0; i < LISTENERS && !port; i++)
+	text_format(t, "\r\nLocation: https://%.*s", SPAN(hd->bytes, r->name));
+	for (unsigned i = 0; i < LISTENERS && !port; i++)
 		port = listeners[i].kind == WSS ? listeners[i].port : NULL;
 	if (port && strcmp(port, "443") != 0)
 		text_format(t, ":%s", port);
@@ -4609,17 +4573,16 @@ static void text_location(struct text *t)
 		text_string(t, "/");
 	if (hd->bytes[r->target.at] != '*')
 		text_format(t, "%.*s", SPAN(hd->bytes, r->target));
-	text_string(t, "\r\n");
 }
 
 /* Puts the answer for `why` in place of the request in the head buffer. */
 static void reply_compose(struct session *s, enum why why)
 {
 	struct text t = { .p = scratch, .size = HEAD_ROOM };
-	unsigned status = whys[why].status;
+	const unsigned status = whys[why].status;
 	char body[96];
-	size_t len = string_format(body, sizeof body, "%u %s: %s\n", status, status_text(status),
-		whys[why].text);
+	const size_t len = string_format(body, sizeof body, "%u %s: %s\n", status,
+		status_text(status), whys[why].text);
 
 	head_load(s);
 	text_format(&t, "HTTP/1.1 %u %s\r\nContent-Type: text/plain\r\nContent-Length: %u\r\n"
@@ -4628,12 +4591,9 @@ static void reply_compose(struct session *s, enum why why)
 		text_string(&t, ", Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13");
 	else if (status == 405)
 		text_string(&t, "\r\nAllow: GET");
-	text_string(&t, "\r\n");
-	if (status == 308)
+	else if (status == 308)
 		text_location(&t);
-	text_string(&t, "\r\n");
-	if (!s->head)
-		text_string(&t, body);
+	text_format(&t, "\r\n\r\n%s", s->head ? "" : body);
 	memcpy(hd->bytes, scratch, t.len);
 	hd->len = t.len;
 	hd->off = 0;
@@ -4644,14 +4604,13 @@ static void text_tls(struct text *t, const struct session *s)
 {
 	br_ssl_session_parameters p;
 	char name[sizeof s->note->subject];
-	int k;
 
 	if (s->plain) {
 		text_string(t, " tls=- suite=- resumed=0 cn=-");
 		return;
 	}
 	br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
-	k = suite_find(p.cipher_suite);
+	const int k = suite_find(p.cipher_suite);
 	log_escape(name, sizeof name, s->note->subject, strlen(s->note->subject));
 	/* policy_choose, if it was asked, has put another policy in its place */
 	text_format(t, " tls=1.%d suite=%s resumed=%d cn=%s", (int)p.version - BR_TLS10,
@@ -4758,9 +4717,8 @@ static int is_probe(const struct session *s, enum why why)
 static void session_reject(const struct session *s, unsigned status, enum why why)
 {
 	const int probe = is_probe(s, why);
-	unsigned i;
 
-	for (i = 0; i < BACKENDS && s->state == CONNECT; i++)
+	for (unsigned i = 0; i < BACKENDS && s->state == CONNECT; i++)
 		servers[i].lost += servers[i].down && (s->group >> i & 1);
 	if (probe && s->request > 1)
 		return;         /* it has asked before, and nothing since */
@@ -4828,7 +4786,7 @@ static enum state session_fail(struct session *s, enum why why)
 static int leg_handshake(struct session *s, struct leg *l)
 {
 	static const unsigned char ccs[] = { 0, 1, 1 };
-	int light, ended, fed;
+	int light, fed;
 
 	if (leg_in(l) && l->at == l->end)
 		leg_recv(s, l);
@@ -4838,8 +4796,9 @@ static int leg_handshake(struct session *s, struct leg *l)
 	if (!leg_send(s, l)) {
 		do {
 			light = l->at < l->end && l->ahead[l->at] == 20;
-			ended = light && leg_between(l) && l->end - l->at >= 6 &&
+			const int ended = light && leg_between(l) && l->end - l->at >= 6 &&
 				memcmp(l->ahead + l->at + 3, ccs, sizeof ccs) == 0;
+
 			fed = leg_feed(s, l);
 			/* the engine took it, so the other side's certificate was checked; an
 			 * empty one it ignores, in the middle of a chain as well */
@@ -4861,24 +4820,11 @@ static int leg_handshake(struct session *s, struct leg *l)
 		session_broke(s, l, (enum why)f->why);
 		return 0;
 	}
-	if (br_ssl_engine_current_state(l->eng) & BR_SSL_SENDAPP) {
-		l->empty_records = 0;
-		tls_ring_release(s);
-		return 1;
-	}
-	return 0;
+	return !s->broken && (br_ssl_engine_current_state(l->eng) & BR_SSL_SENDAPP);
 }
 
-/* HTTP in the clear on a TLS port is answered in the clear. */
-static int looks_like_http(const struct leg *l)
-{
-	const unsigned char *p = l->ahead + l->at;
-
-	return l->end - l->at >= 4 && isalnum(p[0]) && isalnum(p[1]) &&
-		(isalnum(p[2]) || p[2] == ' ');
-}
-
-/* The ClientHello is awaited whole, for its server name; then the engine is started. */
+/* The ClientHello is awaited whole, for its server name; then the engine is started. HTTP in the
+ * clear is answered in the clear. */
 static enum state handshake_step(struct session *s)
 {
 	struct leg *l = &s->client;
@@ -4891,9 +4837,10 @@ static enum state handshake_step(struct session *s)
 			leg_recv(s, l);
 		if (l->eof || s->broken)
 			return FREE;
-		if (!records_whole(l->ahead, l->end, &need))
+		const unsigned char *p = l->ahead;
+		if (!records_whole(p, l->end, &need))
 			return HANDSHAKE;
-		if (looks_like_http(l)) {
+		if (isalnum(p[0]) && isalnum(p[1]) && (isalnum(p[2]) || p[2] == ' ')) {
 			s->plain = 1;
 			l->at = l->end;
 			return session_fail(s, WHY_PLAIN_HTTP);
@@ -4928,10 +4875,8 @@ static int cookie_has(const char *p, size_t len, const char *pair)
 /* The backend of a set that the request's cookies name, -1: none. */
 static int cookie_find(const struct head *h, const char *buf, uint64_t set)
 {
-	unsigned i, k;
-
-	for (i = 0; i < h->nfields; i++)
-		for (k = 0; k < BACKENDS && h->field[i].is == NAME_COOKIE; k++)
+	for (unsigned i = 0; i < h->nfields; i++)
+		for (unsigned k = 0; k < BACKENDS && h->field[i].is == NAME_COOKIE; k++)
 			if ((set >> k & 1) && cookie_has(buf + h->field[i].value.at,
 			    h->field[i].value.len, servers[k].cookie))
 				return (int)k;
@@ -4982,13 +4927,10 @@ static enum state head_done(struct session *s, enum why why)
 	struct request *r = &hd->u.request;
 	struct forwarded f = { .proto = s->plain ? "http" : "https", .subject = s->note->subject };
 	const int redirects = listeners[s->listener].kind == REDIRECT;
-	char *p;
-	enum why routed;
-	unsigned i;
 
 	if (why == WHY_NONE)
 		why = request_check(r, hd->bytes);
-	routed = request_note(s);
+	const enum why routed = request_note(s);
 	s->head = r->head.part[0].len == 4 && memcmp(hd->bytes, "HEAD", 4) == 0;
 	if (why == WHY_NONE && !(redirects && is_challenge(s)))
 		why = redirects ? WHY_REDIRECT : !r->upgrade && http == REFUSE ? WHY_NOT_WEBSOCKET :
@@ -5003,9 +4945,9 @@ static enum state head_done(struct session *s, enum why why)
 	if (r->upgrade)
 		accept_key(hd->bytes + r->key.at, s->note->accept);
 	f.client = address_format(&s->peer, 0);
-	for (i = 0; i < BACKENDS; i++)
+	for (unsigned i = 0; i < BACKENDS; i++)
 		f.renamed |= (s->group >> i & 1) && backends[i].host_header;
-	for (p = s->note->subject; *p; p++)
+	for (char *p = s->note->subject; *p; p++)
 		if (is_control((unsigned char)*p))
 			*p = '?';
 	hd->len = request_render(r, hd->bytes, &f, scratch, HEAD_ROOM);
@@ -5016,8 +4958,7 @@ static enum state head_done(struct session *s, enum why why)
 static enum state head_step(struct session *s)
 {
 	const unsigned char *p;
-	size_t len, room;
-	enum why why;
+	size_t len;
 
 	if (!records_borrow(s))
 		return HEAD;
@@ -5025,10 +4966,12 @@ static enum state head_step(struct session *s)
 	do {
 		leg_send(s, &s->client);
 		while ((p = leg_readable(&s->client, &len)) != NULL) {
-			room = head_max - hd->len;
+			const size_t room = head_max - hd->len;
+
 			len = len < room ? len : room;
 			memcpy(hd->bytes + hd->len, p, len);
-			why = request_parse(&hd->u.request, hd->bytes, hd->len + len);
+			const enum why why = request_parse(&hd->u.request, hd->bytes,
+				hd->len + len);
 			if (why == WHY_NONE)
 				len = hd->u.request.head.size - hd->len;
 			leg_consume(&s->client, len);
@@ -5112,27 +5055,14 @@ static enum state connect_step(struct session *s)
 	return connect_next(s);
 }
 
-/* For the log: why a backend's handshake failed. */
-static const char *handshake_why(const struct session *s)
-{
-	static char text[24];
-	int error = leg_fault(s, &s->backend);
-	const char *word = s->expired ? "tls-timeout" : fault_find(error)->word;
-
-	if (!word)
-		string_format(text, sizeof text, "tls-alert-%d", error - BR_ERR_RECV_FATAL_ALERT);
-	return word ? word : text;
-}
-
 /* Keeps a backend's new session for resumption, for an hour: then its certificate is looked at
  * again. One that was verified by a keyring of the past is not kept. */
-static void server_remember(struct server *v, const br_ssl_engine_context *eng,
-	const struct keyring *ring)
+static void server_remember(struct server *v, const struct session *s)
 {
 	br_ssl_session_parameters p;
 
-	br_ssl_engine_get_session_parameters(eng, &p);
-	if (ring != keyring || p.session_id_len == 0 ||
+	br_ssl_engine_get_session_parameters(s->backend.eng, &p);
+	if (s->ring != keyring || p.session_id_len == 0 ||
 	    memcmp(p.session_id, v->session.session_id, sizeof p.session_id) == 0)
 		return;
 	v->session = p;
@@ -5156,8 +5086,7 @@ static enum state backend_handshake_step(struct session *s)
 {
 	struct leg *l = &s->backend;
 	struct server *v = &servers[s->server];
-	const struct keyring *ring;
-	int stands;
+	static char text[24];
 
 	if (s->expired ? !l->eng : s->rec && !s->shelf && pool_empty(&shelf_pool))
 		return session_fail(s, WHY_NO_RESOURCES);       /* or they would wait in a ring */
@@ -5166,17 +5095,21 @@ static enum state backend_handshake_step(struct session *s)
 			return BACKEND_HANDSHAKE;
 		if (!l->eng && !tls_dial(s))
 			return session_fail(s, WHY_NO_RESOURCES);
-		ring = s->ring;
 		if (!s->shelf->verifier.begun)
 			backend_verify(s);
-		stands = leg_handshake(s, l);
-		if (stands)
-			server_remember(v, l->eng, ring);
+		if (leg_handshake(s, l)) {
+			server_remember(v, s);
+			return REQUEST;
+		}
 		if (!s->broken && !l->eof)
-			return stands ? REQUEST : BACKEND_HANDSHAKE;
+			return BACKEND_HANDSHAKE;
 	}
 	v->session_until = 0;
-	return backend_failed(s, handshake_why(s));
+	const int error = leg_fault(s, l);
+	const char *word = s->expired ? "tls-timeout" : fault_find(error)->word;
+	if (!word)
+		string_format(text, sizeof text, "tls-alert-%d", error - BR_ERR_RECV_FATAL_ALERT);
+	return backend_failed(s, word ? word : text);
 }
 
 /* The head as its backend gets it: with that one's .host_header as Host, and the one asked for,
@@ -5200,18 +5133,16 @@ static struct text head_address(const struct session *s)
 
 static enum state request_step(struct session *s)
 {
-	struct text t;
-	size_t len, n;
-	int sent;
+	size_t len;
 
 	if (s->backend.eng && !records_borrow(s))
 		return REQUEST;
 	head_load(s);
-	t = head_address(s);
+	const struct text t = head_address(s);
 	if (t.full)
 		return session_fail(s, WHY_LARGE_HEAD);
-	n = leg_pass(s, &s->backend, t.p + hd->off, t.len - hd->off);
-	sent = leg_send(s, &s->backend);        /* what its engine made of that */
+	const size_t n = leg_pass(s, &s->backend, t.p + hd->off, t.len - hd->off);
+	const int sent = leg_send(s, &s->backend);      /* what its engine made of that */
 	if (s->broken || s->backend.fin)
 		return hd->off > 0 || sent ? session_fail(s, WHY_BAD_RESPONSE) :
 			backend_failed(s, connect_why(errno));
@@ -5268,7 +5199,7 @@ static enum state interim_done(struct session *s)
 	if (++s->note->interim > INTERIM_MAX)
 		return session_fail(s, WHY_BAD_RESPONSE);
 	if (leg_room(&s->client, &room) && len <= room) {
-		leg_copy(&s->client, scratch, len);
+		leg_pass(s, &s->client, scratch, len);
 		leg_send(s, &s->client);
 	}
 	memmove(hd->bytes, hd->bytes + size, hd->len - size);
@@ -5508,6 +5439,7 @@ static void session_enter(struct session *s, enum state state)
 {
 	tunnels += (state == RELAY) - (unsigned)(s->state == RELAY);
 	s->state = (uint8_t)state;
+	tls_ring_release(s);
 	place_start(s);
 	state_timer_start(s);
 	s->moved = 1;
@@ -5634,15 +5566,13 @@ static int client_gone(struct session *s)
 /* Steps a session until its state stays, then settles it. The one place where states change. */
 static void session_run(struct session *s, int expired)
 {
-	enum state next;
-
 	link_drop(&s->wait);
 	s->expired = (uint8_t)expired;
 	s->client.more = s->backend.more = 0;
 	s->client.left = s->backend.left = SHARE;
 	s->moved = s->fed = 0;
-	next = expired && states[s->state].expired ? session_fail(s, states[s->state].expired) :
-		states[s->state].step(s);
+	enum state next = expired && states[s->state].expired ?
+		session_fail(s, states[s->state].expired) : states[s->state].step(s);
 	while (next != FREE && next != (enum state)s->state) {
 		session_enter(s, next);
 		s->expired = 0;
@@ -5733,11 +5663,10 @@ static struct session *displace_find(void)
 {
 	const struct link *list = &queues[Q_YOUNG].list, *l = list->next;
 	struct session *s = between_first();
-	unsigned looked;
 
 	if (s)
 		return s;
-	for (looked = 0; l != list && looked < DISPLACE_LOOK; looked++, l = l->next) {
+	for (unsigned looked = 0; l != list && looked < DISPLACE_LOOK; looked++, l = l->next) {
 		s = OWNER(l, struct session, place.link);
 		if (s->place.due > now)
 			break;
@@ -5821,15 +5750,15 @@ static void listener_event(unsigned i)
 {
 	struct address peer = { .in6.sin6_family = 0 };
 	struct timer *t;
-	int fd, n;
 
 	if (!place_find()) {
 		accept_after = now + KNOCK_MS;
-		for (n = 0; n < LOOKS && (t = timer_take(&queues[Q_GROWN])) != NULL; n++)
+		for (int n = 0; n < LOOKS && (t = timer_take(&queues[Q_GROWN])) != NULL; n++)
 			place_look(OWNER(t, struct session, place));
 	}
-	for (n = 0; n < ACCEPTS && place_find(); n++) {
-		fd = connection_accept(fds[FD_LISTEN + i].fd, &peer);
+	for (int n = 0; n < ACCEPTS && place_find(); n++) {
+		const int fd = connection_accept(fds[FD_LISTEN + i].fd, &peer);
+
 		if (fd < 0)
 			return;
 		address_unmap(&peer);
@@ -5842,7 +5771,6 @@ static void listener_event(unsigned i)
 static void listeners_watch(void)
 {
 	const int full = pool_empty(&session_pool) && !between_first();
-	unsigned i;
 
 	if (full != full_said && (!full || full_after <= now)) {
 		full_said = full;
@@ -5851,7 +5779,7 @@ static void listeners_watch(void)
 		log_line(full ? LOG_WARNING : LOG_NOTICE, "%s sessions=%u", full ? "full" : "room",
 			session_pool.lent);
 	}
-	for (i = FD_LISTEN; i < FD_CHECK; i++)
+	for (unsigned i = FD_LISTEN; i < FD_CHECK; i++)
 		fds[i].events = accept_after <= now ? POLLIN : 0;
 }
 
@@ -5862,11 +5790,10 @@ static void listeners_watch(void)
 static uint64_t leave_next(void)
 {
 	const unsigned most = tunnels > tunnels_first ? tunnels : tunnels_first;
-	const unsigned room = drain_ms / 10;
+	const uint64_t room = drain_ms / 10;
 
-	if (!drain_until || tunnels == 0)
-		return UINT64_MAX;
-	return drain_until - room - (uint64_t)(drain_ms - room) * tunnels / most;
+	return drain_until && tunnels > 0 ?
+		drain_until - room - (drain_ms - room) * tunnels / most : UINT64_MAX;
 }
 
 /* Which one that is: that has been silent longest, if it rests; of those that talk, one whose
@@ -5875,13 +5802,12 @@ static uint64_t leave_next(void)
 static struct session *leave_choose(void)
 {
 	const struct link *list = &queues[RELAY].list, *l = list->prev;
-	struct session *s, *first = OWNER(list->next, struct session, timer);
-	unsigned looked;
+	struct session *first = OWNER(list->next, struct session, timer);
+	const unsigned looks = (uint32_t)now - first->active >= REST_MS ? 0 : LEAVE_LOOK;
 
-	if ((uint32_t)now - first->active >= REST_MS)
-		return first;
-	for (looked = 0; l != list && looked < LEAVE_LOOK; looked++, l = l->prev) {
-		s = OWNER(l, struct session, timer);
+	for (unsigned looked = 0; l != list && looked < looks; looked++, l = l->prev) {
+		struct session *s = OWNER(l, struct session, timer);
+
 		if (s->answered)
 			return s;
 	}
@@ -5899,16 +5825,15 @@ static int timers_next(void)
 	const uint64_t also[] = { accept_after, way_until, drain_until, rejects_until,
 		!full_said && pool_empty(&session_pool) ? full_after : 0 };
 	uint64_t due = leave_next();
-	unsigned i;
 
-	for (i = 0; i < QUEUES; i++) {
+	for (unsigned i = 0; i < QUEUES; i++) {
 		const struct timer *t = OWNER(queues[i].list.next, struct timer, link);
 
 		if (i != Q_YOUNG && i != Q_GROWN && (i != Q_STALL || buffers_wanted()) &&
 		    !link_alone(&queues[i].list) && t->due < due)
 			due = t->due;
 	}
-	for (i = 0; i < LENGTH(also); i++)
+	for (unsigned i = 0; i < LENGTH(also); i++)
 		if (also[i] > now && also[i] < due)
 			due = also[i];
 	return due == UINT64_MAX ? -1 : due <= now ? 0 : due - now > INT_MAX ? INT_MAX :
@@ -5939,16 +5864,15 @@ static void stallers_close(void)
 static void timers_run(void)
 {
 	struct timer *t;
-	unsigned i;
 
-	for (i = 0; i < STATES; i++)
+	for (unsigned i = 0; i < STATES; i++)
 		while ((t = timer_take(&queues[i])) != NULL)
 			session_run(OWNER(t, struct session, timer), 1);
 	while ((t = timer_take(&queues[Q_RESOLVE])) || (t = timer_take(&queues[Q_REFRESH])))
 		resolver_ask(OWNER(t, struct server, retry));
 	while ((t = timer_take(&queues[Q_CHECK])) != NULL) {
 		timer_start(&queues[Q_CHECK], t);
-		i = (unsigned)(OWNER(t, struct server, check) - servers);
+		const unsigned i = (unsigned)(OWNER(t, struct server, check) - servers);
 		check_next(i, fds[FD_CHECK + i].fd >= 0 ? ETIMEDOUT : 0);
 	}
 	if (rejects_until && rejects_until <= now)
@@ -5972,11 +5896,11 @@ static void timers_run(void)
 static void sessions_epoll(void)
 {
 	struct epoll_event ev[64];
-	int i, n = LENGTH(ev), most;
+	int n = LENGTH(ev);
 
-	for (most = 2 * max_sessions; most > 0 && n == LENGTH(ev); most -= n) {
+	for (int most = 2 * max_sessions; most > 0 && n == LENGTH(ev); most -= n) {
 		n = epoll_wait(fds[FD_EPOLL].fd, ev, LENGTH(ev), 0);
-		for (i = 0; i < n; i++) {
+		for (int i = 0; i < n; i++) {
 			struct session *s = &sessions[(uint32_t)ev[i].data.u64 / 2];
 			struct leg *l = ev[i].data.u64 % 2 ? &s->backend : &s->client;
 
