@@ -372,7 +372,7 @@ struct session {
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
 	uint8_t framing;        /* enum framing, of the answer */
 	uint8_t keep;           /* 1: the client's connection outlives it */
-	uint8_t broken;         /* enum party: whose side was reset, or its TLS failed; 0: none's */
+	uint8_t broken;         /* enum party: whose side broke, see session_broke; 0: none */
 	uint8_t expired;        /* in this run: the state's time is over; */
 	uint8_t moved, fed;     /* it, or bytes of a head, moved; application bytes did */
 	uint8_t first, address; /* of the backend's: where it began, and how many had their try */
@@ -382,13 +382,13 @@ struct session {
 	uint32_t stall_from;    /* application bytes when the timer `stall` was started */
 	const char *fault;      /* why an address of this backend failed; NULL: none yet */
 	uint64_t tried, group;  /* backends; those that its Host and path allow */
-	struct chunked body;    /* what may go to the backend: of the request, or of a tunnel */
+	struct chunked body;    /* what may go up: the request's, or all of a tunnel's client */
 	union {
 		struct chunked answer;  /* its body */
 		struct flow flow[2];    /* of a tunnel */
 	};
 	uint32_t heard, active; /* of a tunnel: when its client, and when either side sent last */
-	uint16_t say;           /* to tell its client: 0, SAY_PING, SAID, the code of a Close */
+	uint16_t say;           /* to its client: SAY_PING, a Close's code; SAID: it was; 0 */
 	uint16_t code;          /* of the first Close that went by, 0: none did, */
 	uint8_t code_by;        /* and whose it was, enum party */
 	uint8_t pinged;         /* 1: its client was sent a Ping; */
@@ -3145,8 +3145,7 @@ static char *head_place(const struct session *s)
 	return s->note->len > NOTE_TEXT ? s->shelf->text : s->note->text;
 }
 
-/* Takes the head buffer. What was put aside is parsed anew: it is little, or its pieces cost
- * more. */
+/* Loads the head. What was put aside is parsed anew: it is little, or its pieces cost more. */
 static void head_load(struct session *s)
 {
 	struct note *note = s->note;
@@ -4162,9 +4161,8 @@ static int leg_feed(struct session *s, struct leg *l)
 	return moved;
 }
 
-/* Whether an engine never moves again: BearSSL does not wake up from renegotiations asked for
- * faster than it refuses them, nor, when it was closed, with plaintext that was not taken, nor when
- * what it has to say can't be sent. */
+/* Whether an engine never moves again: BearSSL does not wake up from renegotiations that come
+ * faster than it refuses them, nor, closed, with plaintext not taken or words that can't go. */
 static int leg_stuck(const struct leg *l)
 {
 	unsigned moves = BR_SSL_RECVREC | BR_SSL_RECVAPP | (l->fin ? 0u : BR_SSL_SENDREC);
@@ -4231,8 +4229,7 @@ static size_t tunnel_passed(struct session *s, unsigned way, const void *p, size
 	return end;
 }
 
-/* To a side, straight from where it is: into its buffers, or, of a backend in the clear, to its
- * socket. Bytes taken. */
+/* To a side: into its buffers, or of a backend in the clear straight to its socket. Bytes taken. */
 static size_t leg_pass(struct session *s, struct leg *l, const void *p, size_t len)
 {
 	size_t room;
@@ -4270,10 +4267,9 @@ static void frame_put(struct session *s, unsigned way, unsigned code)
 	}
 }
 
-/* A tunnel is to end for a reason of ours. Its client is told at a frame's end; what the backend
- * sends behind that is nobody's, what the client sends, and its answer last, goes on to the
- * backend, whose end is then that of both. Who does not play along is told by FIN after linger_ms,
- * as all are who use no frames. */
+/* A tunnel ends for a reason of ours. Its client is told at a frame's end; what the backend sends
+ * behind that is nobody's, what the client sends, its answer last, still goes to the backend, whose
+ * end is that of both. Who does not follow, or uses no frames, is told by FIN after linger_ms. */
 static void tunnel_leave(struct session *s, enum why why)
 {
 	session_end(s, BY_PROXY, why);
@@ -4381,9 +4377,8 @@ static int leg_has_more(const struct leg *l)
 		records_whole(l->ahead + l->at, l->end - l->at, &need) > 0;
 }
 
-/* To the backend, what is its of what a client sent: bytes of a tunnel, or of a body; of chunks one
- * piece, without extensions and trailers. Bytes taken. What was not taken is judged anew the next
- * time; body.bad: it is no chunk. */
+/* To the backend, what is its of what a client sent, in a tunnel or a body; of chunks one piece, no
+ * extensions and trailers. Bytes taken; the rest is judged anew next time; body.bad: no chunk. */
 static size_t body_write(struct session *s, const unsigned char *p, size_t len)
 {
 	struct chunked ahead = s->body;
@@ -4557,8 +4552,7 @@ static const char *status_text(unsigned status)
 	return texts[i].text;
 }
 
-/* Location of a redirect: the host asked for, with redirect_port, or that of the first WSS
- * listener. */
+/* Location of a redirect: the host asked for, with redirect_port, or the first WSS listener's. */
 static void text_location(struct text *t)
 {
 	const struct request *r = &hd->u.request;
@@ -4781,8 +4775,7 @@ static enum state session_fail(struct session *s, enum why why)
 
 /* One step of a leg's TLS handshake: a record, for its arithmetic takes 2 ms on a PC and 100 ms on
  * a small MIPS; and a ChangeCipherSpec with the Finished behind it, for theirs takes none. What
- * remains in the read-ahead takes its turn again. 1: TLS stands; 0: not yet, or never, for the leg
- * is broken or at its end. */
+ * else was read ahead has another turn. 1: TLS stands; 0: not yet, or never: it broke or ended. */
 static int leg_handshake(struct session *s, struct leg *l)
 {
 	static const unsigned char ccs[] = { 0, 1, 1 };
@@ -4823,8 +4816,7 @@ static int leg_handshake(struct session *s, struct leg *l)
 	return !s->broken && (br_ssl_engine_current_state(l->eng) & BR_SSL_SENDAPP);
 }
 
-/* The ClientHello is awaited whole, for its server name; then the engine is started. HTTP in the
- * clear is answered in the clear. */
+/* The ClientHello is awaited whole, for its server name; then the engine is started. */
 static enum state handshake_step(struct session *s)
 {
 	struct leg *l = &s->client;
@@ -4840,7 +4832,7 @@ static enum state handshake_step(struct session *s)
 		const unsigned char *p = l->ahead;
 		if (!records_whole(p, l->end, &need))
 			return HANDSHAKE;
-		if (isalnum(p[0]) && isalnum(p[1]) && (isalnum(p[2]) || p[2] == ' ')) {
+		if (isalnum(p[0]) && isalnum(p[1]) && (isalnum(p[2]) || p[2] == ' ')) { /* HTTP */
 			s->plain = 1;
 			l->at = l->end;
 			return session_fail(s, WHY_PLAIN_HTTP);
@@ -4883,8 +4875,8 @@ static int cookie_find(const struct head *h, const char *buf, uint64_t set)
 	return -1;
 }
 
-/* Notes what is asked for, as far as that was parsed: for the log, and which backends serve it.
- * WHY_NONE, or none does. */
+/* Notes what is asked for, as far as it was parsed, for the log; and who serves it: WHY_NONE; or
+ * none does. */
 static enum why request_note(struct session *s)
 {
 	const struct request *r = &hd->u.request;
@@ -5112,9 +5104,8 @@ static enum state backend_handshake_step(struct session *s)
 	return backend_failed(s, word ? word : text);
 }
 
-/* The head as its backend gets it: with that one's .host_header as Host, and the one asked for,
- * which comes first, as X-Forwarded-Host. As long as nothing was written, another backend may get
- * it, so that is not put in its place yet. */
+/* The head as its backend gets it: .host_header as Host, the one asked for, which comes first, as
+ * X-Forwarded-Host. It is not put in place yet: until something is written, another may get it. */
 static struct text head_address(const struct session *s)
 {
 	const char *host = backends[s->server].host_header;
@@ -5332,9 +5323,8 @@ static int exchange_over(struct session *s)
 	return 1;
 }
 
-/* Between two requests: owns nothing but its slot and its note. What has come is HEAD's to read,
- * which has head_ms for it from now on; when its time is over, the client is told if that needs no
- * waiting. */
+/* Between two requests: owns nothing but its slot and note. What has come is HEAD's to read, which
+ * has head_ms for it from now; when its time is over, the client is told if that needs no wait. */
 static enum state between_step(struct session *s)
 {
 	struct leg *c = &s->client;
@@ -5426,9 +5416,8 @@ static const struct {
 
 /* ---- sessions: opened, run, watched, closed ---- */
 
-/* Whether a client that ends now has gone away: while it waits for a buffer or its turn, or a
- * backend is sought or asked. Nothing is computed for it any more. One whose body goes up meanwhile
- * is read, and its end found behind that. */
+/* Whether a client that ends now has gone, and nothing is computed for it: it waits for a buffer or
+ * its turn, or a backend is sought or asked. Where its body goes up, its end is behind that. */
 static int is_watched(const struct session *s)
 {
 	return s->state < CONNECT ? !link_alone(&s->wait) :
@@ -5653,10 +5642,9 @@ static struct session *between_first(void)
 /* Who gives its place to a newcomer when the table is full: who has waited longest between two
  * requests; else, of those that have yet to ask, and wait for nothing of ours, who has kept us
  * waiting longest; NULL: nobody, for long enough. DISPLACE_MS are for a ClientHello, then for the
- * rest of TLS, then for the request's head: each takes one round trip, and with one of 300 ms it
- * can lose a segment, too. Without that time those accepted in one turn would displace each other,
- * and of 50 newcomers at the last place none would finish.
- * Silent connections, of one address or of 1000, are so displaced at max_sessions each second, in
+ * rest of TLS, then for the request's head: each takes a round trip, and of 300 ms it can lose a
+ * segment. Without it those accepted in a turn would displace each other: of 50 at the last place
+ * none would finish. So silent connections, of one address or 1000, go at max_sessions a second, in
  * order of arrival: a newcomer waits for those before it in the backlog (4096: 8 s), a byte now and
  * then gains nothing, and what keeps a place longer has cost a handshake. */
 static struct session *displace_find(void)
@@ -5766,8 +5754,7 @@ static void listener_event(unsigned i)
 	}
 }
 
-/* Listeners and their doors are polled unless they rest. Says when there is no place any more, and
- * when there is again. */
+/* Polls listeners and their doors unless they rest. Says when there is no place, and when again. */
 static void listeners_watch(void)
 {
 	const int full = pool_empty(&session_pool) && !between_first();
@@ -5784,9 +5771,8 @@ static void listeners_watch(void)
 }
 
 /* When the next tunnel is to leave, UINT64_MAX: none is. They do one by one, evenly over nine
- * tenths of drain_ms: of n, one when that begins, the next when an nth of it is over, and so on. In
- * the last tenth those that were last have time to end. Who ends by itself slows that down, and who
- * becomes a tunnel meanwhile makes it faster. */
+ * tenths of drain_ms: of n, one when that begins, the next an nth of it later, and so on; the last
+ * tenth is for the last to end. Who ends by itself slows that down, a new one makes it faster. */
 static uint64_t leave_next(void)
 {
 	const unsigned most = tunnels > tunnels_first ? tunnels : tunnels_first;
@@ -5914,8 +5900,7 @@ static void sessions_epoll(void)
 }
 
 /* All that the set told of, or that were given what they waited for, or stopped for others, once;
- * then one handshake step. Of those that have not begun, the last to come is first: the others are
- * nearer to giving up. */
+ * then a handshake step. Of those not begun, the last is first: others are nearer to giving up. */
 static void sessions_turn(void)
 {
 	struct link *l, end = { &end, &end };
