@@ -480,6 +480,7 @@ static int full_said;           /* the last line was `full`, not `room` */
 static uint64_t full_after;     /* the next `full` may be said */
 static unsigned rejects;        /* within a second, */
 static uint64_t rejects_until;  /* which ends then; 0: there were none */
+static size_t ignored;          /* a length that nobody asks for */
 static char scratch[HEAD_ROOM + HEAD_ROOM];     /* of one call: renderings, what is thrown away */
 static char file_text[ANCHORS_MAX * 2048];      /* a PEM file */
 static int reload_due;          /* SIGHUP came; 0 again when it was done */
@@ -4184,9 +4185,8 @@ static void leg_discard(struct leg *l)
 /* Socket to engine. The socket is read when all before was taken: its end is that of everything. */
 static int leg_fill(struct session *s, struct leg *l)
 {
-	size_t len;
-	int moved = leg_in(l) && l->at == l->end && !leg_readable(l, &len) && leg_heard(s, l) &&
-		leg_recv(s, l);
+	int moved = leg_in(l) && l->at == l->end && !leg_readable(l, &ignored) &&
+		leg_heard(s, l) && leg_recv(s, l);
 
 	if (!l->eng || (l->eof && l->fin && is_tunnel(s)))
 		return moved;
@@ -4349,19 +4349,18 @@ static int tunnel_survives(struct session *s)
 static void leg_finish(struct session *s, struct leg *l)
 {
 	const unsigned way = l == &s->client ? TO_CLIENT : TO_BACKEND;
-	size_t len;
 
 	if (s->broken)
 		return;
 	if (!l->fin && (!l->eof || tunnel_leaving(s)) && !tunnel_taken(s, way) &&
-	    (!l->buf || leg_room(l, &len)))
+	    (!l->buf || leg_room(l, &ignored)))
 		frame_put(s, way, tunnel_leaving(s) ? GOING_AWAY : s->code ? s->code :
 			way == TO_CLIENT ? SERVICE_RESTART : GOING_AWAY);
 	leg_send(s, l);         /* or the engine is not asked to close */
 	if (l->eng && l->buf && (br_ssl_engine_current_state(l->eng) & BR_SSL_SENDAPP))
 		br_ssl_engine_close(l->eng);
 	leg_send(s, l);
-	if (leg_pending(l, &len) || s->broken)
+	if (leg_pending(l, &ignored) || s->broken)
 		return;
 	shutdown(l->fd, SHUT_WR);
 	leg_mark(l, 0);         /* the kernel tells what that kept back, one before 4.18 later */
@@ -4399,7 +4398,6 @@ static int relay_up(struct session *s)
 	struct leg *to = &s->backend;
 	size_t len;
 	unsigned char *p = leg_readable(&s->client, &len);
-	int asked = 0;
 
 	if (leg_over(to))
 		body_drop(s);
@@ -4415,16 +4413,14 @@ static int relay_up(struct session *s)
 		session_broke(s, &s->client, WHY_CHUNKS);
 	if (len == 0)
 		return 0;
-	if (frames && is_tunnel(s)) {
+	if (frames && is_tunnel(s))
 		tunnel_passed(s, TO_BACKEND, p, len);
-		asked = s->pinged && s->flow[TO_BACKEND].first == 0x8a;
-		s->pinged = 0;
-		s->heard = (uint32_t)now;
-	}
 	leg_consume(&s->client, len);
 	s->rx += len;
-	s->answered = 0;
-	s->fed |= !asked;       /* what only our Ping has brought makes no tunnel less idle */
+	/* what only our Ping has brought makes no tunnel less idle */
+	s->fed |= !(s->pinged && s->flow[TO_BACKEND].first == 0x8a);
+	s->pinged = s->answered = 0;
+	s->heard = (uint32_t)now;
 	return 1;
 }
 
@@ -4622,12 +4618,11 @@ static void text_asked(struct text *t, const struct session *s, enum why why)
 		return;
 	text_format(t, " host=%s path=%s backend=%s", or_dash(note->host), note->path,
 		s->server < 0 ? "-" : servers[s->server].name);
-	if (why == WHY_ORIGIN) {
-		const struct span o = hd->u.request.origin;
-
-		log_escape(origin, sizeof origin, hd->bytes + o.at, o.len);
-		text_format(t, " origin=%s", or_dash(origin));
-	}
+	if (why != WHY_ORIGIN)
+		return;
+	const struct span o = hd->u.request.origin;
+	log_escape(origin, sizeof origin, hd->bytes + o.at, o.len);
+	text_format(t, " origin=%s", or_dash(origin));
 }
 
 static const char *const parties[] = { "proxy", "client", "backend" };
@@ -4656,11 +4651,10 @@ static void log_session(const struct session *s, enum event event, unsigned stat
 {
 	static const char *const words[] = { "open", "close", "reject" };
 	const int error = leg_fault(s, s->by == BY_BACKEND ? &s->backend : &s->client);
-	struct text t;
 
 	if (event != REJECT && log_sessions != ALL && !(log_sessions == TUNNELS && s->upgrade))
 		return;
-	t = log_begin(event == REJECT ? LOG_NOTICE : LOG_INFO);
+	struct text t = log_begin(event == REJECT ? LOG_NOTICE : LOG_INFO);
 	text_format(&t, "%s id=%u", words[event], (unsigned)s->id);
 	if (s->request > 1)
 		text_format(&t, ".%u", (unsigned)s->request);
@@ -5124,8 +5118,6 @@ static struct text head_address(const struct session *s)
 
 static enum state request_step(struct session *s)
 {
-	size_t len;
-
 	if (s->backend.eng && !records_borrow(s))
 		return REQUEST;
 	head_load(s);
@@ -5143,7 +5135,7 @@ static enum state request_step(struct session *s)
 		hd->len = t.len;
 	}
 	hd->off += n;
-	if (hd->off < hd->len || leg_pending(&s->backend, &len))
+	if (hd->off < hd->len || leg_pending(&s->backend, &ignored))
 		return REQUEST;
 	servers[s->server].sessions++;
 	hd->len = hd->off = 0;
@@ -5235,7 +5227,7 @@ static enum state response_step(struct session *s)
 {
 	enum state next = RESPONSE;
 	enum why why;
-	size_t len, n;
+	size_t n;
 
 	if ((s->body.done && !leg_in(&s->backend) && !s->rec) || !records_borrow(s))
 		return RESPONSE;
@@ -5244,7 +5236,7 @@ static enum state response_step(struct session *s)
 		head_load(s);
 		n = backend_read(s, (unsigned char *)hd->bytes + hd->len, head_max - hd->len);
 		if (s->broken || s->backend.eof || (s->client.eof && !s->body.done &&
-		    !leg_readable(&s->client, &len))) {
+		    !leg_readable(&s->client, &ignored))) {
 			session_end(s, BY_CLIENT, WHY_EOF);     /* amid the request's body */
 			return session_fail(s, s->by == BY_BACKEND ? WHY_BAD_RESPONSE :
 				(enum why)s->why);
@@ -5265,20 +5257,16 @@ static enum state response_step(struct session *s)
 /* Whether nothing more goes up: the client has ended, and what it sent is through. */
 static int relay_up_over(const struct session *s)
 {
-	size_t len;
-
-	return s->body.done || !leg_readable(&s->client, &len);
+	return s->body.done || !leg_readable(&s->client, &ignored);
 }
 
 /* Whether nothing more goes down: the backend has ended, or its answer, and all is sent. A tunnel
  * waits until the client's bytes are through as well: close_notify would drop them. */
 static int relay_down_over(const struct session *s)
 {
-	size_t len;
-
 	if (leg_closed(&s->client))
 		return s->backend.fin || s->backend.eof;        /* first what it sent */
-	if (!s->backend.eof || hd || leg_pending(&s->client, &len))
+	if (!s->backend.eof || hd || leg_pending(&s->client, &ignored))
 		return 0;
 	return s->framing != BODY_TUNNEL || s->backend.fin || relay_up_over(s);
 }
@@ -5306,10 +5294,8 @@ static void request_begin(struct session *s)
  * past. The note stays, for the name of the client. */
 static int exchange_over(struct session *s)
 {
-	struct leg *b = &s->backend;
-
-	if (b->eof && b->fd >= 0) {
-		leg_finish(s, b);
+	if (s->backend.eof && s->backend.fd >= 0) {
+		leg_finish(s, &s->backend);
 		backend_leave(s);       /* whatever its client takes its time for */
 	}
 	if (!s->keep || s->why != WHY_DONE || !relay_down_over(s))
@@ -5480,11 +5466,8 @@ static void session_drop(struct session *s, enum why why)
  * (what is put there makes a record at once), or its side has ended amid one. */
 static int leg_rests(const struct leg *l)
 {
-	size_t len;
-
-	if (l->at != l->end || leg_pending(l, &len))
-		return 0;
-	return !l->buf || !l->eng || leg_between(l) || (l->eof && !leg_readable(l, &len));
+	return l->at == l->end && !leg_pending(l, &ignored) && (!l->buf || !l->eng ||
+		leg_between(l) || (l->eof && !leg_readable(l, &ignored)));
 }
 
 /* Whether the record buffers are of no use to a session now. */
