@@ -3040,12 +3040,11 @@ static int session_borrow(struct session *s, struct pool *p)
 /* An item is free: for who has waited longest, if anyone does. */
 static void session_pass(struct pool *p, void *item)
 {
-	struct session *next = OWNER(p->waiters.next, struct session, wait);
-
 	if (!pool_wanted(p)) {
 		pool_return(p, item);
 		return;
 	}
+	struct session *next = OWNER(p->waiters.next, struct session, wait);
 	p->attach(next, item);
 	link_append(&runnable, &next->wait);
 }
@@ -3149,10 +3148,9 @@ static char *head_place(const struct session *s)
 /* Loads the head. What was put aside is parsed anew: it is little, or its pieces cost more. */
 static void head_load(struct session *s)
 {
-	struct note *note = s->note;
-
 	if (hd)
 		return;
+	struct note *note = s->note;
 	hd = &head_buffer;
 	memset(hd, 0, offsetof(struct head_buffer, bytes));
 	hd->len = note->len;
@@ -4304,10 +4302,9 @@ static void tunnel_ask(struct session *s)
  * more or less, for those who came together need not go together. */
 static void tunnel_look(struct session *s)
 {
-	const uint64_t chance = hash_mix(s->born << 32 ^ s->id) >> 32;
-
 	if (tunnel_leaving(s))
 		return;
+	const uint64_t chance = hash_mix(s->born << 32 ^ s->id) >> 32;
 	if (idle_ms > 0 && (uint32_t)now - s->active >= idle_ms)
 		tunnel_leave(s, WHY_IDLE);
 	else if (max_age_ms > 0 &&
@@ -4348,10 +4345,9 @@ static int tunnel_survives(struct session *s)
  * had none; close_notify; then FIN. Again while fin is 0. */
 static void leg_finish(struct session *s, struct leg *l)
 {
-	const unsigned way = l == &s->client ? TO_CLIENT : TO_BACKEND;
-
 	if (s->broken)
 		return;
+	const unsigned way = l == &s->client ? TO_CLIENT : TO_BACKEND;
 	if (!l->fin && (!l->eof || tunnel_leaving(s)) && !tunnel_taken(s, way) &&
 	    (!l->buf || leg_room(l, &ignored)))
 		frame_put(s, way, tunnel_leaving(s) ? GOING_AWAY : s->code ? s->code :
@@ -4452,11 +4448,9 @@ static size_t backend_read(struct session *s, unsigned char *out, size_t size)
  * is to be said, those up to the last frame's end. */
 static size_t tunnel_take(struct session *s, const char *p, size_t len)
 {
-	size_t end;
-
 	if (s->say == SAID)
 		return 0;
-	end = tunnel_passed(s, TO_CLIENT, p, len);
+	const size_t end = tunnel_passed(s, TO_CLIENT, p, len);
 	if (s->say <= SAY_PING || end == 0 || s->flow[TO_CLIENT].over)
 		return len;
 	s->flow[TO_CLIENT].seen = 0;
@@ -4592,13 +4586,12 @@ static void reply_compose(struct session *s, enum why why)
 /* Of a line of the log: what TLS with the client has come to. */
 static void text_tls(struct text *t, const struct session *s)
 {
-	br_ssl_session_parameters p;
-	char name[sizeof s->note->subject];
-
 	if (s->plain) {
 		text_string(t, " tls=- suite=- resumed=0 cn=-");
 		return;
 	}
+	br_ssl_session_parameters p;
+	char name[sizeof s->note->subject];
 	br_ssl_engine_get_session_parameters(&s->tls.eng, &p);
 	const int k = suite_find(p.cipher_suite);
 	log_escape(name, sizeof name, s->note->subject, strlen(s->note->subject));
@@ -4649,11 +4642,10 @@ enum event { OPEN, CLOSE, REJECT };
  * or ends without a backend's answer. `status` is that of the answer, 0: none. */
 static void log_session(const struct session *s, enum event event, unsigned status, enum why why)
 {
-	static const char *const words[] = { "open", "close", "reject" };
-	const int error = leg_fault(s, s->by == BY_BACKEND ? &s->backend : &s->client);
-
 	if (event != REJECT && log_sessions != ALL && !(log_sessions == TUNNELS && s->upgrade))
 		return;
+	static const char *const words[] = { "open", "close", "reject" };
+	const int error = leg_fault(s, s->by == BY_BACKEND ? &s->backend : &s->client);
 	struct text t = log_begin(event == REJECT ? LOG_NOTICE : LOG_INFO);
 	text_format(&t, "%s id=%u", words[event], (unsigned)s->id);
 	if (s->request > 1)
@@ -4688,23 +4680,15 @@ static int reject_counts(void)
 	return rejects++ < log_rejects || log_rejects == 0;
 }
 
-/* Whether a client that left, or whose time is over, has asked nothing: not a byte, or TLS and then
- * not a byte. What it sent, but nobody had a buffer for, is asked. */
-static int is_probe(const struct session *s, enum why why)
+/* A session ends without a backend's answer. A probe's client left, or its time is over, and it has
+ * asked nothing: not a byte, or TLS and then none. What nobody had a buffer for is asked. */
+static void session_reject(const struct session *s, unsigned status, enum why why)
 {
-	char byte;
-
-	return (why == WHY_EOF || why == WHY_RESET || why == WHY_TIMEOUT ||
+	const int probe = (why == WHY_EOF || why == WHY_RESET || why == WHY_TIMEOUT ||
 		why == WHY_HANDSHAKE_TIMEOUT || why == WHY_HEAD_TIMEOUT) &&
 		(s->state == HANDSHAKE ? !s->client.eng : s->state == HEAD) &&
 		s->client.at == s->client.end && head_len(s) == 0 &&
-		recv(s->client.fd, &byte, 1, MSG_PEEK) <= 0;
-}
-
-/* A session ends without a backend's answer. */
-static void session_reject(const struct session *s, unsigned status, enum why why)
-{
-	const int probe = is_probe(s, why);
+		recv(s->client.fd, scratch, 1, MSG_PEEK) <= 0;
 
 	for (unsigned i = 0; i < BACKENDS && s->state == CONNECT; i++)
 		servers[i].lost += servers[i].down && (s->group >> i & 1);
@@ -4720,8 +4704,7 @@ static void rejects_over(void)
 {
 	if (rejects > log_rejects && log_rejects > 0)
 		log_line(LOG_NOTICE, "reject suppressed=%u", rejects - log_rejects);
-	rejects = 0;
-	rejects_until = 0;
+	rejects_until = rejects = 0;
 }
 
 /* Forgets the connection to a backend. */
@@ -4943,12 +4926,11 @@ static enum state head_done(struct session *s, enum why why)
 
 static enum state head_step(struct session *s)
 {
-	const unsigned char *p;
-	size_t len;
-
 	if (!records_borrow(s))
 		return HEAD;
 	head_load(s);
+	const unsigned char *p;
+	size_t len;
 	do {
 		leg_send(s, &s->client);
 		while ((p = leg_readable(&s->client, &len)) != NULL) {
@@ -4973,13 +4955,12 @@ static enum state head_step(struct session *s)
  * address, or none of this backend's, which has failed if one of them has. */
 static void connect_failed(struct session *s, const char *why)
 {
-	struct server *v = &servers[s->server];
-
 	backend_hangup(s);
 	timer_start(&queues[CONNECT], &s->timer);
 	s->moved = 1;           /* the next one has its own time */
 	if (why)
 		s->fault = why;
+	struct server *v = &servers[s->server];
 	if (++s->address < v->addresses)
 		return;
 	s->tried |= (uint64_t)1 << s->server;
@@ -5013,8 +4994,7 @@ static enum state connect_next(struct session *s)
 		s->backend.fd = server_dial((unsigned)i,
 			(unsigned)(s->first + s->address) % servers[i].addresses);
 		s->backend.full = 1;    /* until it is connected */
-		if (s->backend.fd < 0 ? errno == EAGAIN :
-		    leg_watch(s, &s->backend))
+		if (s->backend.fd < 0 ? errno == EAGAIN : leg_watch(s, &s->backend))
 			return CONNECT;
 		connect_failed(s, connect_why(errno));
 	}
@@ -5035,8 +5015,7 @@ static enum state connect_step(struct session *s)
 	else if ((error = socket_error(s->backend.fd)) == 0)
 		error = proxy_tell((unsigned)s->server, s->backend.fd, s->client.fd, &s->peer);
 	if (error == 0)
-		return tls_backends && backends[s->server].tls != TLS_OFF ? BACKEND_HANDSHAKE :
-			REQUEST;
+		return backends[s->server].tls == TLS_OFF ? REQUEST : BACKEND_HANDSHAKE;
 	connect_failed(s, connect_why(error));
 	return connect_next(s);
 }
@@ -5070,9 +5049,9 @@ static enum state backend_failed(struct session *s, const char *why)
 
 static enum state backend_handshake_step(struct session *s)
 {
+	static char text[24];
 	struct leg *l = &s->backend;
 	struct server *v = &servers[s->server];
-	static char text[24];
 
 	if (s->expired ? !l->eng : s->rec && !s->shelf && pool_empty(&shelf_pool))
 		return session_fail(s, WHY_NO_RESOURCES);       /* or they would wait in a ring */
@@ -5138,8 +5117,7 @@ static enum state request_step(struct session *s)
 	if (hd->off < hd->len || leg_pending(&s->backend, &ignored))
 		return REQUEST;
 	servers[s->server].sessions++;
-	hd->len = hd->off = 0;
-	memset(&hd->u, 0, sizeof hd->u);
+	memset(hd, 0, offsetof(struct head_buffer, bytes));
 	return RESPONSE;
 }
 
@@ -5175,12 +5153,11 @@ static int answer_place(struct session *s, const struct response *r)
 /* A 1xx before the answer goes to the client if there is room for it at once. */
 static enum state interim_done(struct session *s)
 {
-	struct response *r = &hd->u.response;
-	size_t room, size = r->head.size;
-	size_t len = response_render(r, hd->bytes, scratch, HEAD_ROOM);
-
 	if (++s->note->interim > INTERIM_MAX)
 		return session_fail(s, WHY_BAD_RESPONSE);
+	const size_t size = hd->u.response.head.size;
+	const size_t len = response_render(&hd->u.response, hd->bytes, scratch, HEAD_ROOM);
+	size_t room;
 	if (leg_room(&s->client, &room) && len <= room) {
 		leg_pass(s, &s->client, scratch, len);
 		leg_send(s, &s->client);
@@ -5225,12 +5202,11 @@ static enum state response_done(struct session *s)
  * this request alone, which may be why, and may have been acted on: it is not sent to another. */
 static enum state response_step(struct session *s)
 {
+	if ((s->body.done && !leg_in(&s->backend) && !s->rec) || !records_borrow(s))
+		return RESPONSE;
 	enum state next = RESPONSE;
 	enum why why;
 	size_t n;
-
-	if ((s->body.done && !leg_in(&s->backend) && !s->rec) || !records_borrow(s))
-		return RESPONSE;
 	do {
 		relay_pump(s);
 		head_load(s);
@@ -5632,11 +5608,11 @@ static struct session *between_first(void)
  * then gains nothing, and what keeps a place longer has cost a handshake. */
 static struct session *displace_find(void)
 {
-	const struct link *list = &queues[Q_YOUNG].list, *l = list->next;
 	struct session *s = between_first();
 
 	if (s)
 		return s;
+	const struct link *list = &queues[Q_YOUNG].list, *l = list->next;
 	for (unsigned looked = 0; l != list && looked < DISPLACE_LOOK; looked++, l = l->next) {
 		s = OWNER(l, struct session, place.link);
 		if (s->place.due > now)
@@ -5691,9 +5667,8 @@ static void listener_take(int fd, const struct address *peer, unsigned listener)
 
 	if (max_per_ip > 0 && o && o->sessions >= max_per_ip) {
 		if (reject_counts())
-			log_line(LOG_NOTICE, "reject id=%u client=%s status=- why=%s",
-				(unsigned)++last_id, address_format(peer, 1),
-				whys[WHY_PER_IP].text);
+			log_line(LOG_NOTICE, "reject id=%u client=%s status=- why=%s", ++last_id,
+				address_format(peer, 1), whys[WHY_PER_IP].text);
 		close(fd);
 		return;
 	}
