@@ -3140,11 +3140,6 @@ static size_t head_len(const struct session *s)
 	return hd ? hd->len : s->note ? s->note->len : 0;
 }
 
-static char *head_place(const struct session *s)
-{
-	return s->note->len > NOTE_TEXT ? s->shelf->text : s->note->text;
-}
-
 /* Loads the head. What was put aside is parsed anew: it is little, or its pieces cost more. */
 static void head_load(struct session *s)
 {
@@ -3155,7 +3150,7 @@ static void head_load(struct session *s)
 	memset(hd, 0, offsetof(struct head_buffer, bytes));
 	hd->len = note->len;
 	hd->off = note->off;
-	memcpy(hd->bytes, head_place(s), hd->len);
+	memcpy(hd->bytes, hd->len > NOTE_TEXT ? s->shelf->text : note->text, hd->len);
 	note->len = note->off = 0;
 }
 
@@ -3163,15 +3158,16 @@ static void head_load(struct session *s)
 static int head_store(struct session *s)
 {
 	const struct head_buffer *head = hd;
+	const int large = head && head->len > NOTE_TEXT;
 
 	hd = NULL;
 	if (!head || head->off == head->len)
 		return 1;
-	if (head->len > NOTE_TEXT && !shelf_borrow(s))
+	if (large && !shelf_borrow(s))
 		return 0;
 	s->note->len = (uint16_t)head->len;
 	s->note->off = (uint16_t)head->off;
-	memcpy(head_place(s), head->bytes, head->len);
+	memcpy(large ? s->shelf->text : s->note->text, head->bytes, head->len);
 	return 1;
 }
 
@@ -4097,23 +4093,12 @@ static size_t leg_peek(struct session *s, struct leg *l, unsigned char *p, size_
 	return 0;
 }
 
-/* How many of so many bytes of a head may be read: a long one may have to wait for its rest, or its
- * backend, on a shelf, so that must be there. 0: none, and it waits for one. */
-static size_t head_fit(struct session *s, size_t len, int whole)
-{
-	const size_t most = NOTE_TEXT - HEAD_EXTRA / 2, have = head_len(s);
-
-	if (s->shelf || len == 0 || have + len <= most)
-		return len;
-	if (!whole && have < most)
-		return most - have;
-	return shelf_borrow(s) ? len : 0;
-}
-
-/* Socket to read-ahead, behind what is there. */
+/* Socket to read-ahead, behind what is there. A long head may have to wait for its rest, or its
+ * backend, on a shelf, so that must be there, or no more is read, and it waits for one. */
 static int leg_recv(struct session *s, struct leg *l)
 {
 	const int tls = l->eng || (l == &s->client && !s->plain);
+	const size_t most = NOTE_TEXT - HEAD_EXTRA / 2, have = head_len(s);
 	size_t room, rest;
 
 	if (l->at == l->end)
@@ -4125,8 +4110,8 @@ static int leg_recv(struct session *s, struct leg *l)
 		else if (br_ssl_engine_recvrec_buf(l->eng, &rest) && rest < room)
 			room = rest;
 	}
-	if (s->state == HEAD && room > 0) {
-		room = head_fit(s, room, tls);
+	if (s->state == HEAD && !s->shelf && room > 0 && have + room > most) {
+		room = !tls && have < most ? most - have : shelf_borrow(s) ? room : 0;
 		l->in = l->in || room == 0;     /* whatever the peek saw, it is there yet */
 	}
 	room = room > 0 ? leg_read(s, l, l->ahead + l->end, room, 0) : 0;
@@ -4372,23 +4357,8 @@ static int leg_has_more(const struct leg *l)
 		records_whole(l->ahead + l->at, l->end - l->at, &need) > 0;
 }
 
-/* To the backend, what is its of what a client sent, in a tunnel or a body; of chunks one piece, no
- * extensions and trailers. Bytes taken; the rest is judged anew next time; body.bad: no chunk. */
-static size_t body_write(struct session *s, const unsigned char *p, size_t len)
-{
-	struct chunked ahead = s->body;
-	int kept = 1;
-
-	len = chunked_scan(&ahead, (const char *)p, len, &kept);
-	const size_t n = kept && len > 0 ? leg_pass(s, &s->backend, p, len) : len;
-	if (n == len)
-		s->body = ahead;
-	else
-		chunked_scan(&s->body, (const char *)p, n, &kept);
-	return n;
-}
-
-/* Client to backend, as far as the request may go. */
+/* Client to backend, as far as the request may go: bytes of a tunnel, or of a body; of chunks one
+ * piece, no extensions and trailers. What was not taken is judged anew the next time. */
 static int relay_up(struct session *s)
 {
 	struct leg *to = &s->backend;
@@ -4404,7 +4374,14 @@ static int relay_up(struct session *s)
 	if (!p || s->body.done || to->fin)
 		return 0;
 	to->more = leg_has_more(&s->client);
-	len = body_write(s, p, len);
+	struct chunked ahead = s->body;
+	int kept = 1;
+	const size_t its = chunked_scan(&ahead, (const char *)p, len, &kept);
+	len = kept && its > 0 ? leg_pass(s, to, p, its) : its;
+	if (len == its)
+		s->body = ahead;
+	else
+		chunked_scan(&s->body, (const char *)p, len, &kept);
 	if (s->body.bad)
 		session_broke(s, &s->client, WHY_CHUNKS);
 	if (len == 0)
@@ -4444,30 +4421,25 @@ static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 	return len;
 }
 
-/* How many of `len` bytes from the backend go on in a tunnel: none behind a Close of ours; if one
- * is to be said, those up to the last frame's end. */
-static size_t tunnel_take(struct session *s, const char *p, size_t len)
+/* How many of `len` bytes from the backend belong to the answer; notes its end. In a tunnel none do
+ * behind a Close of ours; if one is to be said, those up to the last frame's end. */
+static size_t answer_take(struct session *s, const char *p, size_t len)
 {
+	if (s->framing != BODY_TUNNEL) {
+		len = chunked_scan(&s->answer, p, len, NULL);
+		if (s->answer.done || s->answer.bad) {
+			session_end(s, BY_BACKEND, s->answer.bad ? WHY_SHORT : WHY_DONE);
+			s->backend.eof = 1;
+		}
+		return len;
+	}
 	if (s->say == SAID)
 		return 0;
-	const size_t end = tunnel_passed(s, TO_CLIENT, p, len);
+	const size_t end = frames ? tunnel_passed(s, TO_CLIENT, p, len) : 0;
 	if (s->say <= SAY_PING || end == 0 || s->flow[TO_CLIENT].over)
 		return len;
 	s->flow[TO_CLIENT].seen = 0;
 	return end;
-}
-
-/* How many of `len` bytes from the backend belong to the answer; notes its end. */
-static size_t answer_take(struct session *s, const char *p, size_t len)
-{
-	if (s->framing == BODY_TUNNEL)
-		return frames ? tunnel_take(s, p, len) : len;
-	len = chunked_scan(&s->answer, p, len, NULL);
-	if (s->answer.done || s->answer.bad) {
-		session_end(s, BY_BACKEND, s->answer.bad ? WHY_SHORT : WHY_DONE);
-		s->backend.eof = 1;
-	}
-	return len;
 }
 
 /* Backend to client. Records are as large as they can be but for the first after a rest, so that
