@@ -4351,10 +4351,8 @@ static void leg_finish(struct session *s, struct leg *l)
 /* Whether a whole record of application data was read ahead behind the one that is being taken. */
 static int leg_has_more(const struct leg *l)
 {
-	size_t need;
-
 	return l->eng && l->at < l->end && l->ahead[l->at] == 23 &&
-		records_whole(l->ahead + l->at, l->end - l->at, &need) > 0;
+		records_whole(l->ahead + l->at, l->end - l->at, &ignored) > 0;
 }
 
 /* Client to backend, as far as the request may go: bytes of a tunnel, or of a body; of chunks one
@@ -4401,7 +4399,6 @@ static int relay_up(struct session *s)
 static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 {
 	struct leg *l = &s->backend;
-	unsigned char *p;
 	size_t len;
 
 	if (!l->eng && l->at == l->end) {
@@ -4412,7 +4409,7 @@ static size_t backend_read(struct session *s, unsigned char *out, size_t size)
 			return leg_read(s, l, out, size, 0);
 		l->end = (uint16_t)leg_read(s, l, l->ahead, BULK, 0);   /* makes full records */
 	}
-	p = leg_readable(l, &len);
+	const unsigned char *p = leg_readable(l, &len);
 	len = len < size ? len : size;
 	if (len > 0) {
 		memcpy(out, p, len);
@@ -4769,7 +4766,6 @@ static int leg_handshake(struct session *s, struct leg *l)
 static enum state handshake_step(struct session *s)
 {
 	struct leg *l = &s->client;
-	size_t need;
 
 	if ((client_asked(s) && !shelf_borrow(s)) || !records_borrow(s))
 		return HANDSHAKE;
@@ -4779,7 +4775,7 @@ static enum state handshake_step(struct session *s)
 		if (l->eof || s->broken)
 			return FREE;
 		const unsigned char *p = l->ahead;
-		if (!records_whole(p, l->end, &need))
+		if (!records_whole(p, l->end, &ignored))
 			return HANDSHAKE;
 		if (isalnum(p[0]) && isalnum(p[1]) && (isalnum(p[2]) || p[2] == ' ')) { /* HTTP */
 			s->plain = 1;
@@ -5545,19 +5541,18 @@ static void session_resume(struct session *s)
 /* Notes what the epoll set tells of a leg. 0: nothing new. An urgent byte is nobody's. */
 static int leg_told(struct leg *l, unsigned events)
 {
-	const unsigned end = (unsigned)EPOLLHUP | (unsigned)EPOLLERR;
-	const uint8_t gone = events & end ? 2 : (events & (unsigned)EPOLLRDHUP) != 0;
-	const int in = !l->in && (events & (end | (unsigned)EPOLLIN));
-	const int out = l->full && (events & (end | (unsigned)EPOLLOUT));
-	const int news = in || out || gone > l->gone;
+	const uint8_t gone = events & (EPOLLHUP | EPOLLERR) ? 2 : (events & EPOLLRDHUP) != 0;
+	const int in = !l->in && (gone > 1 || (events & EPOLLIN));
+	const int out = l->full && (gone > 1 || (events & EPOLLOUT));
+	const int ends = gone > l->gone;
 
-	if (events & (unsigned)EPOLLPRI)
+	if (events & EPOLLPRI)
 		recv(l->fd, scratch, 1, MSG_OOB);
 	l->in = l->in || in;
 	l->full = l->full && !out;
-	l->gone = gone > l->gone ? gone : l->gone;
-	l->last = l->last || gone || (events & (unsigned)EPOLLPRI);
-	return news;
+	l->gone = ends ? gone : l->gone;
+	l->last = l->last || gone || (events & EPOLLPRI);
+	return in || out || ends;
 }
 
 /* ---- the loop ---- */
