@@ -3100,17 +3100,15 @@ static void shelf_return(struct session *s)
 static void shelf_rob(struct session *s)
 {
 	const struct link *list = &queues[Q_STALL].list;        /* all who hold one are there */
-	unsigned most = s->source->shelves + 1;
 	struct session *victim = NULL;
 
 	for (const struct link *l = list->next; l != list; l = l->next) {
 		struct session *o = OWNER(l, struct session, stall.link);
+		const unsigned most = victim ? victim->source->shelves : s->source->shelves + 1;
 
 		if (o->shelf && o->state == HEAD && link_alone(&o->wait) &&
-		    o->source->shelves > most) {
-			most = o->source->shelves;
+		    o->source->shelves > most)
 			victim = o;
-		}
 	}
 	if (!victim)
 		return;
@@ -4757,7 +4755,6 @@ static int leg_handshake(struct session *s, struct leg *l)
 			send(l->fd, alert, sizeof alert, MSG_NOSIGNAL);
 		leg_discard(l); /* or a reset would overtake it */
 		session_broke(s, l, (enum why)f->why);
-		return 0;
 	}
 	return !s->broken && (br_ssl_engine_current_state(l->eng) & BR_SSL_SENDAPP);
 }
@@ -5316,11 +5313,10 @@ static enum state relay_step(struct session *s)
 		b->fin = 1;
 		leg_discard(c);
 		leg_discard(b);
+		return c->eof && b->eof ? FREE : DRAIN;
 	}
-	if (c->fin && c->eof && b->eof)
-		return FREE;
-	return c->fin || tunnel_leaving(s) || (s->state == RELAY && (b->fin || leg_closed(c))) ?
-		DRAIN : s->state;
+	return tunnel_leaving(s) || (s->state == RELAY && (b->fin || leg_closed(c))) ? DRAIN :
+		s->state;
 }
 
 /* Each state's step, and how long and why its time there ends a session; WHY_NONE: the step
