@@ -473,9 +473,7 @@ static uint64_t accept_after;   /* listeners rest until then */
 static uint64_t way_until, drain_until; /* 0: not waiting for who takes listeners; not draining */
 static unsigned tunnels, tunnels_first; /* sessions in RELAY; and when the drain began */
 static uint32_t last_id;
-static struct {
-	unsigned long long opened, rejected, probes, rx, tx, log_lost, full;
-} totals;
+static struct { unsigned long long opened, rejected, probes, rx, tx, log_lost, full; } totals;
 static int full_said;           /* the last line was `full`, not `room` */
 static uint64_t full_after;     /* the next `full` may be said */
 static unsigned rejects;        /* within a second, */
@@ -489,10 +487,8 @@ static char fault[LOG_LINE / 2]; /* what was found to be wrong with it, or a fil
 static unsigned faults_found;   /* so many times */
 static int stops, copied;       /* SIGTERM and SIGINT so far; 1: it is a copy that SIGUSR2 made */
 
-static const struct {
-	const char *text;       /* for the log */
-	unsigned status;        /* 0: no answer is possible */
-} whys[] = {
+/* For the log, and what the answer is; 0: none is possible. */
+static const struct { const char *text; unsigned status; } whys[] = {
 #define WHY(name, status, text) { text, status },
 	WHYS(WHY)
 #undef WHY
@@ -675,9 +671,8 @@ static int log_connect(void)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
 
-	log_syslog = log_to == SYSLOG &&
+	return log_syslog = log_to == SYSLOG &&
 		connect(log_socket, (struct sockaddr *)&sun, sizeof sun) == 0;
-	return log_syslog;
 }
 
 /* Begins the log's one next line. What came from outside must have gone through log_escape. */
@@ -998,7 +993,6 @@ static int address_parse(struct address *a, const char *host, const char *port)
 
 /* Takes an object of a PEM file by its name. NULL: taken; pem_other; or what is wrong. */
 typedef const char *pem_take(void *owner, const char *name, const unsigned char *der, size_t len);
-
 static const char pem_other[] = "";
 
 /* Reads a text, which is lost: DER is shorter, and written over it. The decoder wants no CR, and a
@@ -1368,12 +1362,11 @@ static int socket_error(int fd)
 	return error;
 }
 
-/* Bytes in a socket's queue that its peer has yet to acknowledge. */
+/* Bytes that its peer has yet to acknowledge. (musl's ioctl knows other devices', too: 2 KB.) */
 static int socket_unsent(int fd)
 {
 	int n;
 
-	/* musl's ioctl knows how to convert those of other devices, 2 KB */
 	return syscall(SYS_ioctl, fd, TIOCOUTQ, &n) == 0 ? n : 0;
 }
 
@@ -1503,8 +1496,7 @@ static void listener_open(unsigned i)
 /* ---- privileges ---- */
 
 /* Who it becomes: user and group, found while /etc is in sight. */
-static uid_t become_uid;
-static gid_t become_gid;
+static unsigned become_uid, become_gid;
 
 /* The number in a field, from 0, of a line like that of a user. UINT_MAX: there is none. */
 static unsigned id_parse(const char *line, unsigned field)
@@ -6073,10 +6065,7 @@ static void lending_test(void)
 }
 
 /* Numbers of config.h, and what they may be. */
-static const struct {
-	const char *name;
-	unsigned value, min, max;
-} numbers[] = {
+static const struct { const char *name; unsigned value, min, max; } numbers[] = {
 #define NUMBER(name, min, max) { #name, name, min, max }
 	NUMBER(config_version, 1, UINT_MAX), NUMBER(ciphers_by_cpu, 0, 1),
 	NUMBER(hash_bits4, 1, 32), NUMBER(hash_bits6, 1, 128), NUMBER(session_cache, 0, UINT_MAX),
