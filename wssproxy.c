@@ -6141,10 +6141,8 @@ static void backend_check(const struct backend *b)
 	wrong(!local && (!address_parse(&a, "::", b->port) || a.in.sin_port == 0),
 		".port \"%s\": give 1 to 65535", text_or(b->port));
 	wrong(b->name && !name_valid(b->name), ".name \"%s\": give it as in a URL, without scheme, "
-		"port and path: a.example, *.example, [2001:db8::1]; NULL for any",
-		text_or(b->name));
-	wrong(b->path && *b->path && *b->path != '/', ".path \"%s\": begin it with /",
-		text_or(b->path));
+		"port and path: a.example, *.example, [2001:db8::1]; NULL for any", b->name);
+	wrong(b->path && *b->path && *b->path != '/', ".path \"%s\": begin it with /", b->path);
 	wrong(b->host_header && (strlen(named) > 128 || !host_parse(named, whole, &whole)),
 		".host_header \"%s\": give a name or address of at most 128 characters, no scheme "
 		"or path", named);
@@ -6210,7 +6208,7 @@ static void config_check(void)
 	wrong(ping_ms > 0 && !frames, "ping_ms: set frames to 1");
 	ciphers_check();
 	wrong(redirect_port && (!address_parse(&a, "::", redirect_port) || a.in.sin_port == 0),
-		"redirect_port \"%s\": give 1 to 65535, or NULL", text_or(redirect_port));
+		"redirect_port \"%s\": give 1 to 65535, or NULL", redirect_port);
 	wrong(cookie_name[word_end(cookie_name, 0, strlen(cookie_name), in_token)] != '\0',
 		"cookie_name \"%s\": no token (RFC 6265 4.1.1): letters, digits, - and _ will do",
 		cookie_name);
@@ -6219,7 +6217,7 @@ static void config_check(void)
 
 		wrong(o && !origin_valid(o), "origins[%u] \"%s\": give it as browsers do, in lower "
 			"case, without a path, each one by itself: https://a.example; or NULL for "
-			"any, \"none\" for those that send none", i, text_or(o));
+			"any, \"none\" for those that send none", i, o);
 	}
 	for (unsigned i = 0; i < LISTENERS; i++) {
 		entry_look("listeners", i);
@@ -6247,8 +6245,7 @@ static void system_check(void)
 	const unsigned need = 2 * max_sessions + FD_COUNT + 16; /* two of each session */
 	struct rlimit r = { 0, 0 };
 
-	wrong(what != NULL, "chroot_dir \"%s\": %s: make that directory, or give NULL", dir,
-		text_or(what));
+	wrong(what != NULL, "chroot_dir \"%s\": %s: make that directory, or give NULL", dir, what);
 	close(fd);
 	prlimit(0, RLIMIT_NOFILE, NULL, &r);
 	if (r.rlim_cur >= need)
