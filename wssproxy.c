@@ -684,13 +684,11 @@ static struct text log_begin(int priority)
 
 	if (log_syslog || log_connect()) {
 		text_format(&t, "<%d>wssproxy[%d]: ", LOG_DAEMON | priority, (int)getpid());
-		return t;
-	}
-	if (log_time) {
+	} else if (log_time) {
 		clock_gettime(CLOCK_REALTIME, &ts);
 		text_time(&t, &ts);
 	}
-	if (make_way && copied)
+	if (make_way && copied && !log_syslog)
 		text_format(&t, "[%d] ", (int)getpid());
 	return t;
 }
@@ -1223,11 +1221,10 @@ static int identity_load(struct identity *id, const char *chain, const char *key
 	br_skey_decoder_init(&id->key);
 	if (!chain || !key)
 		return 1;
-	if (!(pem_load(chain_add, id, chain, "no certificate in it") &
-	    pem_load(key_add, id, key, "no private key in it")))
-		return 0;
-	if (reads == LOOK)
-		return 1;
+	const int good = pem_load(chain_add, id, chain, "no certificate in it") &
+		pem_load(key_add, id, key, "no private key in it");
+	if (!good || reads == LOOK)
+		return good;
 	if (stat(key, &st) == 0 && (st.st_mode & (S_IRWXG | S_IRWXO)))
 		log_line(LOG_WARNING, "warning key=%s is open to group or others: chmod 600", key);
 	return fault_none(chain, identity_check(id));
@@ -6248,12 +6245,10 @@ static void system_check(void)
 	wrong(what != NULL, "chroot_dir \"%s\": %s: make that directory, or give NULL", dir, what);
 	close(fd);
 	prlimit(0, RLIMIT_NOFILE, NULL, &r);
-	if (r.rlim_cur >= need)
-		return;
-	r = (struct rlimit){ need, r.rlim_max < need ? need : r.rlim_max };
-	wrong(prlimit(0, RLIMIT_NOFILE, &r, NULL) < 0, "max_sessions = %u needs %u descriptors, "
-		"which the system does not grant (%s): raise the limit (ulimit -n) or lower "
-		"max_sessions", (unsigned)max_sessions, need, strerror(errno));
+	const struct rlimit more = { need, r.rlim_max < need ? need : r.rlim_max };
+	wrong(r.rlim_cur < need && prlimit(0, RLIMIT_NOFILE, &more, NULL) < 0, "max_sessions = %u "
+		"needs %u descriptors, which the system does not grant (%s): raise the limit "
+		"(ulimit -n) or lower max_sessions", (unsigned)max_sessions, need, strerror(errno));
 }
 
 /* What the linker has set aside for tables. */
