@@ -3253,7 +3253,7 @@ static int random_bytes(void *buf, size_t len, unsigned flags)
 	return getrandom(buf, len, flags) == (ssize_t)len;
 }
 
-static const char *protocols[] = { "http/1.1" };        /* of ALPN */
+static const char *protocols[] = { "http/1.1" };        /* of ALPN, 8 bytes */
 
 /* Bytes of the whole records in front, up to the first with application data, or that alone; if
  * none is, need gets what the first has. Where BearSSL fails at a header, all is: no more helps. */
@@ -3307,7 +3307,6 @@ static struct bytes vector_take(struct bytes *from, size_t size)
 /* An extension: one server name (RFC 6066 3), or protocols with ours (RFC 7301 3.1). 0: not so. */
 static int hello_extension(size_t type, struct bytes v, struct bytes *name)
 {
-	const size_t len = strlen(protocols[0]);
 	int good = 0;
 
 	if (type != 0 && type != 16)
@@ -3320,8 +3319,7 @@ static int hello_extension(size_t type, struct bytes v, struct bytes *name)
 	while (type == 16 && list.p < list.end) {
 		const struct bytes protocol = vector_take(&list, 1);
 
-		good |= (size_t)(protocol.end - protocol.p) == len &&
-			memcmp(protocol.p, protocols[0], len) == 0;
+		good |= protocol.end - protocol.p == 8 && memcmp(protocol.p, protocols[0], 8) == 0;
 	}
 	return good && list.p && list.p == list.end && v.p == v.end;
 }
