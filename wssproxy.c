@@ -2351,15 +2351,6 @@ static int flow_byte(struct flow *f, unsigned masked, unsigned char b)
 	return 1;
 }
 
-/* So many bytes of payload. */
-static void flow_payload(struct flow *f, const unsigned char *p, size_t len)
-{
-	unsigned at = f->size - (unsigned)f->left;
-
-	for (; (f->first & 15) == 8 && at < 2 && len > 0; at++, len--)
-		f->code = (uint16_t)(f->code << 8 | (*p++ ^ f->mask[at]));
-}
-
 static size_t flow_scan(struct flow *f, unsigned masked, const unsigned char *p, size_t len)
 {
 	size_t i = 0, end = 0;
@@ -2369,8 +2360,10 @@ static size_t flow_scan(struct flow *f, unsigned masked, const unsigned char *p,
 			f->over = !flow_byte(f, masked, p[i++]);
 		} else {
 			const size_t n = f->left < len - i ? (size_t)f->left : len - i;
+			unsigned at = f->size - (unsigned)f->left;
 
-			flow_payload(f, p + i, n);
+			for (size_t k = i; (f->first & 15) == 8 && at < 2 && k < i + n; k++)
+				f->code = (uint16_t)(f->code << 8 | (p[k] ^ f->mask[at++]));
 			f->left -= n;
 			i += n;
 		}
