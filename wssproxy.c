@@ -2405,7 +2405,7 @@ static int round_robin_pick(const unsigned *weight, int *current, unsigned n, ui
 	return best;
 }
 
-/* A backend of weight w has w tickets; the highest of all wins. So the spread follows the weights,
+/* A backend of weight w (NULL: 1) has w tickets; the highest wins. So weights are their shares,
  * and who comes or goes moves only its own clients; machines of either byte order agree. */
 static int rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned n, uint64_t allowed,
 	const unsigned char *address, unsigned bits)
@@ -2417,7 +2417,7 @@ static int rendezvous_pick(const uint64_t *id, const unsigned *weight, unsigned 
 	address_prefix(key, address, bits);
 	client = hash_bytes(bits, key, sizeof key);
 	for (unsigned i = 0; i < n; i++) {
-		for (unsigned w = 0; w < weight[i] && (allowed >> i & 1); w++) {
+		for (unsigned w = 0; w < (weight ? weight[i] : 1) && (allowed >> i & 1); w++) {
 			const uint64_t ticket = hash_mix(client ^ hash_mix(hash_mix(id[i]) + w));
 
 			if (best < 0 || ticket > top) {
@@ -2515,7 +2515,6 @@ static int peer_pick(const struct session *s, const uint64_t *id, const unsigned
 static unsigned address_pick(const struct session *s, struct server *v)
 {
 	uint64_t id[ADDRESSES_MAX];
-	unsigned ones[ADDRESSES_MAX];
 
 	if (balance != IP_HASH && balance != STICKY_COOKIE)
 		return v->turn++ % v->addresses;
@@ -2523,9 +2522,8 @@ static unsigned address_pick(const struct session *s, struct server *v)
 		const struct address *a = &v->address[i];
 
 		id[i] = hash_bytes(0, address_ip(a), a->any.sa_family == AF_INET ? 4 : 16);
-		ones[i] = 1;
 	}
-	return (unsigned)peer_pick(s, id, ones, v->addresses, UINT64_MAX);
+	return (unsigned)peer_pick(s, id, NULL, v->addresses, UINT64_MAX);
 }
 
 enum { PICK_NONE = -1, PICK_FULL = -2, PICK_WAIT = -3 };
