@@ -182,7 +182,7 @@ static void client_up(struct peer *p)
 		for (k = 0; k < made_len && memcmp(made[k].id, seen.session_id, 32) != 0; k++)
 			;
 		TRACE("\tunder the name %s, %s\n", name, k < made_len ? "resumed" : "new");
-		MUST((k < made_len) == (sessions[i].identity == NULL));
+		MUST((k < made_len) == (sessions[i].tls.policy_vtable == &policy));
 		if (k < made_len) {
 			MUST(names_equal(name, made[k].name));
 			continue;
