@@ -3118,6 +3118,11 @@ static size_t head_len(const struct session *s)
 	return hd ? hd->len : s->note ? s->note->len : 0;
 }
 
+static char *head_place(const struct session *s)
+{
+	return s->note->len > NOTE_TEXT ? s->shelf->text : s->note->text;
+}
+
 /* Loads the head. What was put aside is parsed anew: it is little, or its pieces cost more. */
 static void head_load(struct session *s)
 {
@@ -3128,7 +3133,7 @@ static void head_load(struct session *s)
 	memset(hd, 0, offsetof(struct head_buffer, bytes));
 	hd->len = note->len;
 	hd->off = note->off;
-	memcpy(hd->bytes, hd->len > NOTE_TEXT ? s->shelf->text : note->text, hd->len);
+	memcpy(hd->bytes, head_place(s), hd->len);
 	note->len = note->off = 0;
 }
 
@@ -3136,16 +3141,15 @@ static void head_load(struct session *s)
 static int head_store(struct session *s)
 {
 	const struct head_buffer *head = hd;
-	const int large = head && head->len > NOTE_TEXT;
 
 	hd = NULL;
 	if (!head || head->off == head->len)
 		return 1;
-	if (large && !shelf_borrow(s))
+	if (head->len > NOTE_TEXT && !shelf_borrow(s))
 		return 0;
 	s->note->len = (uint16_t)head->len;
 	s->note->off = (uint16_t)head->off;
-	memcpy(large ? s->shelf->text : s->note->text, head->bytes, head->len);
+	memcpy(head_place(s), head->bytes, head->len);
 	return 1;
 }
 
