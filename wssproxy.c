@@ -4269,11 +4269,10 @@ static void tunnel_look(struct session *s)
 {
 	if (tunnel_leaving(s))
 		return;
-	const uint64_t chance = hash_mix(s->born << 32 ^ s->id) >> 32;
 	if (idle_ms > 0 && (uint32_t)now - s->active >= idle_ms)
 		tunnel_leave(s, WHY_IDLE);
-	else if (max_age_ms > 0 &&
-	    now - s->born >= max_age_ms * (922 + (chance * 205 >> 32)) >> 10)
+	else if (max_age_ms > 0 && now - s->born >= max_age_ms *
+	    (922 + hash_mix(s->born << 32 ^ s->id) % 205) >> 10)
 		tunnel_leave(s, WHY_MAX_AGE);
 	else if (ping_ms > 0 && (uint32_t)now - s->heard >= ping_ms)
 		tunnel_ask(s);
@@ -5208,7 +5207,8 @@ static void request_begin(struct session *s)
 {
 	memset((char *)s + offsetof(struct session, why), 0,
 		offsetof(struct session, client) - offsetof(struct session, why));
-	s->backend.fd = s->server = s->sticky = -1;
+	s->backend.fd = -1;
+	s->server = s->sticky = -1;
 	s->born = now;
 	s->request++;
 }
