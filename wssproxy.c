@@ -5491,8 +5491,7 @@ static void session_open(int fd, const struct address *peer, unsigned listener)
 	s->client.fd = fd;
 	s->peer = *peer;
 	s->source = source_take(peer);
-	s->note = pool_lend(&note_pool);
-	memset(s->note, 0, sizeof *s->note);
+	s->note = memset(pool_lend(&note_pool), 0, sizeof *s->note);
 	request_begin(s);
 	session_enter(s, s->plain ? HEAD : HANDSHAKE);
 	if (!leg_watch(s, &s->client))
