@@ -3202,7 +3202,8 @@ static const br_hash_class *const hashes[] = {
 };
 
 /* Certificate and suite for a ClientHello: the first suite that one of the certificates serves that
- * fit its server name best. BearSSL offers those that have a hash, chooses that, and signs. */
+ * fit its server name best, and that has a hash that the client takes: BearSSL chooses it, and signs.
+ * (It offers suites of ECDSA to who has hashes but for RSA-PSS.) */
 static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
@@ -3233,7 +3234,8 @@ static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_se
 				br_ssl_server_set_single_rsa(&s->tls, id->chain, id->chain_len,
 					br_skey_decoder_get_rsa(&id->key), BR_KEYTYPE_SIGN, NULL,
 					br_rsa_pkcs1_sign_get_default());
-			return (*s->tls.policy_vtable)->choose(s->tls.policy_vtable, cc, choices);
+			if ((*s->tls.policy_vtable)->choose(s->tls.policy_vtable, cc, choices))
+				return 1;
 		}
 	}
 	return 0;

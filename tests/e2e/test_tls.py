@@ -136,6 +136,19 @@ def test_order_of_suites_is_the_proxys(proxy, place, first, second, chosen):
         assert f"Cipher is {chosen}" in seen
 
 
+@pytest.mark.parametrize("signs, chosen", [
+    ("RSA-SHA256:+SIGN-RSA-PSS-RSAE-SHA256", "RSA"), ("ECDSA-SHA256:+SIGN-RSA-SHA256", "ECDSA")])
+def test_certificate_is_one_whose_signatures_the_client_takes(proxy, place, signs, chosen):
+    """GnuTLS offers suites of both kinds in any case."""
+    p = proxy(place(), certs=[certificate("ec256"), certificate("rsa2048")])
+    host, port = p.address()
+    result = subprocess.run(
+        ["gnutls-cli", "--insecure", "--port", str(port), host, "--priority",
+         f"NORMAL:-VERS-ALL:+VERS-TLS1.2:-SIGN-ALL:+SIGN-{signs}"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
+    assert f"-(ECDHE-X25519)-({chosen}-SHA256)-" in result.stdout, result.stdout + result.stderr
+
+
 def test_order_of_suites_follows_the_cpu(proxy, place):
     with open("/proc/cpuinfo") as cpuinfo:
         aes = re.search(r"^flags.*\baes\b", cpuinfo.read(), re.M)
