@@ -156,8 +156,7 @@ _Static_assert(sizeof cookie_name > 1 && sizeof cookie_name <= 100,
 
 enum party { BY_PROXY, BY_CLIENT, BY_BACKEND };
 
-/* Directions of a tunnel; what its client is to be told: a Ping, nothing behind our Close, a Close
- * of one of our codes (RFC 6455 7.4.1). */
+/* Directions of a tunnel; what may be in its `say`, with our codes of a Close (RFC 6455 7.4.1). */
 enum { TO_BACKEND, TO_CLIENT, SAY_PING, SAID, GOING_AWAY = 1001, SERVICE_RESTART = 1012 };
 
 enum state {
@@ -362,16 +361,14 @@ struct session {
 	struct source *source;  /* while it is FREE, this place is the pool's */
 	struct address peer;
 	uint32_t id, request;   /* of the connection, and of its requests, from 1 */
-	uint8_t state;          /* enum state */
-	uint8_t listener;       /* index of the one that it came to */
+	uint8_t state, listener; /* enum state; index of the one that it came to */
 	uint8_t plain;          /* 1: no TLS with the client */
 	uint8_t asked;          /* 1: TCP asks whether its client is there, see place_look */
 	/* From here up to the client's leg all is of the request: see request_begin. */
 	uint8_t why, by;        /* enum why, party */
 	uint8_t opened;         /* 1: has its line `open` in the log */
 	uint8_t upgrade, head;  /* 1: the request is an upgrade, has the method HEAD */
-	uint8_t framing;        /* enum framing, of the answer */
-	uint8_t keep;           /* 1: the client's connection outlives it */
+	uint8_t framing, keep;  /* of the answer, enum framing; 1: the connection outlives it */
 	uint8_t broken;         /* enum party: whose side broke, see session_broke; 0: none */
 	uint8_t expired;        /* in this run: the state's time is over; */
 	uint8_t moved, fed;     /* it, or bytes of a head, moved; application bytes did */
@@ -388,11 +385,10 @@ struct session {
 		struct flow flow[2];    /* of a tunnel */
 	};
 	uint32_t heard, active; /* of a tunnel: when its client, and when either side sent last */
-	uint16_t say;           /* to its client: SAY_PING, a Close's code; SAID: it was; 0 */
+	uint16_t say;           /* to its client: SAY_PING, a Close's code; SAID: no more; 0 */
 	uint16_t code;          /* of the first Close that went by, 0: none did, */
 	uint8_t code_by;        /* and whose it was, enum party */
-	uint8_t pinged;         /* 1: its client was sent a Ping; */
-	uint8_t answered;       /* its backend was the last to send something */
+	uint8_t pinged, answered; /* 1: its client was sent a Ping; its backend sent the last */
 	uint64_t rx, tx;        /* application bytes from and for the client */
 	uint64_t born;          /* ms */
 	struct leg backend;
