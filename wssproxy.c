@@ -1227,8 +1227,7 @@ static int identity_load(struct identity *id, const char *chain, const char *key
 }
 
 /* Whose client certificates a listener wants to see; NULL: it asks for none. */
-__attribute__((always_inline))
-static inline const char *listener_ca(unsigned i)
+__attribute__((always_inline)) static inline const char *listener_ca(unsigned i)
 {
 	const struct listener *l = &listeners[i];
 
@@ -1237,8 +1236,7 @@ static inline const char *listener_ca(unsigned i)
 }
 
 /* Whether any may. The compiler knows of up to four, and leaves out what is for that alone. */
-__attribute__((always_inline))
-static inline int clients_asked(void)
+__attribute__((always_inline)) static inline int clients_asked(void)
 {
 #define ASKS(i) (LISTENERS > (i) && listener_ca(LISTENERS > (i) ? (i) : 0))
 	return ASKS(0) || ASKS(1) || ASKS(2) || ASKS(3) || LISTENERS > 4;
@@ -1656,9 +1654,8 @@ static struct filter_op loop_calls[] = {
 	ON(accept4, LET), ON(connect, LET), ON(close, LET), ON(shutdown, LET), ON(getpid, LET),
 	ON(getsockname, LET), ON(getsockopt, LET), ON(setsockopt, LET), ON(getrandom, LET),
 	KILL_UNLESS(socket, 1, ~(SOCK_CLOEXEC | SOCK_NONBLOCK), SOCK_STREAM),
-	KILL_UNLESS(socket, 2, -1, 0),
-	LET_IF(socket, 0, -1, AF_INET), LET_IF(socket, 0, -1, AF_INET6),
-	LET_IF(ioctl, 1, -1, TIOCOUTQ),
+	KILL_UNLESS(socket, 2, -1, 0), LET_IF(socket, 0, -1, AF_INET),
+	LET_IF(socket, 0, -1, AF_INET6), LET_IF(ioctl, 1, -1, TIOCOUTQ),
 #ifdef __i386__
 	ON(socketcall, LET),            /* all of the above; its arguments are out of reach */
 #endif
@@ -1803,30 +1800,19 @@ enum { NAME_OTHER, NAME_HOST, NAME_ORIGIN, NAME_COOKIE, NAME_LENGTH, NAME_CODING
 	NAME_UPGRADE, NAME_KEY, NAME_VERSION, NAME_ACCEPT };
 
 /* The first that fits; one with '-' at its end stands for all that begins so. */
-static const struct {
-	const char *text;
-	int flags;
-} field_names[] = {
+static const struct { const char *text; int flags; } field_names[] = {
 	[NAME_HOST] = { "host", KEPT | SITE },
-	[NAME_ORIGIN] = { "origin", 0 },
-	[NAME_COOKIE] = { "cookie", 0 },
+	[NAME_ORIGIN] = { "origin", 0 }, [NAME_COOKIE] = { "cookie", 0 },
 	[NAME_LENGTH] = { "content-length", KEPT | BODY },
 	[NAME_CODING] = { "transfer-encoding", KEPT | OURS | BODY },
-	[NAME_CONNECTION] = { "connection", HOP },
-	[NAME_UPGRADE] = { "upgrade", HOP },
+	[NAME_CONNECTION] = { "connection", HOP }, [NAME_UPGRADE] = { "upgrade", HOP },
 	[NAME_KEY] = { "sec-websocket-key", KEPT },
 	[NAME_VERSION] = { "sec-websocket-version", KEPT },
 	[NAME_ACCEPT] = { "sec-websocket-accept", KEPT },
-	{ "x-ssl-client-cn", LIKE | OURS },
-	{ "x-forwarded-host", KEPT | LIKE | SITE },
-	{ "sec-websocket-", KEPT },
-	{ "proxy-connection", HOP },
-	{ "keep-alive", HOP },
-	{ "te", HOP },
-	{ "x-forwarded-for", KEPT | LIKE | PEER },
-	{ "x-forwarded-proto", KEPT | LIKE | PEER },
-	{ "x-forwarded-", KEPT | LIKE },
-	{ "x-real-ip", KEPT | LIKE | PEER },
+	{ "x-ssl-client-cn", LIKE | OURS }, { "x-forwarded-host", KEPT | LIKE | SITE },
+	{ "sec-websocket-", KEPT }, { "proxy-connection", HOP }, { "keep-alive", HOP },
+	{ "x-forwarded-for", KEPT | LIKE | PEER }, { "x-forwarded-proto", KEPT | LIKE | PEER },
+	{ "x-forwarded-", KEPT | LIKE }, { "x-real-ip", KEPT | LIKE | PEER }, { "te", HOP },
 };
 
 static unsigned name_find(const char *buf, struct span s)
@@ -6252,8 +6238,7 @@ static unsigned memory_kb(void)
 /* wssproxy -v */
 static int version_print(void)
 {
-	static const char *const balances[] = { "ROUND_ROBIN", "IP_HASH", "LEAST_CONN",
-		"STICKY_COOKIE" };
+	const char *const balances[] = { "ROUND_ROBIN", "IP_HASH", "LEAST_CONN", "STICKY_COOKIE" };
 	static const char *const verifies[] = { "VERIFY_DEFAULT", "VERIFY_REQUIRED",
 		"VERIFY_OPTIONAL", "VERIFY_OFF" };
 	static const char *const forwards[] = { "APPEND", "REPLACE", "OFF" };
