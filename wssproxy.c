@@ -1677,7 +1677,7 @@ static struct filter_op loop_calls[] = {
 	ON(statx, LET),
 #endif
 	ON(exit_group, LET),
-	LET_IF(socket, 0, -1, AF_UNIX), /* the last: see filter_loop */
+	IF(SYS_socket, 0, -1, AF_UNIX, 0, 1, KILL), /* other daemons', unless a backend is one */
 	{ RETURN, 0, 0, KILL },
 };
 
@@ -1710,18 +1710,6 @@ static int filter_set(const struct filter_op *ops, unsigned short n)
 	const struct { unsigned short n; const struct filter_op *ops; } program = { n, ops };
 
 	return prctl(PR_SET_SECCOMP, 2 /* SECCOMP_MODE_FILTER */, &program, 0, 0) == 0;
-}
-
-/* That of the loop. Sockets of other daemons are out of its reach, unless a backend is one. */
-static int filter_loop(void)
-{
-	unsigned i = 0;
-
-	while (i < BACKENDS && !is_unix(&backends[i]))
-		i++;
-	if (i == BACKENDS)
-		loop_calls[LENGTH(loop_calls) - 3].k = KILL;    /* the verdict on AF_UNIX */
-	return filter_set(loop_calls, LENGTH(loop_calls));
 }
 
 /* ---- HTTP: pure functions, no I/O ----
@@ -2881,8 +2869,10 @@ static void servers_init(void)
 		weights[i] = b->weight ? b->weight : 1;
 		v->addresses = local || address_parse(&v->address[0], b->host, b->port);
 		v->by_name = !v->addresses;
-		if (local)
+		if (local) {
 			v->address[0].any.sa_family = AF_UNIX;
+			loop_calls[LENGTH(loop_calls) - 3].k = LET;     /* verdict on AF_UNIX */
+		}
 		string_format(v->name, sizeof v->name, local ? "%s%s" : strchr(b->host, ':') ?
 			"[%s]:%s" : "%s:%s", b->host, local ? "" : b->port);
 		server_ids[i] = hash_bytes(0, v->name, strlen(v->name));
@@ -6382,7 +6372,7 @@ int main(int argc, char *argv[])
 		die("epoll_create1: %s: a kernel with CONFIG_EPOLL is needed", strerror(errno));
 	become_do(chroot_dir);
 	become_warn();
-	if (seccomp && !filter_loop())
+	if (seccomp && !filter_set(loop_calls, LENGTH(loop_calls)))
 		log_line(LOG_WARNING, "warning seccomp: this kernel or machine has no filter: "
 			"none is set");
 	loop();
