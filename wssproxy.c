@@ -1029,8 +1029,7 @@ static const char *pem_walk(pem_take *take, void *owner, char *text, size_t len,
 
 static int is_certificate(const char *name, size_t len)
 {
-	return len > 0 &&
-		(strcmp(name, "CERTIFICATE") == 0 || strcmp(name, "X509 CERTIFICATE") == 0);
+	return len && (strcmp(name, "CERTIFICATE") == 0 || strcmp(name, "X509 CERTIFICATE") == 0);
 }
 
 static const char *chain_add(void *owner, const char *name, const unsigned char *der, size_t len)
@@ -2020,13 +2019,6 @@ static enum why target_parse(struct request *r, const char *buf)
 	return WHY_NONE;
 }
 
-/* Sec-WebSocket-Key: 16 bytes in base64, so 22 digits and "==". */
-static int key_valid(const char *buf, struct span s)
-{
-	return s.len == 24 && word_end(buf, s.at, s.at + 22u, "+/") == s.at + 22u &&
-		memcmp(buf + s.at + 22, "==", 2) == 0;
-}
-
 /* Less that at its end, if it is there and not all. */
 static struct span span_without(const char *buf, struct span s, const char *end)
 {
@@ -2071,7 +2063,11 @@ static int origin_allowed(const char *buf, const struct facts *f, struct span ho
 
 static enum why upgrade_check(struct request *r, const char *buf, const struct facts *f)
 {
-	if (f->count[NAME_KEY] != 1 || !key_valid(buf, f->value[NAME_KEY]))
+	const struct span key = f->value[NAME_KEY];
+	const size_t digits = key.at + 22u;     /* 16 bytes in base64 end there, with "==" */
+
+	if (f->count[NAME_KEY] != 1 || key.len != 24 ||
+	    word_end(buf, key.at, digits, "+/") != digits || memcmp(buf + digits, "==", 2) != 0)
 		return WHY_KEY;
 	if (f->count[NAME_VERSION] != 1 || !span_is(buf, f->value[NAME_VERSION], "13"))
 		return WHY_WS_VERSION;
@@ -2080,7 +2076,7 @@ static enum why upgrade_check(struct request *r, const char *buf, const struct f
 	if (!origin_allowed(buf, f, r->host))
 		return WHY_ORIGIN;
 	r->upgrade = 1;
-	r->key = f->value[NAME_KEY];
+	r->key = key;
 	return WHY_NONE;
 }
 
@@ -2415,18 +2411,16 @@ static size_t name_fits(const char *pattern, const char *name, size_t len, int l
 	if (n > len)
 		return 0;
 	const size_t front = len - n;
-	if ((front > 0) != wild || (label && memchr(name, '.', front)))
-		return 0;
-	return strncasecmp(pattern, name + front, n) == 0 ? 1 + n : 0;
+	return (front > 0) == wild && !(label && memchr(name, '.', front)) &&
+		strncasecmp(pattern, name + front, n) == 0 ? 1 + n : 0;
 }
 
 static int path_under(const char *target, size_t len, const char *prefix)
 {
-	size_t n = strlen(prefix);
+	const size_t n = strlen(prefix);
 
-	if (n > len || memcmp(target, prefix, n) != 0)
-		return 0;
-	return n == len || n == 0 || prefix[n - 1] == '/' || target[n] == '/' || target[n] == '?';
+	return n <= len && memcmp(target, prefix, n) == 0 && (n == len || n == 0 ||
+		prefix[n - 1] == '/' || target[n] == '/' || target[n] == '?');
 }
 
 /* The backends for a name and a target: of those that the name fits best, the ones with the longest
