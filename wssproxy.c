@@ -106,6 +106,7 @@ enum {
 	UNSENT = 65536,         /* bytes not on their way yet that a socket takes (slow readers) */
 	RECEIVE_ROOM = 1 << 18, /* bytes of a receive buffer that may hold a record for long */
 	ACCEPTS = 16,           /* connections taken from a listener in one turn */
+	PROXY_MAX = 16 + 2 * 16 + 4, /* bytes of the PROXY protocol's header */
 	CHAIN_MAX = 8,          /* certificates of a chain */
 	CHAIN_BYTES = 16384,    /* their DER, in all */
 	ANCHORS_MAX = tls_backends ? 256 : 16,  /* trust anchors, of all .ca and client_ca */
@@ -2621,8 +2622,6 @@ static int server_dial(unsigned i, unsigned which)
 	return -1;
 }
 
-#define PROXY_MAX (16 + 2 * 16 + 4)
-
 /* The header of the PROXY protocol, version 2, for a connection between two addresses of a family;
  * `from` NULL: for one of our own (LOCAL, UNSPEC). Bytes written, at most PROXY_MAX. */
 static size_t proxy_header(const struct address *from, const struct address *to, unsigned char *out)
@@ -2648,14 +2647,13 @@ static int proxy_tell(unsigned i, int fd, int client, const struct address *peer
 {
 	unsigned char out[PROXY_MAX];
 	struct address to = { .in6 = { 0 } };
-	socklen_t len = sizeof to;
-	size_t n;
 
 	if (!backends[i].proxy)
 		return 0;
-	if (client >= 0 && getsockname(client, &to.any, &len) == 0)
+	if (client >= 0 && getsockname(client, &to.any, &(socklen_t){ sizeof to }) == 0)
 		address_unmap(&to);
-	n = proxy_header(peer && to.any.sa_family == peer->any.sa_family ? peer : NULL, &to, out);
+	const size_t n = proxy_header(peer && to.any.sa_family == peer->any.sa_family ? peer : NULL,
+		&to, out);
 	return send(fd, out, n, MSG_NOSIGNAL | MSG_MORE) == (ssize_t)n ? 0 : errno;
 }
 
