@@ -5807,7 +5807,7 @@ static void signals_init(void)
  * handshakes; whatever fails leaves the old ones. Waits while a handshake uses the other ring. */
 static void reload(void)
 {
-	struct keyring *other = keyring == &keyrings[0] ? &keyrings[1] : &keyrings[0];
+	struct keyring *const old = keyring, *other = &keyrings[old == keyrings];
 
 	if (other->users > 0)
 		return;
@@ -5816,15 +5816,13 @@ static void reload(void)
 		resolver_ask(&servers[i]);
 		servers[i].session_until = 0;
 	}
-	if (keyring_load(other)) {
-		log_line(LOG_NOTICE, "reload ok certs=%d changed=%u", CERTS,
-			certs_say(other, keyring));
-		if (keyring->users == 0)
-			keyring_wipe(keyring);
+	if (keyring_load(other)) {      /* or each fault is said */
+		log_line(LOG_NOTICE, "reload ok certs=%d changed=%u", CERTS, certs_say(other, old));
 		keyring = other;
-	} else {
-		keyring_wipe(other);    /* each fault is said */
+		other = old;
 	}
+	if (other->users == 0)
+		keyring_wipe(other);
 }
 
 /* SIGUSR1 */
@@ -5850,15 +5848,13 @@ static void listener_close(unsigned i)
 /* SIGTERM, SIGINT, or way was made: no new connections; sessions have drain_ms. */
 static void drain_start(const char *name)
 {
-	struct session *s;
-
 	log_line(LOG_NOTICE, "stop signal=%s sessions=%u", name, session_pool.lent);
 	for (unsigned i = 0; i < LISTENERS; i++)
 		listener_close(i);
 	way_until = 0;
 	drain_until = now + drain_ms;
 	tunnels_first = tunnels;
-	while ((s = between_first()) != NULL)
+	for (struct session *s; (s = between_first()) != NULL; )
 		session_run(s, 1);
 }
 
@@ -5884,28 +5880,24 @@ static void way_start(void)
 		resolver_end();         /* it ends with its parent */
 }
 
-/* Somebody knocks at a door: gets in if way is made for that user. */
-static void door_event(unsigned i)
-{
-	int pair[2] = { fds[FD_LISTEN + i].fd, fds[FD_DOOR + i].fd };
-	struct address peer;
-	const int fd = connection_accept(pair[1], &peer);
-
-	if (way_until && socket_user(fd) == socket_user(pair[1]) && handover(fd, pair, 0))
-		listener_close(i);
-	close(fd);
-}
-
-/* When all listeners have been handed over, the drain begins; or when nobody has come for them:
- * what is in their queues then is the last that they take. */
+/* Who knocks gets in if way is made for that user. When all listeners have been handed over, the
+ * drain begins; or when nobody has come for them: what is in their queues then is their last. */
 static void doors_poll(void)
 {
 	const int over = way_until && way_until <= now;
 	unsigned left = 0;
 
 	for (unsigned i = 0; i < LISTENERS; i++) {
-		if (fds[FD_DOOR + i].revents & POLLIN)
-			door_event(i);
+		if (fds[FD_DOOR + i].revents & POLLIN) {
+			int pair[2] = { fds[FD_LISTEN + i].fd, fds[FD_DOOR + i].fd };
+			struct address peer;
+			const int fd = connection_accept(pair[1], &peer);
+
+			if (way_until && socket_user(fd) == socket_user(pair[1]) &&
+			    handover(fd, pair, 0))
+				listener_close(i);
+			close(fd);
+		}
 		if (over && fds[FD_LISTEN + i].fd >= 0)
 			listener_event(i);
 		left += fds[FD_LISTEN + i].fd >= 0;
