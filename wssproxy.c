@@ -363,8 +363,7 @@ struct session {
 	struct address peer;
 	uint32_t id, request;   /* of the connection, and of its requests, from 1 */
 	uint8_t state, listener; /* enum state; index of the one that it came to */
-	uint8_t plain;          /* 1: no TLS with the client */
-	uint8_t asked;          /* 1: TCP asks whether its client is there, see place_look */
+	uint8_t plain, asked;   /* 1: no TLS with the client; TCP asks if it is there: place_look */
 	/* From here up to the client's leg all is of the request: see request_begin. */
 	uint8_t why, by;        /* enum why, party */
 	uint8_t opened;         /* 1: has its line `open` in the log */
@@ -437,8 +436,7 @@ enum { FD_SIGNAL, FD_RESOLVER, FD_EPOLL, FD_LISTEN, FD_DOOR = FD_LISTEN + LISTEN
 
 static struct session sessions[max_sessions];
 static struct records records[max_busy];
-static struct head_buffer head_buffer;
-static struct head_buffer *hd;          /* it, if the session that runs has a head there; NULL */
+static struct head_buffer head_buffer, *hd;     /* NULL: the session that runs has no head there */
 static struct shelf shelves[SHELVES];
 static struct note notes[max_sessions];
 static struct upstream upstreams[tls_backends ? max_sessions : 1];      /* beside sessions[] */
@@ -1920,9 +1918,8 @@ static enum why response_parse(struct response *r, const char *buf, size_t len)
 struct facts {
 	struct span value[LENGTH(field_names)]; /* the last one's */
 	unsigned count[LENGTH(field_names)];
-	int upgrade, close;     /* Connection has it, */
-	unsigned options;       /* and so many in all, the empty ones among them */
-	int websocket;          /* Upgrade has it */
+	int upgrade, close, websocket;  /* Connection has the first two, Upgrade the third */
+	unsigned options;       /* of Connection, the empty ones among them */
 	int bad_framing;        /* Content-Length is no number, or two differ, or with a coding */
 	uint64_t length;
 };
