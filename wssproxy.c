@@ -1641,11 +1641,10 @@ static struct filter_op loop_calls[] = {
 #ifdef SYS_poll                         /* all but the youngest machines */
 	ON(poll, LET), ON(epoll_wait, LET), ON(stat, LET), LET_IF(open, 1, ~READING, 0),
 #endif
-#ifdef SYS_clock_gettime
-	ON(clock_gettime, LET),
-#else
-	ON(clock_gettime32, LET),       /* musl's name for it */
+#ifndef SYS_clock_gettime
+#define SYS_clock_gettime SYS_clock_gettime32   /* musl's name for it */
 #endif
+	ON(clock_gettime, LET),
 #ifdef SYS_clock_gettime64
 	ON(clock_gettime64, LET),
 #endif
