@@ -1099,8 +1099,7 @@ static const char *anchor_add(void *owner, const char *name, const unsigned char
 	br_x509_decoder_init(&dc, text_add, kept);
 	br_x509_decoder_push(&dc, der, len);
 	const br_x509_pkey *pk = br_x509_decoder_get_pkey(&dc);
-	a->dn.data = (unsigned char *)before.p + before.len;
-	a->dn.len = kept->len - before.len;
+	a->dn = (br_x500_name){ (unsigned char *)before.p + before.len, kept->len - before.len };
 	if (!pk || (pk->key_type == BR_KEYTYPE_RSA && pk->key.rsa.nlen > 512)) {
 		if (ring->read->one)
 			return "it is not valid X.509 with an RSA (up to 4096 bits) or EC key";
@@ -2553,9 +2552,8 @@ static void resolver_ask(struct server *v)
 	link_drop(&v->retry.link);
 	if (!v->by_name || v->pending || fds[FD_RESOLVER].fd < 0)
 		return;
-	if (send(fds[FD_RESOLVER].fd, &index, 1, MSG_NOSIGNAL | MSG_DONTWAIT) == 1)
-		v->pending = 1;
-	else
+	v->pending = send(fds[FD_RESOLVER].fd, &index, 1, MSG_NOSIGNAL | MSG_DONTWAIT) == 1;
+	if (!v->pending)
 		timer_start(&queues[Q_RESOLVE], &v->retry);
 }
 
@@ -2582,18 +2580,14 @@ static const char *connect_why(int error)
 	if (is_our_shortage(error))
 		return NULL;
 	switch (error) {
-	case ECONNREFUSED:      return "refused";
-	case ENOENT:            return "no-socket";
-	case ECONNRESET:
-	case EPIPE:             return "reset";
-	case ETIMEDOUT:         return "timeout";
-	case EAGAIN:            return "full";          /* backlog of a unix: socket */
-	case EHOSTUNREACH:
-	case ENETUNREACH:
-	case EAFNOSUPPORT:      return "unreachable";
-	case EACCES:
-	case EPERM:             return "forbidden";
-	default:                return "error";
+	case ECONNREFUSED:              return "refused";
+	case ENOENT:                    return "no-socket";
+	case ECONNRESET: case EPIPE:    return "reset";
+	case ETIMEDOUT:                 return "timeout";
+	case EAGAIN:                    return "full";          /* backlog of a unix: socket */
+	case EHOSTUNREACH: case ENETUNREACH: case EAFNOSUPPORT: return "unreachable";
+	case EACCES: case EPERM:        return "forbidden";
+	default:                        return "error";
 	}
 }
 
