@@ -666,8 +666,7 @@ static int log_connect(void)
 {
 	struct sockaddr_un sun = { .sun_family = AF_UNIX, .sun_path = "/dev/log" };
 
-	return log_syslog = log_to == SYSLOG &&
-		connect(log_socket, (struct sockaddr *)&sun, sizeof sun) == 0;
+	return log_syslog = log_to == SYSLOG && connect(log_socket, (void *)&sun, sizeof sun) == 0;
 }
 
 /* Begins the log's one next line. What came from outside must have gone through log_escape. */
@@ -1432,8 +1431,8 @@ static int door_socket(const struct address *a, int listens)
 			address_format(a, 1)));
 	const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
-	if (listens ? bind(fd, (struct sockaddr *)&sun, len) == 0 && listen(fd, SOMAXCONN) == 0 :
-	    connect(fd, (struct sockaddr *)&sun, len) == 0)
+	if (listens ? bind(fd, (void *)&sun, len) == 0 && listen(fd, SOMAXCONN) == 0 :
+	    connect(fd, (void *)&sun, len) == 0)
 		return fd;
 	close(fd);              /* which leaves errno alone */
 	return -1;
@@ -1973,8 +1972,7 @@ static int host_parse(const char *buf, struct span s, struct span *name)
 	size_t i = s.at, end = i + s.len;
 
 	if (s.len > 0 && buf[i] == '[') {
-		while (++i < end && (isxdigit((unsigned char)buf[i]) || buf[i] == ':' ||
-		    buf[i] == '.'))
+		while (++i < end && (isxdigit((unsigned char)buf[i]) || strchr(":.", buf[i])))
 			;
 		if (i == s.at + 1u || i == end || buf[i++] != ']')
 			return 0;
@@ -2197,8 +2195,7 @@ static size_t response_render(const struct response *r, const char *buf, char *o
 
 static void accept_key(const char *key, char out[29])
 {
-	static const char digit[] =
-		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+	const char *digit = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 	unsigned char hash[br_sha1_SIZE + 1] = { 0 };   /* the last digit takes bits of this 0 */
 	br_sha1_context c;
 
