@@ -204,8 +204,7 @@ struct queue {
 	uint64_t ms;            /* 0: never due, but in order all the same */
 };
 
-/* Of AF_UNIX there is the family alone; the port is at the same place in both others. */
-struct address {
+struct address {        /* of AF_UNIX, the family alone; the port has one place in both others */
 	union {
 		struct sockaddr any;
 		struct sockaddr_in in;
@@ -213,8 +212,7 @@ struct address {
 	};
 };
 
-/* Appended to a bound: what is past it is left out, and full is set. */
-struct text {
+struct text {           /* appended to a bound: what is past it is left out, and full is set */
 	char *p;
 	size_t len, size;
 	int full;
@@ -235,15 +233,13 @@ struct pool {
 #define POOL(name, items) name = { .base = (char *)(items), .size = sizeof (items)[0], \
 	.count = LENGTH(items), .waiters = { &(name).waiters, &(name).waiters } }
 
-/* The sessions of one address (IPv6: of those with the same source_bits6 in front). */
-struct source {
+struct source { /* sessions of an address (IPv6: of those with the same source_bits6 in front) */
 	struct source *next;    /* of the free list, or of its bucket */
 	unsigned char key[9];   /* IPv4 address, or the front of an IPv6 one; family */
 	unsigned sessions, shelves;     /* which are lent to them */
 };
 
-/* A certificate chain and its key. */
-struct identity {
+struct identity {               /* a certificate chain and its key */
 	br_x509_certificate chain[CHAIN_MAX];
 	unsigned char der[CHAIN_BYTES];
 	size_t chain_len, der_len;
@@ -254,8 +250,7 @@ struct identity {
 	};
 };
 
-/* A file's part of a keyring's anchors. */
-struct trust {
+struct trust {                  /* a file's part of a keyring's anchors */
 	unsigned first, count;
 	const char *path;       /* NULL: none is wanted */
 	int one;                /* 1: it has one, which is needed */
@@ -291,8 +286,7 @@ struct records {
 	};
 };
 
-/* Judges the certificate chain of the other side during a handshake. */
-struct verifier {
+struct verifier {       /* judges the certificate chain of the other side during a handshake */
 	unsigned begun;         /* above 0: it has seen of a chain what nobody will show again; of
 				 * one to be validated, certificates + 1 */
 	br_ssl_engine_context *eng;
@@ -316,14 +310,12 @@ struct head_buffer {
 	char bytes[HEAD_ROOM];
 };
 
-/* Lent for what has to stay where it is while a peer is awaited. */
-struct shelf {
+struct shelf {                  /* lent for what has to stay where it is while a peer is awaited */
 	struct verifier verifier;       /* of a handshake that asks for certificates, */
 	char text[HEAD_ROOM];           /* a head too long for the note */
 };
 
-/* What is remembered of a session until its answer; there is one for each. */
-struct note {
+struct note {   /* what is remembered of a session until its answer; there is one for each */
 	uint64_t name_hash;     /* of the server name in its ClientHello */
 	uint16_t len, off;      /* of a head that was put aside; 0: none */
 	char text[NOTE_TEXT];   /* where it lies unless it is longer */
@@ -333,8 +325,7 @@ struct note {
 	char subject[128];      /* common name of the client's verified certificate, "" */
 };
 
-/* One of the two connections of a session. */
-struct leg {
+struct leg {                    /* one of the two connections of a session */
 	int fd;                         /* -1: none */
 	uint16_t at, end;               /* what was read ahead and not taken yet, of `ahead` */
 	br_ssl_engine_context *eng;     /* NULL: in the clear */
@@ -409,8 +400,7 @@ struct upstream {
 	br_ssl_client_context tls;
 };
 
-/* A backend at run time. */
-struct server {
+struct server {                 /* a backend at run time */
 	char name[128];         /* host:port, for the log */
 	char cookie[sizeof cookie_name + 17];   /* name=id */
 	br_ssl_session_parameters session;      /* of its last full TLS handshake, */
@@ -539,8 +529,7 @@ static void text_number(struct text *t, uint64_t n, unsigned base, unsigned digi
 	text_add(t, p, (size_t)(end - p));
 }
 
-/* The two arguments of %.*s for a part of a head. */
-#define SPAN(buf, s) (int)(s).len, (buf) + (s).at
+#define SPAN(buf, s) (int)(s).len, (buf) + (s).at       /* for %.*s: a part of a head */
 
 /* The compiler checks arguments; what it would take and this does not, lint finds: there are only
  * %s %.*s %d %u %llu %x, and %0Nu %0Nx of at least N digits. */
@@ -1482,8 +1471,7 @@ static void listener_open(unsigned i)
 
 /* ---- privileges ---- */
 
-/* Who it becomes: user and group, found while /etc is in sight. */
-static unsigned become_uid, become_gid;
+static unsigned become_uid, become_gid; /* who it becomes, found while /etc is in sight */
 
 /* The number in a field, from 0, of a line like that of a user. UINT_MAX: there is none. */
 static unsigned id_parse(const char *line, unsigned field)
@@ -1658,8 +1646,7 @@ static struct filter_op loop_calls[] = {
 	LET_IF(clone, 0, -1, SIGCHLD),  /* a copy that shares nothing, */
 	ON(sendmsg, LET),               /* which hands over the listeners */
 #endif
-	/* certificates, at SIGHUP; and the end */
-	LET_IF(openat, 2, ~READING, 0),
+	LET_IF(openat, 2, ~READING, 0), /* from here on: certificates, at SIGHUP; and the end */
 	LET_IF(fcntl, 1, -1, F_SETFD),  /* musl's open, for O_CLOEXEC */
 	LET_IF(fcntl, 1, -1, F_SETFL),  /* a terminal, for each line */
 #ifdef SYS_fcntl64                      /* 32 bits */
@@ -1768,8 +1755,7 @@ static int list_next(const char *buf, struct span *list, struct span *out)
 	return at < stop;
 }
 
-/* Fields that mean something here, and what becomes of them when a head is passed on. */
-enum {
+enum {  /* fields that mean something here, and what becomes of them when a head is passed on */
 	HOP  = 1,       /* hop-by-hop: dropped (RFC 9110 7.6.1) */
 	KEPT = 2,       /* Connection can't take it away: steers, frames, says who the client is */
 	LIKE = 4,       /* '_' is as good as '-': to CGI and its heirs both are one variable */
@@ -1911,8 +1897,7 @@ static enum why response_parse(struct response *r, const char *buf, size_t len)
 		WHY_BAD_RESPONSE;
 }
 
-/* What the fields of a head say of the connection and the body. */
-struct facts {
+struct facts {                  /* what the fields of a head say of the connection and the body */
 	struct span value[LENGTH(field_names)]; /* the last one's */
 	unsigned count[LENGTH(field_names)];
 	int upgrade, close, websocket;  /* Connection has the first two, Upgrade the third */
@@ -2210,8 +2195,7 @@ static void accept_key(const char *key, char out[29])
 
 /* A chunked body's grammar, a byte at a time but for data (RFC 9112 7.1). Servers pad sizes. */
 enum { CHUNK_SIZE, CHUNK_DATA, CHUNK_DATA_END, CHUNK_TRAILER, CHUNK_END,
-	/* behind what is not passed on of a request */
-	CHUNK_BLANK, CHUNK_EXT, CHUNK_TRAILER_LINE, CHUNK_TRAILERS,
+	CHUNK_BLANK, CHUNK_EXT, CHUNK_TRAILER_LINE, CHUNK_TRAILERS, /* behind what is dropped */
 	CHUNK_LF = 16 };        /* and one of these: which is next behind the line feed */
 
 /* One byte outside of a chunk's data. Returns the next state, -1: not the grammar. */
