@@ -3137,8 +3137,8 @@ static const br_hash_class *const hashes[] = {
 };
 
 /* Certificate and suite for a ClientHello: the first suite that one of the certificates serves that
- * fit its server name best, and that has a hash that the client takes: BearSSL chooses it, and signs.
- * (It offers suites of ECDSA to who has hashes but for RSA-PSS.) */
+ * fit its server name best, with a hash that the client takes: BearSSL chooses that, and signs.
+ * (It offers suites of ECDSA as well to who has hashes for RSA-PSS alone.) */
 static int policy_choose(const br_ssl_server_policy_class **ctx, const br_ssl_server_context *cc,
 	br_ssl_server_choices *choices)
 {
