@@ -227,7 +227,6 @@ struct pool {
 	unsigned fresh;         /* from here on none was ever lent, so their pages are untouched */
 	void *free;             /* last in, first out: what is lent again is still in the cache */
 	struct link waiters;    /* sessions, in the order in which they came */
-	void (*attach)(struct session *, void *item);   /* where sessions wait: gives one an item */
 };
 
 #define POOL(name, items) name = { .base = (char *)(items), .size = sizeof (items)[0], \
@@ -2917,19 +2916,19 @@ static void leg_attach(struct leg *l, struct buffers *b)
 		engine_lend(l->eng, b->ibuf, b->obuf);
 }
 
-static void records_attach(struct session *s, void *item)
+/* Gives it a shelf, or record buffers. */
+static void session_lend(struct session *s, const struct pool *p, void *item)
 {
+	if (p == &shelf_pool) {
+		s->shelf = item;
+		s->shelf->verifier.begun = 0;
+		s->source->shelves++;
+		return;
+	}
 	s->rec = item;
 	leg_attach(&s->client, &s->rec->side[0]);
 	if (tls_backends && s->backend.eng)
 		leg_attach(&s->backend, &s->rec->side[tls_backends]);
-}
-
-static void shelf_attach(struct session *s, void *item)
-{
-	s->shelf = item;
-	s->shelf->verifier.begun = 0;
-	s->source->shelves++;
 }
 
 /* It may keep its place for a while before others look at it. */
@@ -2946,7 +2945,7 @@ static int session_borrow(struct session *s, struct pool *p)
 	void *item = pool_lend(p);
 
 	if (item)
-		p->attach(s, item);
+		session_lend(s, p, item);
 	else
 		link_append(&p->waiters, &s->wait);
 	return item != NULL;
@@ -2960,7 +2959,7 @@ static void session_pass(struct pool *p, void *item)
 		return;
 	}
 	struct session *next = OWNER(p->waiters.next, struct session, wait);
-	p->attach(next, item);
+	session_lend(next, p, item);
 	link_append(&runnable, &next->wait);
 }
 
@@ -3027,7 +3026,7 @@ static void shelf_rob(struct session *s)
 	}
 	if (!victim)
 		return;
-	shelf_attach(s, shelf_release(victim));
+	session_lend(s, &shelf_pool, shelf_release(victim));
 	victim->note->len = 0;
 	victim->timer.due = now;
 	link_append(&queues[FREE].list, &victim->timer.link);
@@ -5958,8 +5957,6 @@ static void tables_init(void)
 		queues[i].ms = i < STATES ? states[i].ms : times[i];
 	}
 	queues[RELAY].ms = look_ms;
-	records_pool.attach = records_attach;
-	shelf_pool.attach = shelf_attach;
 	for (unsigned i = 0; i < FD_COUNT; i++)
 		fds[i] = (struct pollfd){ .fd = -1, .events = i < FD_CHECK ? POLLIN : POLLOUT };
 	br_ssl_session_cache_lru_init(&cache, cache_store, sizeof cache_store);
