@@ -389,14 +389,7 @@ struct session {
 	struct keyring *ring;   /* while a handshake is under way */
 	struct link wait;       /* for buffers, a shelf, a handshake turn, or in runnable */
 	struct timer timer, stall, place;       /* the state's; see Q_STALL, Q_REDIAL; Q_YOUNG */
-	br_ssl_server_context tls;
-	uint8_t tls_made;       /* 1: the slot's context is set up; survives the session */
-};
-
-/* A session's TLS context for its backend: apart, for it is not touched by those without. */
-struct upstream {
-	uint8_t made;           /* 1: set up; survives the session */
-	br_ssl_client_context tls;
+	br_ssl_server_context tls;      /* from here on it survives the session */
 };
 
 struct server {                 /* a backend at run time */
@@ -428,7 +421,8 @@ static struct records records[max_busy];
 static struct head_buffer head_buffer, *hd;     /* NULL: the session that runs has no head there */
 static struct shelf shelves[SHELVES];
 static struct note notes[max_sessions];
-static struct upstream upstreams[tls_backends ? max_sessions : 1];      /* beside sessions[] */
+/* Sessions' TLS contexts for backends: apart, for they are not touched by those without. */
+static br_ssl_client_context upstreams[tls_backends ? max_sessions : 1];
 static struct source sources[max_sessions];
 static struct source *buckets[1024];
 static struct keyring keyrings[2], *keyring = keyrings;
@@ -3367,12 +3361,18 @@ static int engine_make(br_ssl_engine_context *eng)
 }
 
 /* Gives a leg an engine, and that its buffers. Of the output buffer it knows as much as the largest
- * record needs: to BearSSL, that is 512, 1024, 2048, 4096 or 16384 bytes, handshakes as well. */
-static void leg_start(struct leg *l, br_ssl_engine_context *eng, size_t largest)
+ * record needs: to BearSSL, that is 512, 1024, 2048, 4096 or 16384 bytes, handshakes as well. 0: no
+ * entropy. */
+static int leg_start(struct session *s, struct leg *l, br_ssl_engine_context *eng, size_t largest)
 {
+	if (!br_ssl_engine_get_flags(eng) && !engine_make(eng))
+		return 0;
+	s->ring = keyring;
+	keyring->users++;
 	l->eng = eng;
 	br_ssl_engine_set_buffers_bidi(eng, l->buf->ibuf, sizeof l->buf->ibuf,
 		l->buf->obuf, sizeof l->buf->obuf - 16384 + largest);
+	return 1;
 }
 
 /* The time, but not before this program was made: a device without a clock boots in 1970. */
@@ -3498,30 +3498,25 @@ static void backend_verify(struct session *s)
 /* Readies an engine for the backend that was just connected to. 0: no entropy. */
 static int tls_dial(struct session *s)
 {
-	struct upstream *u = &upstreams[tls_backends ? s - sessions : 0];
+	br_ssl_client_context *cc = &upstreams[tls_backends ? s - sessions : 0];
 	const struct server *server = &servers[s->server];
 	const int resumes = now < server->session_until;
 	const struct identity *id = &keyring->id[CERTS + s->server];
-	br_ssl_engine_context *eng = &u->tls.eng;
 
-	if (!u->made && !engine_make(eng))
-		return 0;
-	u->made = 1;
 	leg_attach(&s->backend, &s->rec->side[tls_backends]);
-	s->ring = keyring;
-	keyring->users++;
-	leg_start(&s->backend, eng, 16384);
-	br_ssl_client_set_client_certificate(&u->tls, NULL);
+	if (!leg_start(s, &s->backend, &cc->eng, 16384))
+		return 0;
+	br_ssl_client_set_client_certificate(cc, NULL);
 	if (id->chain_len > 0 && br_skey_decoder_get_rsa(&id->key))
-		br_ssl_client_set_single_rsa(&u->tls, id->chain, id->chain_len,
+		br_ssl_client_set_single_rsa(cc, id->chain, id->chain_len,
 			br_skey_decoder_get_rsa(&id->key), br_rsa_pkcs1_sign_get_default());
 	else if (id->chain_len > 0)
-		br_ssl_client_set_single_ec(&u->tls, id->chain, id->chain_len,
+		br_ssl_client_set_single_ec(cc, id->chain, id->chain_len,
 			br_skey_decoder_get_ec(&id->key), BR_KEYTYPE_SIGN, 0,
 			br_ec_get_default(), br_ecdsa_sign_asn1_get_default());
 	if (resumes)
-		br_ssl_engine_set_session_parameters(eng, &server->session);
-	return br_ssl_client_reset(&u->tls, backend_sni(&backends[s->server]), resumes) != 0;
+		br_ssl_engine_set_session_parameters(&cc->eng, &server->session);
+	return br_ssl_client_reset(cc, backend_sni(&backends[s->server]), resumes) != 0;
 }
 
 /* What BearSSL's errors mean, each range by its last number: the alert that tells the other side
@@ -3614,17 +3609,13 @@ static int tls_start(struct session *s)
 	const struct trust *t = &keyring->trust[s->listener];
 	struct bytes name;
 
-	if (!s->tls_made && !engine_make(&s->tls.eng))
+	if (!leg_start(s, l, &s->tls.eng, record_max))
 		return 0;
-	s->tls_made = 1;
 	const int good = hello_read((struct bytes){ l->ahead + l->at, l->ahead + l->end }, &name);
 	s->note->name_hash = hash_bytes(0, name.p, (size_t)(name.end - name.p));
 	if (bytes_find(l->ahead + l->at, l->end - l->at, "\0\x2b\0\3\2\3\4", 7))
 		l->ahead[l->at + 9] = 2;
 	place_start(s);
-	s->ring = keyring;
-	keyring->users++;
-	leg_start(l, &s->tls.eng, record_max);
 	br_ssl_engine_set_all_flags(l->eng, BR_OPT_NO_RENEGOTIATION | BR_OPT_FAIL_ON_ALPN_MISMATCH |
 		BR_OPT_ENFORCE_SERVER_PREFERENCES | (listeners[s->listener].verify_client ==
 		VERIFY_OPTIONAL ? BR_OPT_TOLERATE_NO_CLIENT_AUTH : 0));
@@ -5969,9 +5960,9 @@ static void lending_test(void)
 	br_ssl_engine_context *eng = &s->tls.eng;
 	size_t len;
 
-	engine_make(eng);
 	s->client.buf = &records[0].side[0];
-	leg_start(&s->client, eng, record_max);
+	leg_start(s, &s->client, eng, record_max);
+	tls_ring_release(s);
 	if (!br_ssl_server_reset(&s->tls))
 		die("BearSSL: br_ssl_server_reset: error %d", br_ssl_engine_last_error(eng));
 	engine_lend(eng, no_records, no_records);
