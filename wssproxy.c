@@ -3310,10 +3310,8 @@ static int cache_load(const br_ssl_session_cache_class **ctx, br_ssl_server_cont
 	return found;
 }
 
-static const br_ssl_session_cache_class named_cache_class = {
-	.save = cache_save, .load = cache_load,
-};
-static const br_ssl_session_cache_class *named_cache = &named_cache_class;
+static const br_ssl_session_cache_class named_class = { .save = cache_save, .load = cache_load };
+static const br_ssl_session_cache_class *named_cache = &named_class;
 
 static int client_asked(const struct session *s)
 {
@@ -3567,8 +3565,7 @@ static const struct fault {
 	{ BR_ERR_RECV_FATAL_ALERT + 115, 0, WHY_TLS_ALERT, NULL },
 	{ BR_ERR_RECV_FATAL_ALERT + 116, 0, WHY_TLS_ALERT, "certificate-refused" },
 	{ BR_ERR_RECV_FATAL_ALERT + 255, 0, WHY_TLS_ALERT, NULL },
-	/* and that were sent */
-	{ BR_ERR_SEND_FATAL_ALERT + 40, 0, WHY_TLS_CIPHER, "tls-cipher" },
+	{ BR_ERR_SEND_FATAL_ALERT + 40, 0, WHY_TLS_CIPHER, "tls-cipher" }, /* and that were sent */
 	{ BR_ERR_SEND_FATAL_ALERT + 70, 0, WHY_TLS_VERSION, "tls-version" },
 	{ BR_ERR_SEND_FATAL_ALERT + 86, 0, WHY_TLS_VERSION, "tls-version" },    /* RFC 7507 */
 	{ UINT16_MAX, 0, WHY_ALPN, "alpn" },
@@ -3622,10 +3619,9 @@ static int tls_start(struct session *s)
 	br_ssl_server_set_cache(&s->tls, session_cache > 0 && good && !client_asked(s) ?
 		&named_cache : NULL);
 	br_ssl_server_set_policy(&s->tls, &policy);
-	if (clients_asked()) {          /* it may have served another listener before */
+	if (clients_asked())            /* it may have served another listener before */
 		br_ssl_server_set_trust_anchor_names_alt(&s->tls, &keyring->anchor[t->first],
 			t->count);
-	}
 	return br_ssl_server_reset(&s->tls) != 0;
 }
 
@@ -4056,9 +4052,8 @@ static int leg_feed(struct session *s, struct leg *l)
  * faster than it refuses them, nor, closed, with plaintext not taken or words that can't go. */
 static int leg_stuck(const struct leg *l)
 {
-	unsigned moves = BR_SSL_RECVREC | BR_SSL_RECVAPP | (l->fin ? 0u : BR_SSL_SENDREC);
-
-	return !(br_ssl_engine_current_state(l->eng) & moves);
+	return !(br_ssl_engine_current_state(l->eng) &
+		(BR_SSL_RECVREC | BR_SSL_RECVAPP | (l->fin ? 0u : BR_SSL_SENDREC)));
 }
 
 /* Reads and forgets, so that closing does not reset what the peer has yet to read. */
@@ -4758,9 +4753,8 @@ static int is_challenge(const struct session *s)
 
 	servers_for(buf + r->name.at, r->name.len, under, sizeof "/.well-known/" - 1, &beside);
 	return token < end && memcmp(buf + r->target.at, under, sizeof under - 1) == 0 &&
-		word_end(buf, token, end, "-_") == end && !r->upgrade && !r->chunked &&
-		r->length == 0 && (s->head || memcmp(buf + r->head.part[0].at, "GET ", 4) == 0) &&
-		s->group != beside;
+		word_end(buf, token, end, "-_") == end && s->group != beside && r->length == 0 &&
+		!r->upgrade && !r->chunked && (s->head || memcmp(buf, "GET ", 4) == 0);
 }
 
 /* The request is whole, or no good: judges it, and puts what the backend gets in its place. */
@@ -5059,8 +5053,7 @@ static enum state response_done(struct session *s)
 		s->answer = body_start(r->framing == BODY_CHUNKED,
 			r->framing == BODY_LENGTH ? r->length : UINT64_MAX);
 	/* what follows an upgrade, or a body that was not taken, may be no request */
-	s->keep = s->keep && !s->upgrade && s->body.done && r->framing != BODY_EOF &&
-		!drain_until;
+	s->keep &= !s->upgrade && s->body.done && r->framing != BODY_EOF && !drain_until;
 	r->keep = s->keep;
 	if (!answer_place(s, r))
 		return session_fail(s, WHY_LARGE_RESPONSE);
@@ -5218,8 +5211,7 @@ static enum state relay_step(struct session *s)
 			return FREE;
 	}
 	if (c->fin) {
-		/* no one takes what may still come */
-		b->fin = 1;
+		b->fin = 1;             /* no one takes what may still come */
 		leg_discard(c);
 		leg_discard(b);
 		return c->eof && b->eof ? FREE : DRAIN;
@@ -5319,10 +5311,9 @@ static int leg_rests(const struct leg *l)
 		leg_between(l) || (l->eof && !leg_readable(l, &ignored)));
 }
 
-/* Whether the record buffers are of no use to a session now. */
+/* Whether record buffers are of no use now: what comes behind the client's end is thrown away. */
 static int session_rests(const struct session *s)
 {
-	/* what comes behind the client's end is thrown away */
 	return s->client.fin || (leg_rests(&s->client) && leg_rests(&s->backend));
 }
 
@@ -5552,9 +5543,7 @@ static void listener_take(int fd, const struct address *peer, unsigned listener)
  * it with, all of them rest for a while; where the peer has gone again, nothing is to be done. */
 static int connection_accept(int fd, struct address *peer)
 {
-	socklen_t len = sizeof *peer;
-
-	fd = accept4(fd, &peer->any, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+	fd = accept4(fd, &peer->any, &(socklen_t){ sizeof *peer }, SOCK_NONBLOCK | SOCK_CLOEXEC);
 	if (fd < 0 && is_our_shortage(errno)) {
 		log_line(LOG_WARNING, "accept paused ms=%d why=\"%s\"", ACCEPT_PAUSE_MS,
 			strerror(errno));
