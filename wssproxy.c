@@ -3358,9 +3358,8 @@ static int engine_make(br_ssl_engine_context *eng)
 	return 1;
 }
 
-/* Gives a leg an engine, and that its buffers. Of the output buffer it knows as much as the largest
- * record needs: to BearSSL, that is 512, 1024, 2048, 4096 or 16384 bytes, handshakes as well. 0: no
- * entropy. */
+/* Gives a leg an engine, and that its buffers: of the one for output as much as the largest record
+ * needs, to BearSSL 512, 1024, 2048, 4096 or 16384 bytes, handshakes as well. 0: no entropy. */
 static int leg_start(struct session *s, struct leg *l, br_ssl_engine_context *eng, size_t largest)
 {
 	if (!br_ssl_engine_get_flags(eng) && !engine_make(eng))
@@ -3517,9 +3516,8 @@ static int tls_dial(struct session *s)
 	return br_ssl_client_reset(cc, backend_sni(&backends[s->server]), resumes) != 0;
 }
 
-/* What BearSSL's errors mean, each range by its last number: the alert that tells the other side
- * (RFC 5246 7.2.2; only the last four are sent by itself), why a client's session ends, and the
- * log's word; NULL: its number is told. */
+/* What BearSSL's errors mean, each range by its last number: the alert (RFC 5246 7.2.2; only the
+ * last four it sends by itself), why a client's session ends, the log's word; NULL: its number. */
 static const struct fault {
 	uint16_t last;
 	uint8_t alert, why;
@@ -3711,10 +3709,9 @@ static unsigned certs_say(const struct keyring *ring, const struct keyring *befo
 
 /* ---- moves: bytes between sockets and buffers ----
  *
- * Each moves what it can at once and says whether anything moved; relay_pump repeats them until
- * every one waits on a descriptor, for decrypted bytes raise no event, nor does what the epoll set
- * has told before. A read that brings less than there was room for has emptied the socket, unless
- * there is something behind it (leg.last). */
+ * Each moves what it can at once and says whether any moved; relay_pump repeats them until each
+ * waits on a descriptor, for decrypted bytes raise no event, nor does what the epoll set has told
+ * before. A read that does not fill its room has emptied the socket, but for what leg.last says. */
 
 static int is_tunnel(const struct session *s)
 {
@@ -4032,12 +4029,10 @@ static int leg_feed(struct session *s, struct leg *l)
 	while ((left = l->end - l->at) > 0 &&
 	    (p = br_ssl_engine_recvrec_buf(l->eng, &len)) != NULL) {
 		if (p == l->buf->ibuf && len == 5) {
-			if (moved)
-				break;
-			if (++l->empty_records > FLOOD_RECORDS) {
+			if (!moved && ++l->empty_records > FLOOD_RECORDS)
 				session_broke(s, l, WHY_FLOOD);
+			if (moved || s->broken)
 				break;
-			}
 		}
 		len = len < left ? len : left;
 		memcpy(p, l->ahead + l->at, len);
@@ -4625,7 +4620,6 @@ static enum state session_fail(struct session *s, enum why why)
  * else was read ahead has another turn. 1: TLS stands; 0: not yet, or never: it broke or ended. */
 static int leg_handshake(struct session *s, struct leg *l)
 {
-	static const unsigned char ccs[] = { 0, 1, 1 };
 	int light, fed;
 
 	if (leg_in(l) && l->at == l->end)
@@ -4637,7 +4631,7 @@ static int leg_handshake(struct session *s, struct leg *l)
 		do {
 			light = l->at < l->end && l->ahead[l->at] == 20;
 			const int ended = light && leg_between(l) && l->end - l->at >= 6 &&
-				memcmp(l->ahead + l->at + 3, ccs, sizeof ccs) == 0;
+				memcmp(l->ahead + l->at + 3, "\0\1\1", 3) == 0;
 
 			fed = leg_feed(s, l);
 			/* the engine took it, so the other side's certificate was checked; an
@@ -4720,8 +4714,7 @@ static int cookie_find(const struct head *h, const char *buf, uint64_t set)
 	return -1;
 }
 
-/* Notes what is asked for, as far as it was parsed, for the log; and who serves it: WHY_NONE; or
- * none does. */
+/* Notes for the log what is asked for, as far as it was parsed; and who serves it, or why none. */
 static enum why request_note(struct session *s)
 {
 	const struct request *r = &hd->u.request;
@@ -4950,12 +4943,10 @@ static struct text head_address(const struct session *s)
 {
 	const char *host = backends[s->server].host_header;
 	struct text t = { .p = scratch, .size = HEAD_ROOM };
-	size_t line = 0;
 
 	if (!host || hd->off > 0)
 		return (struct text){ .p = hd->bytes, .len = hd->len };
-	while (hd->bytes[line++] != '\n')
-		;
+	const size_t line = strcspn(hd->bytes, "\n") + 1;
 	text_add(&t, hd->bytes, line);
 	text_format(&t, "Host: %s\r\nX-Forwarded-", host);
 	text_add(&t, hd->bytes + line, hd->len - line);
