@@ -4026,8 +4026,7 @@ static int leg_feed(struct session *s, struct leg *l)
 	size_t len, left;
 	int moved = 0;
 
-	while ((left = l->end - l->at) > 0 &&
-	    (p = br_ssl_engine_recvrec_buf(l->eng, &len)) != NULL) {
+	while ((left = l->end - l->at) > 0 && (p = br_ssl_engine_recvrec_buf(l->eng, &len))) {
 		if (p == l->buf->ibuf && len == 5) {
 			if (!moved && ++l->empty_records > FLOOD_RECORDS)
 				session_broke(s, l, WHY_FLOOD);
@@ -4184,8 +4183,6 @@ static void tunnel_ask(struct session *s)
  * more or less, for those who came together need not go together. */
 static void tunnel_look(struct session *s)
 {
-	if (tunnel_leaving(s))
-		return;
 	if (idle_ms > 0 && (uint32_t)now - s->active >= idle_ms)
 		tunnel_leave(s, WHY_IDLE);
 	else if (max_age_ms > 0 && now - s->born >= max_age_ms *
@@ -4550,10 +4547,9 @@ static int reject_counts(void)
 static void session_reject(const struct session *s, unsigned status, enum why why)
 {
 	const int probe = (why == WHY_EOF || why == WHY_RESET || why == WHY_TIMEOUT ||
-		why == WHY_HANDSHAKE_TIMEOUT || why == WHY_HEAD_TIMEOUT) &&
+		why == WHY_HANDSHAKE_TIMEOUT || why == WHY_HEAD_TIMEOUT) && head_len(s) == 0 &&
 		(s->state == HANDSHAKE ? !s->client.eng : s->state == HEAD) &&
-		s->client.at == s->client.end && head_len(s) == 0 &&
-		recv(s->client.fd, scratch, 1, MSG_PEEK) <= 0;
+		s->client.at == s->client.end && recv(s->client.fd, scratch, 1, MSG_PEEK) <= 0;
 
 	for (unsigned i = 0; i < BACKENDS && s->state == CONNECT; i++)
 		servers[i].lost += servers[i].down && (s->group >> i & 1);
@@ -4798,8 +4794,7 @@ static enum state head_step(struct session *s)
 
 			len = len < room ? len : room;
 			memcpy(hd->bytes + hd->len, p, len);
-			const enum why why = request_parse(&hd->u.request, hd->bytes,
-				hd->len + len);
+			enum why why = request_parse(&hd->u.request, hd->bytes, hd->len + len);
 			if (why == WHY_NONE)
 				len = hd->u.request.head.size - hd->len;
 			leg_consume(&s->client, len);
@@ -5149,13 +5144,12 @@ static enum state between_step(struct session *s)
 {
 	struct leg *c = &s->client;
 	const int none = c->at == c->end && (!c->eng || !c->buf || leg_between(c));
-	unsigned char byte;
 
 	if (s->expired && c->eng && records_borrow(s))
 		leg_finish(s, c);
 	if (s->expired)
 		return FREE;
-	if (none && !(leg_in(c) && leg_read(s, c, &byte, 1, MSG_PEEK)))
+	if (none && !(leg_in(c) && leg_read(s, c, &(unsigned char){ 0 }, 1, MSG_PEEK)))
 		return c->eof || s->broken ? FREE : BETWEEN;
 	s->born = now;
 	return HEAD;
@@ -5172,7 +5166,7 @@ static enum state relay_step(struct session *s)
 		state_timer_start(s);
 		s->expired = s->unsent >= unsent;
 	}
-	if (s->state == RELAY) {
+	if (s->state == RELAY && !tunnel_leaving(s)) {
 		tunnel_look(s);
 	} else if (s->expired) {
 		session_end(s, BY_PROXY, WHY_IDLE);
