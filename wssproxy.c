@@ -5056,7 +5056,7 @@ static enum state response_step(struct session *s)
 {
 	if ((s->body.done && !leg_in(&s->backend) && !s->rec) || !records_borrow(s))
 		return RESPONSE;
-	enum state next = RESPONSE;
+	enum state next;
 	enum why why;
 	size_t n;
 	do {
@@ -5071,15 +5071,13 @@ static enum state response_step(struct session *s)
 		}
 		hd->len += n;
 		s->moved |= n > 0;
-		do {
-			why = response_parse(&hd->u.response, hd->bytes, hd->len);
-			if (why == WHY_NONE)
-				next = response_done(s);
-		} while (why == WHY_NONE && next == RESPONSE);
-		if (why != WHY_NONE && why != WHY_MORE)
+		while ((why = response_parse(&hd->u.response, hd->bytes, hd->len)) == WHY_NONE)
+			if ((next = response_done(s)) != RESPONSE)
+				return next;
+		if (why != WHY_MORE)
 			return session_fail(s, why);
-	} while (n > 0 && next == RESPONSE);
-	return next;
+	} while (n > 0);
+	return RESPONSE;
 }
 
 /* Whether nothing more goes up: the client has ended, and what it sent is through. */
