@@ -421,7 +421,7 @@ static struct records records[max_busy];
 static struct head_buffer head_buffer, *hd;     /* NULL: the session that runs has no head there */
 static struct shelf shelves[SHELVES];
 static struct note notes[max_sessions];
-/* Sessions' TLS contexts for backends: apart, for they are not touched by those without. */
+/* TLS contexts for backends, beside sessions[]: apart, for sessions without don't touch them. */
 static br_ssl_client_context upstreams[tls_backends ? max_sessions : 1];
 static struct source sources[max_sessions];
 static struct source *buckets[1024];
