@@ -5940,7 +5940,7 @@ static void lending_test(void)
 	engine_lend(eng, no_records, no_records);
 	if (br_ssl_engine_recvrec_buf(eng, &len) != no_records || len != 5)
 		die("BearSSL: this version does not let its buffers be lent: use 0.6");
-	br_ssl_engine_set_all_flags(eng, 0);    /* its first session sets it up, with its own seed */
+	br_ssl_engine_set_all_flags(eng, 0);    /* its first session sets it up anew */
 }
 
 /* Numbers of config.h, and what they may be. */
