@@ -1950,7 +1950,8 @@ static int host_parse(const char *buf, struct span s, struct span *name)
 	size_t i = s.at, end = i + s.len;
 
 	if (s.len > 0 && buf[i] == '[') {
-		while (++i < end && (isxdigit((unsigned char)buf[i]) || strchr(":.", buf[i])))
+		while (++i < end && (isxdigit((unsigned char)buf[i]) || buf[i] == ':' ||
+		    buf[i] == '.'))
 			;
 		if (i == s.at + 1u || i == end || buf[i++] != ']')
 			return 0;
