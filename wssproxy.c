@@ -1678,6 +1678,7 @@ static const struct filter_op resolver_calls[] = {
 static const struct filter_op resolver_calls[1];
 static struct filter_op loop_calls[8];
 #endif
+#define UNIX_VERDICT loop_calls[LENGTH(loop_calls) - 3].k       /* on sockets of AF_UNIX */
 
 /* For good. no_new_privs is set. Whether the kernel took it. */
 static int filter_set(const struct filter_op *ops, unsigned short n)
@@ -2828,7 +2829,7 @@ static void servers_init(void)
 		v->by_name = !v->addresses;
 		if (local) {
 			v->address[0].any.sa_family = AF_UNIX;
-			loop_calls[LENGTH(loop_calls) - 3].k = LET;     /* verdict on AF_UNIX */
+			UNIX_VERDICT = LET;
 		}
 		string_format(v->name, sizeof v->name, local ? "%s%s" : strchr(b->host, ':') ?
 			"[%s]:%s" : "%s:%s", b->host, local ? "" : b->port);
